@@ -1,0 +1,39 @@
+# make quickstart | test | test-slow | lint | format
+# PYTHON chooses the interpreter that .venv is made with: 3.11, 3.12 or 3.13.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow lint format
+
+quickstart: $(VENV)/.installed
+	$(BIN)/satune quickstart
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are older than pyproject.toml when the dependencies may have changed.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing satune into $(VENV); the first time takes some minutes."
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	@echo "Installing satune and what its tests need into $(VENV); the first time takes some minutes."
+	$(BIN)/python -m pip install --quiet --editable '.[test,data,plots]'
+	@touch $(VENV)/.installed $@

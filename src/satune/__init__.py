@@ -1,0 +1,1 @@
+"""Teams of language models, trained one agent at a time inside measured trust regions."""

@@ -1,0 +1,162 @@
+"""Models and adapters from disk or hub, shared or apart; every failure is one line for the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from satune.agents.policy import Policy
+from satune.agents.rendering import TemplateSettings
+from satune.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA adapter. ``targets`` None takes every linear layer but the head."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSpec:
+    """What an agent is made from. ``model`` is a directory or a hub id."""
+
+    name: str
+    model: str
+    temperature: float = 1.0
+    template: TemplateSettings = field(default_factory=TemplateSettings)
+    lora: LoraSpec | None = None
+    delta: float | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """``master`` holds what is trained; ``frozen`` a base under adapters; ``autocast`` the compute."""
+
+    master: torch.dtype = torch.float32
+    frozen: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+    @staticmethod
+    def of(name: str, autocast: str | None = None) -> Precision:
+        """float32, float64, or bfloat16: float32 masters computed under bfloat16 autocast."""
+        if name == "bfloat16":
+            return Precision(torch.float32, torch.bfloat16, torch.bfloat16)
+        dtype = {"float32": torch.float32, "float64": torch.float64}[name]
+        return Precision(dtype, dtype, torch.bfloat16 if autocast else None)
+
+
+def load_policies(
+    specs: Sequence[AgentSpec], *, shared_base: bool, precision: Precision, device: str, seed: int
+) -> dict[str, Policy]:
+    """A policy an agent. With ``shared_base``, agents of one model share its weights in memory, an
+    adapter each. Raises UserError naming the agent whose model cannot be loaded."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    policies: dict[str, Policy] = {}
+    bases: dict[str, PeftModel] = {}
+    tokenizers: dict[str, Any] = {}
+    for spec in specs:
+        adapter_of = _adapter_base(spec)
+        base_id = adapter_of or spec.model
+        lora = spec.lora or (LoraSpec() if shared_base else None)
+        if lora is None:
+            model: nn.Module = _load_model(spec, base_id, precision.master)
+            if adapter_of:
+                model = PeftModel.from_pretrained(model, spec.model).merge_and_unload()
+            tokenizer = _load_tokenizer(spec, spec.model)
+            adapter = None
+        else:
+            adapter = spec.name
+            if base_id not in bases or not shared_base:
+                base = _load_model(spec, base_id, precision.frozen)
+                tokenizers[base_id] = _load_tokenizer(spec, base_id)
+                model = _with_adapter(base, spec, lora, seed)
+                bases[base_id] = model
+            else:
+                model = bases[base_id]
+                _with_adapter(model, spec, lora, seed)
+            if adapter_of:
+                set_peft_model_state_dict(model, load_peft_weights(spec.model), adapter)
+            tokenizer = tokenizers[base_id]
+        model.to(where)
+        policies[spec.name] = Policy(
+            spec.name,
+            model,
+            tokenizer,
+            spec.temperature,
+            adapter=adapter,
+            autocast=precision.autocast,
+        )
+    return policies
+
+
+def _with_adapter(model: nn.Module, spec: AgentSpec, lora: LoraSpec, seed: int) -> PeftModel:
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=list(lora.targets) if lora.targets else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(model, PeftModel):
+            model.add_adapter(spec.name, config)
+            return model
+        return get_peft_model(model, config, adapter_name=spec.name)  # type: ignore[arg-type,return-value]
+
+
+def _adapter_base(spec: AgentSpec) -> str | None:
+    config = Path(spec.model) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text())["base_model_name_or_path"]
+    beside = Path(spec.model).parent / Path(base).name
+    return str(beside) if beside.is_dir() else base
+
+
+def _load_model(spec: AgentSpec, model_id: str, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_id,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(_cannot_load(spec, model_id, error)) from error
+
+
+def _load_tokenizer(spec: AgentSpec, model_id: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(_cannot_load(spec, model_id, error)) from error
+
+
+def _cannot_load(spec: AgentSpec, model_id: str, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if len(reason) > 160:
+        reason = reason[:157] + "..."
+    return (
+        f"agent {spec.name}: cannot load model {model_id!r} ({type(error).__name__}: {reason}); "
+        "give a directory with config.json and safetensors weights, or a hub id that can be reached"
+    )
+
+
+def bases_of(policies: Mapping[str, Policy]) -> dict[int, PeftModel]:
+    """The distinct shared bases behind policies with adapters."""
+    return {id(p.model): p.model for p in policies.values() if p.adapter}  # type: ignore[misc]

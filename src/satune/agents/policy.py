@@ -1,0 +1,160 @@
+"""One agent's model as engine and learner share it: ids in, hidden states and logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from satune.types import UserError
+
+
+class Policy:
+    """A Hugging Face causal LM (or one adapter of a shared one) and its sampling temperature.
+
+    The backbone and the output head are called apart, so that logits are only made for the states
+    that need them. ``adapter`` names the PEFT adapter when several agents share one base.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        temperature: float,
+        *,
+        adapter: str | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.temperature = temperature
+        self.adapter = adapter
+        self.autocast = autocast
+        self.causal_lm: Any = model.get_base_model() if adapter else model  # type: ignore[operator]
+        self.backbone: nn.Module = self.causal_lm.base_model
+        self.head: nn.Module = self.causal_lm.get_output_embeddings()
+        self.config = self.causal_lm.config
+        self._adjust = _logit_adjustment(self.config)
+        # Dropout would make the scored policy another one than the sampled.
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        model.eval()
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device  # type: ignore[return-value]
+
+    @property
+    def context_limit(self) -> int:
+        """Longest sequence in tokens the model takes."""
+        return int(getattr(self.config, "max_position_embeddings", 1 << 30))
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The ids that end a turn: the tokenizer's EOS and what the model's own settings add."""
+        ids: set[int] = set()
+        generation = getattr(self.causal_lm, "generation_config", None)
+        for source in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+            if source is not None:
+                ids.update([source] if isinstance(source, int) else source)
+        return frozenset(ids)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The agent's own parameters by name, tied ones once."""
+        if self.adapter is None:
+            return dict(self.model.named_parameters())
+        marker = f".{self.adapter}."
+        return {name: p for name, p in self.model.named_parameters() if marker in f"{name}."}
+
+    def activate(self) -> None:
+        """Make this agent's adapter the active one of a shared base."""
+        if self.adapter and self.model.active_adapter != self.adapter:
+            self.model.set_adapter(self.adapter)  # type: ignore[operator]
+
+    def computing(self) -> Any:
+        """The autocast context that engine and learner both run under."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Last hidden states [B, S, H] of right-padded ids [B, S] (causality hides the padding)."""
+        self.activate()
+        kwargs.setdefault("use_cache", False)
+        with self.computing():
+            return self.backbone(input_ids=input_ids, **kwargs).last_hidden_state
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of hidden states [n, H], before temperature, in at least float32."""
+        with self.computing():
+            logits = self.head(hidden)
+        return self._adjust(logits if logits.dtype == torch.float64 else logits.float())
+
+    def projection_with(self, weights: Mapping[str, Tensor]) -> Any:
+        """``project`` with the head's parameters taken from ``weights`` (names as in trainable)."""
+        by_identity = {id(p): name for name, p in self.trainable().items()}
+        held = {
+            name: weights[by_identity[id(p)]]
+            for name, p in self.head.named_parameters()
+            if id(p) in by_identity and by_identity[id(p)] in weights
+        }
+        if not held:
+            return self.project
+
+        def project(hidden: Tensor) -> Tensor:
+            with self.computing():
+                logits = torch.func.functional_call(self.head, held, (hidden,))
+            return self._adjust(logits if logits.dtype == torch.float64 else logits.float())
+
+        return project
+
+    @contextmanager
+    def checkpointing(self, enabled: bool) -> Iterator[None]:
+        """Gradient checkpointing for the block; the models only do it in training mode."""
+        if not enabled:
+            yield
+            return
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+            self.causal_lm.gradient_checkpointing_disable()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.arange(1, 5, device=self.device).clamp(max=self.config.vocab_size - 1)[None]
+        self.activate()
+        with self.computing():
+            expected = self.causal_lm(input_ids=ids, use_cache=False).logits.float()
+        actual = self.project(self.hidden(ids)[0]).float()
+        scale = expected.abs().max().clamp(min=1.0)
+        if not torch.allclose(actual / scale, expected[0] / scale, atol=1e-2):
+            raise UserError(
+                f"agent {self.name}: {type(self.causal_lm).__name__} does something to its logits "
+                "that satune does not know; report the architecture"
+            )
+
+
+def _logit_adjustment(config: Any) -> Any:
+    """What an architecture does to the head's output: soft cap (Gemma) or scale (Cohere, Granite)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def adjust(logits: Tensor) -> Tensor:
+        if scale != 1.0 or divisor != 1.0:
+            logits = logits * (scale / divisor)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return adjust

@@ -1,0 +1,178 @@
+"""Teaches a tiny base model to imitate the players of demonstrated conversations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from satune.agents.rendering import ChatRenderer
+from satune.types import Completion, Entry
+
+CHECK_EVERY = 100
+_BUCKET = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TinySettings:
+    """How a tiny base model is taught.
+
+    ``error`` is the share of an expert's messages that are wrong on purpose and ``examples`` the
+    number of demonstrated conversations of one seat each; whoever plays the demonstrations keeps to
+    both. After ``steps`` updates of ``batch`` conversations at a peak rate of ``lr``, training goes
+    on until the model's greedy success reaches ``greedy_target``, to at most ``max_steps``.
+    """
+
+    error: float = 0.3
+    steps: int = 600
+    batch: int = 128
+    lr: float = 3e-3
+    greedy_target: float = 0.98
+    examples: int = 8000
+    seed: int = 0
+    max_steps: int = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence to imitate: ids, and for each of them whether the seat wrote it."""
+
+    ids: tuple[int, ...]
+    own: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """``ids_ET`` padded on the right; ``target_E`` indexes the flattened positions whose next
+    token is ``next_E``, a token of an own message."""
+
+    ids_ET: Tensor
+    position_E: Tensor
+    next_E: Tensor
+
+
+def rows_of(conversation: Sequence[Entry], renderer: ChatRenderer) -> list[Row]:
+    """The sequences in which a seat would read and write a conversation, its own messages marked.
+
+    They hold the ids that a rollout would feed and sample, each own message ended by EOS. Where
+    the template is append-only that is one sequence, otherwise one a prompt that had to be
+    rendered anew. What follows the last own message is left out.
+    """
+    view = renderer.view("tiny")
+    end = renderer.tokenizer.eos_token_id
+    rows: list[Row] = []
+    ids: tuple[int, ...] = ()
+    own: tuple[bool, ...] = ()
+    for at, entry in enumerate(conversation):
+        if entry.kind != "own":
+            continue
+        completion = (*renderer.encode(entry.text), end)
+        prompt = view.prompt(conversation[:at], len(completion)).ids
+        view.wrote(Completion(entry.text, "stop", 0, completion))
+        assert prompt is not None
+        if prompt[: len(ids)] != ids:
+            rows.append(Row(ids, own))
+            own = ()
+        own += (False,) * (len(prompt) - len(own)) + (True,) * len(completion)
+        ids = prompt + completion
+    return [*rows, Row(ids, own)] if ids else rows
+
+
+def batches(rows: Sequence[Row], size: int, pad: int, seed: int) -> Iterator[Batch]:
+    """Shuffled batches without end, of rows of similar length so that little is padding."""
+    rng = random.Random(seed)
+    order = list(range(len(rows)))
+    while True:
+        rng.shuffle(order)
+        epoch = []
+        for start in range(0, len(order), size * _BUCKET):
+            near = sorted(order[start : start + size * _BUCKET], key=lambda at: len(rows[at].ids))
+            epoch += [near[first : first + size] for first in range(0, len(near), size)]
+        rng.shuffle(epoch)
+        for chosen in epoch:
+            yield _collate([rows[at] for at in chosen], pad)
+
+
+def _collate(rows: Sequence[Row], pad: int) -> Batch:
+    width = max(len(row.ids) for row in rows)
+    ids_ET = torch.tensor([row.ids + (pad,) * (width - len(row.ids)) for row in rows])
+    own_ET = torch.tensor([row.own + (False,) * (width - len(row.own)) for row in rows])
+    next_E = ids_ET[own_ET]
+    position_E = own_ET.flatten().nonzero()[:, 0] - 1
+    return Batch(ids_ET, position_E, next_E)
+
+
+def imitation_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Mean cross-entropy (natural log) of the own tokens of a batch.
+
+    No attention mask: padding stands on the right, where a causal model's own tokens cannot see it.
+    """
+    hidden_ETD = model.base_model(input_ids=batch.ids_ET, use_cache=False).last_hidden_state
+    hidden_ED = hidden_ETD.flatten(0, 1)[batch.position_E]
+    logits_EV = model.get_output_embeddings()(hidden_ED)
+    return nn.functional.cross_entropy(logits_EV.float(), batch.next_E)
+
+
+def rate(step: int, settings: TinySettings) -> float:
+    """Learning rate of a step (from 0): linear warm-up over a twentieth of the planned steps, then
+    linear decay to a twentieth of the peak, which is kept for any steps beyond."""
+    warm = max(1, settings.steps // 20)
+    left = (settings.steps - step) / max(1, settings.steps - warm)
+    return settings.lr * max(0.05, min((step + 1) / warm, left))
+
+
+def imitate(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    pad: int,
+    settings: TinySettings,
+    *,
+    success: Callable[[], float] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[int, float | None]:
+    """Trains ``model`` in place on the own tokens of ``rows``.
+
+    Args:
+        pad: id that fills shorter rows.
+        success: greedy success on held-out problems in [0, 1], measured after the planned steps
+            and then every CHECK_EVERY further ones.
+        progress: called with steps done, steps planned and a message.
+
+    Returns:
+        Steps taken and the last measured success (None if it was not measured).
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    stream = batches(rows, settings.batch, pad, settings.seed)
+    planned, step, reached = settings.steps, 0, None
+    while True:
+        model.train()
+        while step < planned:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, settings)
+            loss = imitation_loss(model, next(stream))
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                raise ValueError(f"tiny.lr: the loss left the finite at step {step}; lower tiny.lr")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if progress is not None and (step % 10 == 0 or step == planned):
+                progress(step, planned, f"loss {loss.item():.3f}")
+        model.eval()
+        if success is not None:
+            reached = success()
+        if reached is None or reached >= settings.greedy_target or step >= settings.max_steps:
+            return step, reached
+        planned = min(step + CHECK_EVERY, settings.max_steps)
+        if progress is not None:
+            progress(step, planned, f"greedy success {reached:.2f}, going on")

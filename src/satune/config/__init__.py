@@ -1,0 +1,1 @@
+"""The recipe: its keys, how it is read, and what must hold between the keys."""

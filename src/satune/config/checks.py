@@ -1,0 +1,168 @@
+"""What must hold between the keys of a recipe, and why.
+
+Each check yields ``(path, message)``: the dotted key at fault, and what is wrong with the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from satune.config.schema import AgentSection, Recipe
+
+Fault = tuple[str, str]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name most like ``word``, None if none is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def faults(recipe: Recipe) -> list[Fault]:
+    """Everything that is wrong with a recipe whose keys are right one by one."""
+    return [fault for check in CHECKS for fault in check(recipe)]
+
+
+def _seats_name_agents(recipe: Recipe) -> Iterator[Fault]:
+    agents = recipe.team.agents
+    for seat, agent in recipe.team.given_seats().items():
+        if agent not in agents:
+            yield f"team.seats.{seat}", _no_such("agent", agent, agents)
+
+
+def _protocol_names_seats(recipe: Recipe) -> Iterator[Fault]:
+    seats = recipe.team.given_seats()
+    options = recipe.protocol.options
+    judge = options.get("judge")
+    if isinstance(judge, str) and judge not in seats:
+        yield "protocol.judge", _no_such("seat", judge, seats)
+    roles = options.get("roles")
+    if isinstance(roles, Mapping):
+        for seat in roles:
+            if seat not in seats:
+                yield f"protocol.roles.{seat}", _no_such("seat", str(seat), seats)
+
+
+def _no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = nearest(name, names)
+    mend = f"did you mean '{near}'?" if near else f"the {kind}s are {', '.join(names)}"
+    return f"the team has no {kind} '{name}'; {mend}"
+
+
+def _agents_are_sound(recipe: Recipe) -> Iterator[Fault]:
+    for name, agent in recipe.team.agents.items():
+        path = f"team.agents.{name}"
+        if agent.temperature <= 0:
+            yield (
+                f"{path}.temperature",
+                f"must be above 0 to train, got {agent.temperature:g}; greedy decoding is"
+                " for evaluation (evaluate.greedy)",
+            )
+        if agent.delta is not None and agent.delta <= 0:
+            yield f"{path}.delta", _delta(agent.delta)
+        if agent.lora is not None and agent.lora.dropout != 0:
+            yield (
+                f"{path}.lora.dropout",
+                f"must be 0, got {agent.lora.dropout:g}: with dropout the policy that is scored"
+                " is not the one that was sampled; remove the key",
+            )
+
+
+def _delta(value: float) -> str:
+    return (
+        f"must be above 0, got {value:g}; to leave an agent as it is set its frozen to true,"
+        " to train without a bound set trust_region.enabled to false"
+    )
+
+
+def _trust_region_is_sound(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.trust_region.delta <= 0:
+        yield "trust_region.delta", _delta(recipe.trust_region.delta)
+
+
+def _somebody_learns(recipe: Recipe) -> Iterator[Fault]:
+    if all(agent.frozen for agent in recipe.team.agents.values()):
+        yield "team.agents", "all agents are frozen, so nothing would train; unfreeze one of them"
+
+
+def _every_agent_sits(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.team.sharing == "shared":
+        return
+    filled = set(recipe.team.given_seats().values())
+    for name in recipe.team.agents:
+        if name not in filled:
+            yield (
+                f"team.agents.{name}",
+                "fills no seat, so it would never speak; give it one under team.seats or remove it",
+            )
+
+
+def _shared_agents_agree(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.team.sharing != "shared":
+        return
+    (first, ours), *others = recipe.team.agents.items()
+    for name, theirs in others:
+        for key in AgentSection.model_fields:
+            if getattr(ours, key) != getattr(theirs, key):
+                yield (
+                    f"team.agents.{name}.{key}",
+                    f"'{first}' and '{name}' share their weights and so must agree on {key},"
+                    " but differ; make the two equal or set team.sharing to separate",
+                )
+
+
+def _groups_can_be_compared(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.rollout.samples == 1:
+        yield (
+            "rollout.samples",
+            "advantages compare the samples of one problem, so 1 gives no signal;"
+            " use at least 2 (the paper: 4 or 8)",
+        )
+
+
+def _sampling_is_the_policy(recipe: Recipe) -> Iterator[Fault]:
+    why = (
+        "would make the policy's support depend on its weights, and ratios and KL would not be"
+        " those of the policy that was sampled"
+    )
+    if recipe.rollout.top_p < 1:
+        yield "rollout.top_p", f"{recipe.rollout.top_p:g} {why}; use 1"
+    if recipe.rollout.top_k > 0:
+        yield "rollout.top_k", f"{recipe.rollout.top_k} {why}; use 0"
+
+
+def _batches_are_not_empty(recipe: Recipe) -> Iterator[Fault]:
+    episodes = recipe.rollout.problems * recipe.rollout.samples
+    if recipe.optimizer.mini_batches > episodes:
+        yield (
+            "optimizer.mini_batches",
+            f"{recipe.optimizer.mini_batches} mini-batches cannot be cut from {episodes} episodes"
+            f" (rollout.problems x rollout.samples); use at most {episodes}",
+        )
+
+
+def _overlong_buffer_fits(recipe: Recipe) -> Iterator[Fault]:
+    buffer = getattr(recipe.objective, "overlong_buffer", 0)
+    limit = recipe.rollout.max_new_tokens
+    if buffer >= limit:
+        yield (
+            "objective.overlong_buffer",
+            f"must be below rollout.max_new_tokens ({limit}), got {buffer}",
+        )
+
+
+CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
+    _seats_name_agents,
+    _every_agent_sits,
+    _protocol_names_seats,
+    _agents_are_sound,
+    _shared_agents_agree,
+    _somebody_learns,
+    _trust_region_is_sound,
+    _groups_can_be_compared,
+    _sampling_is_the_policy,
+    _batches_are_not_empty,
+    _overlong_buffer_fits,
+)

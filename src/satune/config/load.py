@@ -1,0 +1,289 @@
+"""Reading and writing recipes. Whatever is wrong with one is said in one line.
+
+    recipe = load_recipe("recipes/relay.yaml", ["seed=3", "rollout.problems=32"])
+
+Paths inside a recipe are relative to the working directory, like those on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from satune.config import yaml12
+from satune.config.checks import Fault, faults, nearest
+from satune.config.schema import Recipe
+from satune.training.run_directory import write_atomically
+from satune.types import UserError
+
+_SHORT = ("task", "protocol", "schedule", "objective")
+"""Sections that may be given by their name alone."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the file ``path`` with ``overrides`` ("dotted.key=value", YAML) applied.
+
+    A template given as a file is read, so that the recipe stands by itself. Raises ``UserError``,
+    one line, for a file that is missing or damaged, a key that is not known or has the wrong
+    type, and keys that do not go together. Several faults: the first, and how many more.
+    """
+    data = _read(Path(path))
+    overridden = [_override(data, text) for text in overrides]
+
+    def refuse(found: list[Fault]) -> UserError:
+        key, message = found[0]
+        ours = any(f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overridden)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        where = "command line" if ours else str(path)
+        return UserError(_one_line(f"{where}: {key}: {message}{more}"))
+
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key is often the reason why another one is missing.
+        errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        raise refuse([_fault(item) for item in errors]) from None
+    recipe = _with_templates(recipe)
+    found = faults(recipe)
+    if found:
+        raise refuse(found)
+    return recipe
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The effective recipe as YAML, every default written out."""
+    return yaml12.dump(recipe.model_dump(mode="json"))
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write the effective recipe so that ``load_recipe`` gives an equal one.
+
+    Raises ``UserError`` if the disk is full or the place cannot be written.
+    """
+    write_atomically(path, recipe_text(recipe))
+
+
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ, in the recipe's order."""
+    return _differences(ours.model_dump(mode="json"), theirs.model_dump(mode="json"), "")
+
+
+def _differences(ours: Any, theirs: Any, at: str) -> list[str]:
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [] if ours == theirs else [at]
+    return [
+        path
+        for key in [*ours, *(key for key in theirs if key not in ours)]
+        for path in _differences(ours.get(key), theirs.get(key), f"{at}.{key}" if at else str(key))
+    ]
+
+
+# Reading
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; give the YAML file in it")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file{_nearest_file(path)}")
+    try:
+        data = yaml12.parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(_one_line(f"{path}{_damage(error)}; mend the YAML there")) from None
+    if data is None:
+        raise UserError(f"{path}: is empty; a recipe needs at least team, task and protocol")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected keys such as team, task and protocol, got {_show(data)}")
+    return data
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; the folder {folder} does not exist either"
+    near = nearest(path.name, sorted(item.name for item in folder.iterdir() if item.is_file()))
+    return f"; did you mean {folder / near}?" if near else f"; nothing in {folder} is named like it"
+
+
+def _damage(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f", line {mark.line + 1}: {problem}" if mark else f": {problem}"
+
+
+def _override(data: dict[str, Any], text: str) -> str:
+    """Apply one override to ``data`` in place and give its dotted key."""
+    dotted, equals, written = text.partition("=")
+    dotted = dotted.strip()
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise UserError(
+            _one_line(f"command line: '{text}' is not an override; write it as dotted.key=value")
+        )
+    try:
+        value = yaml12.parse(written)
+    except yaml.YAMLError as error:
+        raise UserError(
+            _one_line(f"command line: {dotted}: '{written}' is not YAML{_damage(error)}; quote it")
+        ) from None
+    place: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        inner = place.get(key)
+        if inner is None:
+            inner = {}
+        elif isinstance(inner, str) and depth == 0 and key in _SHORT:
+            inner = {"name": inner}
+        elif not isinstance(inner, dict):
+            at = ".".join(keys[: depth + 1])
+            raise UserError(
+                _one_line(f"command line: {dotted}: {at} is {_show(inner)} and has no keys")
+            )
+        place[key] = inner
+        place = inner
+    place[keys[-1]] = value
+    return dotted
+
+
+def _with_templates(recipe: Recipe) -> Recipe:
+    agents = {}
+    for name, agent in recipe.team.agents.items():
+        chat = agent.template.chat
+        if chat is not None and "{" not in chat:
+            file = Path(chat)
+            where = f"team.agents.{name}.template.chat"
+            if not file.is_file():
+                raise UserError(
+                    _one_line(f"{where}: '{chat}' is neither a Jinja template nor a file")
+                )
+            chat = file.read_text(encoding="utf-8")
+            if "{" not in chat:
+                raise UserError(f"{where}: the file {file} holds no Jinja template")
+            template = agent.template.model_copy(update={"chat": chat})
+            agent = agent.model_copy(update={"template": template})
+        agents[name] = agent
+    team = recipe.team.model_copy(update={"agents": agents})
+    return recipe.model_copy(update={"team": team})
+
+
+# Wording of pydantic's errors
+
+
+def _fault(error: Any) -> Fault:
+    keys, known = _place(error["loc"])
+    path = ".".join(keys).replace(".[", "[")
+    kind, given, context = error["type"], error.get("input"), error.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = nearest(keys[-1], known)
+        inside = ".".join(keys[:-1])
+        mend = (
+            f"did you mean {f'{inside}.' if inside else ''}{near}?"
+            if near
+            else f"the keys here are {', '.join(known)}"
+        )
+        return path, f"unknown key; {mend}"
+    if kind == "missing":
+        return path, "is needed and not given"
+    if kind == "literal_error":
+        return path, _choice(given, context["expected"].replace(" or ", ", "))
+    if kind == "union_tag_invalid":
+        return f"{path}.name", _choice(context["tag"], context["expected_tags"])
+    expected = _EXPECTED.get(kind)
+    if expected is None:
+        return path, f"{error['msg'].lower()}, got {_show(given)}"
+    return path, f"expected {expected.format(**context)}, got {_show(given)}"
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "string_pattern_mismatch": "a name of letters, digits, '-' and '_'",
+    "string_too_short": "a text that is not empty",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+    "tuple_type": "a list",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+}
+
+
+def _choice(given: Any, expected: str) -> str:
+    names = [name.strip(" '") for name in expected.split(",")]
+    near = nearest(given, names) if isinstance(given, str) else None
+    mend = f"; did you mean '{near}'?" if near else ""
+    choices = names[0] if len(names) == 1 else f"one of {', '.join(names)}"
+    return f"expected {choices}, got {_show(given)}{mend}"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return f"keys ({', '.join(map(str, value))})" if value else "nothing"
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _place(location: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The dotted key of a pydantic location, and the keys known where it ends.
+
+    Pydantic puts the tag of a union and the marker of a dictionary's key into the location; a
+    person's recipe has neither.
+    """
+    current: Any = Recipe
+    keys: list[str] = []
+    known: list[str] = []
+    for element in location:
+        if element == "[key]":
+            continue
+        members = _members(current)
+        tagged = {_tag(model): model for model in members} if len(members) > 1 else {}
+        if element in tagged:
+            current = tagged[element]
+            continue
+        if len(members) == 1 and isinstance(element, str):
+            fields = members[0].model_fields
+            known = list(fields)
+            current = fields[element].annotation if element in fields else None
+        elif get_origin(current) is dict:
+            current = get_args(current)[1]
+        else:
+            current = None
+        keys.append(f"[{element}]" if isinstance(element, int) and keys else str(element))
+    return keys, known
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The models an annotation names; the annotation of a mapping or a scalar names none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (dict, tuple, Literal):
+        return []
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else None
+    arguments = get_args(annotation) if inner is None else inner
+    return [model for argument in arguments for model in _members(argument)]
+
+
+def _tag(model: type[BaseModel]) -> str:
+    return str(get_args(model.model_fields["name"].annotation)[0])

@@ -1,0 +1,1 @@
+"""Pure tensor functions and small state machines: no input, no output, no model library."""

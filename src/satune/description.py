@@ -1,0 +1,161 @@
+"""What a recipe will need, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import init_empty_weights
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from satune.agents.zoo import is_tiny, tiny_model
+from satune.config.load import recipe_text
+from satune.config.schema import AgentSection, Recipe
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The effective recipe; per agent its size and memory in bytes; the episodes of a stage.
+
+    Memory counts weights, gradients, AdamW's two moments (resident for one agent at a time) and the
+    two copies a step keeps (anchor and proposal); activations and the key-value cache depend on
+    lengths and are not in it. Sizes that cannot be read without the hub are absent.
+    """
+    resolved = recipe.team.resolved()
+    master = 8 if recipe.team.dtype == "float64" else 4
+    agents: dict[str, Any] = {}
+    counted: set[str] = set()
+    total = 0
+    for name, section in resolved.agents.items():
+        entry: dict[str, Any] = {
+            "model": section.model,
+            "seats": [seat for seat, agent in resolved.seats.items() if agent == name],
+            "temperature": section.temperature,
+            "delta": section.delta or recipe.trust_region.delta,
+            "trained": not section.frozen,
+        }
+        sizes = _sizes(section)
+        if sizes is not None:
+            parameters, adapter = sizes
+            shared = recipe.team.sharing == "lora" and section.model in counted
+            counted.add(section.model)
+            base_bytes = 0 if shared else parameters * (
+                _BYTES[recipe.team.dtype] if section.lora else master
+            )
+            trained = 0 if section.frozen else (adapter if section.lora else parameters)
+            entry["parameters"] = parameters
+            entry["trained_parameters"] = trained
+            entry["memory"] = {
+                "weights": base_bytes + (adapter * master if section.lora else 0),
+                "gradients": trained * master,
+                "optimizer": 2 * trained * master,
+                "anchor_and_proposal": 2 * trained * master,
+            }
+            total += entry["memory"]["weights"]
+        agents[name] = entry
+    steps = sum(agent["trained"] for agent in agents.values())
+    updates = max(
+        (
+            sum(v for k, v in agent["memory"].items() if k != "weights")
+            for agent in agents.values()
+            if "memory" in agent
+        ),
+        default=0,
+    )
+    rollouts = {"fresh": (steps, steps), "hybrid": (1, steps)}.get(recipe.schedule.name, (1, 1))
+    episodes = recipe.rollout.problems * recipe.rollout.samples
+    return {
+        "recipe": yaml.safe_load(recipe_text(recipe)),
+        "agents": agents,
+        "memory": {"all_weights": total, "largest_step": updates, "together": total + updates},
+        "stage": {
+            "steps": steps,
+            "rollouts": list(rollouts),
+            "episodes": [episodes * count for count in rollouts],
+        },
+        "stages": recipe.stages,
+    }
+
+
+def _sizes(section: AgentSection) -> tuple[int, int] | None:
+    """(parameters, adapter parameters) of a model, from its configuration alone."""
+    if is_tiny(section.model):
+        model: Any = tiny_model(section.model, 0)
+    else:
+        path = Path(section.model)
+        if not path.is_dir():
+            return None
+        if (path / "adapter_config.json").is_file():
+            config = json.loads((path / "adapter_config.json").read_text())
+            path = Path(config["base_model_name_or_path"])
+        if not (path / "config.json").is_file():
+            return None
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    parameters = sum(p.numel() for p in model.parameters())
+    adapter = 0
+    if section.lora is not None:
+        wanted = section.lora.targets
+        head = model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear) or module is head:
+                continue
+            if wanted == ("all-linear",) or name.rsplit(".", 1)[-1] in wanted:
+                adapter += section.lora.rank * (module.in_features + module.out_features)
+    return parameters, adapter
+
+
+def show_description(description: dict[str, Any]) -> None:
+    console = Console()
+    console.print(yaml.safe_dump(description["recipe"], sort_keys=False), highlight=False)
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for column in ("agent", "model", "seats", "parameters", "trained", "weights", "one step"):
+        table.add_column(column)
+    for name, agent in description["agents"].items():
+        memory = agent.get("memory", {})
+        step = sum(v for k, v in memory.items() if k != "weights")
+        table.add_row(
+            name,
+            agent["model"],
+            ", ".join(agent["seats"]),
+            _count(agent.get("parameters")),
+            _count(agent.get("trained_parameters")),
+            _bytes(memory.get("weights")),
+            _bytes(step if memory else None),
+        )
+    console.print(table)
+    memory, stage = description["memory"], description["stage"]
+    fewest, most = stage["episodes"]
+    episodes = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    console.print(
+        f"memory: {_bytes(memory['together'])} for all weights and the largest step (activations and "
+        f"key-value cache come on top); a stage: {stage['steps']} steps, {episodes} episodes; "
+        f"{description['stages']} stages",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return "not known here"
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f}{suffix}"
+    return str(number)
+
+
+def _bytes(number: float | None) -> str:
+    if number is None:
+        return "not known here"
+    if number == 0:
+        return "0"
+    power = min(int(math.log(number, 1024)), 4)
+    return f"{number / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

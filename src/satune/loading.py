@@ -1,0 +1,115 @@
+"""Objects that a user names in a recipe: ``path/to/file.py:name`` or ``package.module:name``.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from satune.types import UserError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The text `` (nearest: x; there are: x, y)`` for an error line about an unknown name."""
+    names = sorted(set(known))
+    if not names:
+        return " (there are none)"
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"nearest: {close[0]}; " if close else ""
+    return f" ({hint}there are: {', '.join(names)})"
+
+
+def missing_file(path: Path) -> UserError:
+    """The error for a file that is not there, naming the nearest name in its directory."""
+    if not path.parent.is_dir():
+        return UserError(f"{path}: no such file, and no directory {path.parent}; check the path")
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return UserError(f"{path}: no such file" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def load_object(reference: str, base: Path | None = None) -> Callable[..., Any]:
+    """The callable that ``reference`` names. Relative files are sought in ``base`` (default: the
+    working directory).
+
+    Raises UserError for a reference of another form, a missing file or module, a missing name, a
+    file that is not Python, and an object that cannot be called. Errors that the user's own code
+    raises while it is imported pass through.
+    """
+    place, colon, name = reference.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise UserError(
+            f"{reference!r}: write path/to/file.py:name or package.module:name, "
+            "where name is a function or class"
+        )
+    module = _from_file(place, base) if place.endswith(".py") else _from_package(place)
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{place}: no {name!r} in it{nearest(name, public)}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise UserError(f"{reference}: {name} is a {type(found).__name__}, not a function or class")
+    return found
+
+
+def check_options(
+    what: str, function: Callable[..., Any], options: Mapping[str, Any], skip: int = 0
+) -> None:
+    """Check that ``options`` are parameters of ``function`` beyond its first ``skip``, and that no
+    parameter without a default is left out.
+
+    Raises UserError naming the unknown option and the nearest known one, or the missing one.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = [p.name for p in named]
+    for option in options:
+        if option not in known and not takes_any:
+            raise UserError(f"{what}: unknown option {option!r}{nearest(option, known)}")
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise UserError(f"{what}: option {parameter.name!r} is needed and has no default")
+
+
+def _from_file(place: str, base: Path | None) -> ModuleType:
+    path = (base or Path()) / Path(place).expanduser()
+    if not path.is_file():
+        raise missing_file(path)
+    digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()
+    module_name = f"satune_user_{path.stem}_{digest}"
+    loader = importlib.machinery.SourceFileLoader(module_name, str(path))
+    spec = importlib.util.spec_from_loader(module_name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look their module up here while the file is still being read.
+    sys.modules[module_name] = module
+    try:
+        loader.exec_module(module)
+    except SyntaxError as error:
+        del sys.modules[module_name]
+        raise UserError(f"{path}, line {error.lineno}: not valid Python ({error.msg})") from error
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _from_package(place: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        # A missing import inside the user's module is the module's error, not a wrong reference.
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(f"{place}: no module {error.name}; install it or give a .py file") from None

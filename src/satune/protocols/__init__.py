@@ -1,0 +1,1 @@
+"""Protocols: who speaks when. ``catalog.load_protocol`` finds them by name."""

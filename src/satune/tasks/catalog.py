@@ -1,0 +1,95 @@
+"""The tasks by name, and access to the problems of their splits."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from satune.loading import check_options, load_object, nearest
+from satune.tasks.guess_number import GuessNumber
+from satune.tasks.relay import Relay
+from satune.tasks.rows import Rows
+from satune.types import Key, Problem, Task, UserError
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "relay": Relay,
+    "guess_number": GuessNumber,
+    "rows": Rows,
+}
+
+_PARTS = ("name", "problems", "extract", "equal", "grade")
+
+
+def load_task(
+    name_or_path: str,
+    data: str | Path | None = None,
+    seed: int = 0,
+    base: Path | None = None,
+    /,
+    **options: Any,
+) -> Task:
+    """The task of that name, or the user's own class or function (``file.py:name``,
+    ``package.module:name``), built from ``data``, ``seed`` and its options. ``base`` is where
+    relative files of ``name_or_path`` are sought.
+
+    Raises UserError for an unknown task or option (naming the nearest), for data given to a task
+    that reads none, and for a user's task that lacks a part of ``types.Task``.
+    """
+    if ":" in name_or_path:
+        build = load_object(name_or_path, base)
+    elif name_or_path in TASKS:
+        build = TASKS[name_or_path]
+    else:
+        hint = nearest(name_or_path, TASKS)
+        raise UserError(f"unknown task {name_or_path!r}{hint}; or give path/to/file.py:name")
+    parameters = inspect.signature(build).parameters
+    given = dict(options)
+    if data is not None:
+        if "data" not in parameters:
+            raise UserError(f"task {name_or_path}: it reads no data; drop data: {data}")
+        given["data"] = data
+    if "seed" in parameters:
+        given.setdefault("seed", seed)
+    check_options(f"task {name_or_path}", build, given)
+    task = build(**given)
+    for part in _PARTS:
+        if not hasattr(task, part):
+            raise UserError(f"task {name_or_path}: it has no {part!r}; see satune.types.Task")
+    return task
+
+
+def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
+    """``n`` problems of a split's stream from position ``offset`` on; positions are stable, so that
+    a resumed run sees what an uninterrupted one does.
+
+    A task that generates (``fresh``) gives its endless stream. A finite split is cycled in epochs,
+    each in an order shuffled by the task's seed; should a problem come up twice in one take, its
+    later ids get "#2", "#3" and so on. A user's task must have finite splits or ``problem_at``.
+    """
+    if getattr(task, "fresh", False):
+        at = getattr(task, "problem_at", None)
+        if at is not None:
+            return [at(split, index) for index in range(offset, offset + n)]
+        return list(itertools.islice(task.problems(split), offset, offset + n))
+    rows = list(task.problems(split))
+    if not rows:
+        raise UserError(f"task {task.name}: the split {split!r} holds no problems")
+    taken: list[Problem] = []
+    times: dict[str, int] = {}
+    epoch, order = -1, list(range(len(rows)))
+    for position in range(offset, offset + n):
+        if position // len(rows) != epoch:
+            epoch = position // len(rows)
+            order = list(range(len(rows)))
+            seed = getattr(task, "seed", 0)
+            Key(seed, "order", problem=split, sample=epoch).rng().shuffle(order)
+        problem = rows[order[position % len(rows)]]
+        times[problem.id] = times.get(problem.id, 0) + 1
+        if times[problem.id] > 1:
+            problem = replace(problem, id=f"{problem.id}#{times[problem.id]}")
+        taken.append(problem)
+    return taken

@@ -1,0 +1,188 @@
+"""Rows: any JSONL, Parquet or ``datasets`` source with a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from satune.loading import load_object
+from satune.tasks.rewards import (
+    FunctionReward,
+    as_number,
+    extract_exact,
+    extract_numeric,
+    same_number,
+)
+from satune.tasks.sources import (
+    Row,
+    check_fraction,
+    check_unique,
+    choose_split,
+    field,
+    hold_out,
+    read_rows,
+)
+from satune.types import Grade, Part, Problem, UserError, text_part
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Rows:
+    """Problems from the rows of ``data`` (see ``sources.read_rows``).
+
+    ``prompt``: the column with the prompt, a string or a list of chat messages. A chat of one user
+    message is taken as it is; a longer one becomes one prompt, each message after a line with its
+    role (a system message stands first, without one). ``answer``: the column with the reference.
+    ``id``: the column with the row's name; if the rows have none, they are numbered.
+
+    ``reward``: "exact" (the last line, or what follows "answer:", equals the reference), "numeric"
+    (the last number has the reference's value), or ``file.py:function`` of TRL's signature. The
+    values of such a function must lie in ``reward_range``, from which they are rescaled to [0, 1].
+
+    ``eval_fraction`` of the rows, chosen by the hash of their ids, form the split "eval", the rest
+    "train", everything "all".
+
+    Raises UserError naming file and line (or row) for anything that is wrong with a row.
+    """
+
+    name = "rows"
+    fresh = False
+
+    def __init__(
+        self,
+        data: str | Path | None = None,
+        seed: int = 0,
+        prompt: str = "prompt",
+        answer: str = "answer",
+        id: str = "id",
+        reward: str = "exact",
+        reward_range: Sequence[float] | None = None,
+        eval_fraction: float = 0.1,
+    ) -> None:
+        if data is None:
+            raise UserError("task rows: it needs data: a JSONL or Parquet file, or a data set's id")
+        self.seed = seed
+        self.reward = reward
+        self._prompt_column = prompt
+        rows = read_rows(data)
+        self._function = None if reward in ("exact", "numeric") else self._load(rows, reward_range)
+        if self._function is None and reward_range is not None:
+            raise UserError(f"task rows: reward {reward!r} is 0 or 1 already; drop reward_range")
+        needs_answer = self._function is None
+        named = [
+            (place, self._problem(i, place, row, answer, id, needs_answer))
+            for i, (place, row) in enumerate(rows, 1)
+        ]
+        check_unique([(place, problem.id) for place, problem in named])
+        self._places = {problem.id: place for place, problem in named}
+        problems = [problem for _, problem in named]
+        fraction = check_fraction(self.name, eval_fraction)
+        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
+
+    def problems(self, split: str) -> Iterator[Problem]:
+        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
+        return iter(choose_split(self.name, split, self._kept, self._held))
+
+    def extract(self, text: str) -> str | None:
+        """The answer in a message; for a reward function the whole message, without outer space."""
+        if self._function is not None:
+            return text.strip() or None
+        return extract_numeric(text) if self.reward == "numeric" else extract_exact(text)
+
+    def equal(self, a: str, b: str) -> bool:
+        if self.reward == "numeric":
+            return same_number(a, b)
+        return a.strip() == b.strip()
+
+    def grade(self, problem: Problem, answer: str | None) -> Grade:
+        """0 for no answer, else the reward."""
+        if answer is None:
+            return Grade(0.0, detail="no answer")
+        if self._function is not None:
+            row: Mapping[str, Any] = problem.metadata["row"]
+            columns = {k: v for k, v in row.items() if k != self._prompt_column}
+            return Grade(self._function(row[self._prompt_column], answer, columns))
+        found = self.extract(answer)
+        right = found is not None and self.equal(found, str(problem.answer))
+        return Grade(float(right), detail=f"read {found}, expected {problem.answer}")
+
+    def validate(self) -> None:
+        """With a built-in reward: check that each row's reference scores 1 and a damaged one 0.
+        With a function, which may reward anything: check on the first row that it can be called.
+
+        Raises UserError naming file and line of the row that fails.
+        """
+        problems = [*self._kept, *self._held]
+        if self._function is not None:
+            self.grade(problems[0], str(problems[0].answer or ""))
+            return
+        for problem in problems:
+            gold = str(problem.answer)
+            damaged = f"{gold}7" if self.reward == "exact" else _shifted(gold)
+            if self.grade(problem, gold).score != 1.0 or self.grade(problem, damaged).score != 0.0:
+                raise UserError(
+                    f"{self._places[problem.id]}: the answer {gold!r} cannot be told apart by the "
+                    f"reward {self.reward!r}; mend the row or give a reward function"
+                )
+
+    def _load(
+        self, rows: Sequence[tuple[str, Row]], reward_range: Sequence[float] | None
+    ) -> FunctionReward:
+        if ":" not in self.reward:
+            raise UserError(
+                f"task rows: unknown reward {self.reward!r}; "
+                "give exact, numeric or file.py:function"
+            )
+        span = tuple(float(v) for v in reward_range) if reward_range is not None else (0.0, 1.0)
+        if len(span) != 2 or not span[0] < span[1]:
+            raise UserError(f"task rows: reward_range is {reward_range}; give [lowest, highest]")
+        return FunctionReward(self.reward, load_object(self.reward), list(rows[0][1]), span)
+
+    def _problem(
+        self, number: int, place: str, row: Row, answer: str, id: str, needs_answer: bool
+    ) -> Problem:
+        parts = _parts(place, self._prompt_column, field(place, row, self._prompt_column))
+        reference = field(place, row, answer) if needs_answer else row.get(answer)
+        if needs_answer and (reference is None or not str(reference).strip()):
+            raise UserError(f"{place}: field {answer!r} is empty; give the reference answer")
+        if self.reward == "numeric" and as_number(str(reference)) is None:
+            raise UserError(f"{place}: field {answer!r} is {reference!r}, which is no number")
+        identity = str(row.get(id, f"row-{number}"))
+        return Problem(identity, parts, reference, {"row": row} if self._function else {})
+
+
+def _shifted(number: str) -> str:
+    value = as_number(number)
+    assert value is not None
+    return str(value + 1)
+
+
+def _parts(place: str, column: str, prompt: Any) -> tuple[Part, ...]:
+    """A prompt column's value as message content."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UserError(f"{place}: field {column!r} is empty; give a prompt")
+        return (text_part(prompt),)
+    if not isinstance(prompt, list) or not prompt:
+        raise UserError(f"{place}: field {column!r} is neither text nor a list of messages")
+    parts: list[Part] = []
+    plain = [message for message in prompt if _role(place, column, message) == "user"]
+    for message in prompt:
+        role, content = message["role"], message["content"]
+        body = [text_part(content)] if isinstance(content, str) else list(content)
+        heading = role != "system" and not (role == "user" and len(plain) == 1)
+        between = "\n\n" if parts else ""
+        start = f"{between}{role}:\n" if heading else between
+        parts += ([text_part(start)] if start else []) + body
+    return tuple(parts)
+
+
+def _role(place: str, column: str, message: Any) -> str:
+    if (
+        not isinstance(message, dict)
+        or message.get("role") not in _ROLES
+        or not isinstance(message.get("content"), (str, list))
+    ):
+        raise UserError(f"{place}: field {column!r} holds a message without role and content")
+    return message["role"]

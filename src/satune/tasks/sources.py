@@ -1,0 +1,154 @@
+"""Rows from a file or from a data set, each with the place to name when something is wrong with it.
+
+JSONL needs the standard library only; Parquet and `datasets` sources need ``satune[data]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from satune.loading import missing_file
+from satune.types import UserError
+
+Row = dict[str, Any]
+_T = TypeVar("_T")
+
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+)?")
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def read_rows(source: str | Path) -> list[tuple[str, Row]]:
+    """(place, row) for each row of ``source``; place is "file, line n" or "file, row n".
+
+    A source is a JSONL or Parquet file, a directory written by ``datasets.save_to_disk``, or a hub
+    id ``org/name`` or ``org/name:split`` (split "train" if left out).
+
+    Raises UserError for a missing file (naming the nearest), a damaged row, an empty source, and a
+    format whose package is not installed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        rows = _from_datasets(str(source), path)
+    elif path.suffix == ".parquet":
+        if not path.is_file():
+            raise missing_file(path)
+        table = _extra("pyarrow.parquet", path).read_table(path)
+        rows = [(f"{source}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
+    elif path.is_file():
+        rows = _from_jsonl(path)
+    elif path.suffix not in _SUFFIXES and _HUB.fullmatch(str(source)) and not path.parent.is_dir():
+        rows = _from_datasets(str(source), None)
+    else:
+        raise missing_file(path)
+    if not rows:
+        raise UserError(f"{source}: it holds no rows; give a file with at least one")
+    return rows
+
+
+def field(place: str, row: Mapping[str, Any], name: str) -> Any:
+    """A row's field. Raises UserError naming the place, the field and the fields there are."""
+    if name not in row:
+        there = ", ".join(row) or "none"
+        raise UserError(f"{place}: no field {name!r}; the fields there are: {there}")
+    return row[name]
+
+
+def check_unique(ids: Sequence[tuple[str, str]]) -> None:
+    """(place, id) of all rows. Raises UserError naming the two places that share an id."""
+    first: dict[str, str] = {}
+    for place, identity in ids:
+        if identity in first:
+            raise UserError(f"{place}: id {identity!r} stands already in {first[identity]}")
+        first[identity] = place
+
+
+def hold_out(items: Sequence[_T], ids: Sequence[str], fraction: float) -> tuple[list[_T], list[_T]]:
+    """(kept, held out): ``fraction`` of the items, rounded, chosen by the hash of their ids and so
+    the same whatever the seed and the order. Both keep the order of ``items``.
+
+    A fraction strictly between 0 and 1 leaves at least one item on either side if there are two.
+    """
+    order = sorted(range(len(items)), key=lambda i: hashlib.blake2b(ids[i].encode()).digest())
+    count = round(fraction * len(items))
+    if 0.0 < fraction < 1.0 and len(items) > 1:
+        count = min(max(count, 1), len(items) - 1)
+    held = set(order[:count])
+    kept = [item for i, item in enumerate(items) if i not in held]
+    return kept, [items[i] for i in sorted(held)]
+
+
+def choose_split(task: str, split: str, kept: Sequence[_T], held: Sequence[_T]) -> Sequence[_T]:
+    """The items of "train" (not held out), "eval" and "certify" (held out) or "all".
+
+    Raises UserError for another split and for one that is empty.
+    """
+    parts: dict[str, Sequence[_T]] = {
+        "train": kept,
+        "eval": held,
+        "certify": held,
+        "all": [*kept, *held],
+    }
+    if split not in parts:
+        raise UserError(f"task {task}: no split {split!r}; there are {', '.join(parts)}")
+    if not parts[split]:
+        raise UserError(f"task {task}: no rows for {split!r}; change eval_fraction")
+    return parts[split]
+
+
+def check_fraction(task: str, fraction: float) -> float:
+    """Raises UserError unless ``fraction`` is a number in [0, 1]."""
+    if not isinstance(fraction, (int, float)) or not 0.0 <= fraction <= 1.0:
+        raise UserError(f"task {task}: eval_fraction is {fraction!r}; give a number from 0 to 1")
+    return float(fraction)
+
+
+def _from_jsonl(path: Path) -> list[tuple[str, Row]]:
+    rows = []
+    # Bytes: a file cut in the middle of a character is then damaged in one line only.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+            raise UserError(f"{place}: damaged row ({reason}); mend or delete it") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{place}: the row is no JSON object; write {{"prompt": ...}}')
+        rows.append((place, row))
+    return rows
+
+
+def _from_datasets(source: str, directory: Path | None) -> list[tuple[str, Row]]:
+    datasets = _extra("datasets", source)
+    if directory is not None:
+        markers = ("dataset_info.json", "dataset_dict.json")
+        if not any((directory / marker).is_file() for marker in markers):
+            raise UserError(f"{source}: a directory without a saved data set; give a file in it")
+        loaded = datasets.load_from_disk(str(directory))
+        if isinstance(loaded, Mapping):
+            raise UserError(f"{source}: several splits; give one: {', '.join(sorted(loaded))}")
+    else:
+        name, _, split = source.partition(":")
+        loaded = datasets.load_dataset(name, split=split or "train")
+    return [(f"{source}, row {i}", dict(row)) for i, row in enumerate(loaded, 1)]
+
+
+def _extra(module: str, source: object) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise UserError(
+            f"{source}: reading it needs {package}; install it with pip install 'satune[data]'"
+        ) from None

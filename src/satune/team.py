@@ -1,0 +1,217 @@
+"""A team: which agent fills which seat; its directory on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from satune.agents.loading import AgentSpec, LoraSpec, Precision, load_policies
+from satune.agents.policy import Policy
+from satune.agents.rendering import ChatRenderer, TemplateSettings
+from satune.types import Sampling, Seat, UserError
+
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Team:
+    """Agents by name, and the agent of each seat in speaking order.
+
+    ``protocol`` and ``task`` are the recipe's, kept so that a saved team says how it plays.
+    """
+
+    policies: dict[str, Policy]
+    specs: dict[str, AgentSpec]
+    seats: dict[str, str]
+    sharing: str = "separate"
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    renderers: dict[str, ChatRenderer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.renderers = {
+            name: ChatRenderer(policy.tokenizer, self.specs[name].template, policy.context_limit)
+            for name, policy in self.policies.items()
+        }
+
+    def seats_for(self, max_new_tokens: int, **sampling: Any) -> list[Seat]:
+        """The seats as rollout takes them, each at its agent's temperature unless overridden."""
+        return [
+            Seat(
+                seat,
+                agent,
+                self.renderers[agent],
+                Sampling(
+                    max_new_tokens,
+                    **{"temperature": self.specs[agent].temperature, **sampling},
+                ),
+            )
+            for seat, agent in self.seats.items()
+        ]
+
+    def seats_of(self, agent: str) -> list[str]:
+        return [seat for seat, filled_by in self.seats.items() if filled_by == agent]
+
+    def save(self, directory: Path) -> None:
+        """Write the team: manifest.json and a Hugging Face (or PEFT) directory an agent.
+
+        Written beside and renamed, so that ``directory`` is always whole.
+        """
+        beside = directory.with_name(directory.name + ".writing")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        agents: dict[str, Any] = {}
+        bases: dict[str, str] = {}
+        for name, policy in self.policies.items():
+            spec = self.specs[name]
+            target = beside / name
+            if policy.adapter:
+                base = self._save_base(policy, beside, directory, bases)
+                _save_adapter(policy, target, base)
+            else:
+                _plain_generation(policy)
+                policy.causal_lm.save_pretrained(target)
+            policy.tokenizer.save_pretrained(target)
+            agents[name] = {
+                "dir": name,
+                "temperature": spec.temperature,
+                "template": asdict(spec.template),
+                "sharing": self.sharing,
+                "delta": spec.delta,
+                "lora": asdict(spec.lora) if spec.lora else None,
+            }
+        manifest = {
+            "format": FORMAT,
+            "seats": self.seats,
+            "agents": agents,
+            "protocol": dict(self.protocol),
+            "task": dict(self.task),
+        }
+        (beside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
+        beside.rename(directory)
+
+    def _save_base(
+        self, policy: Policy, beside: Path, directory: Path, bases: dict[str, str]
+    ) -> str:
+        """A base that lies in a local directory goes along; one from the hub keeps its id."""
+        source = str(policy.config._name_or_path)
+        if not Path(source).is_dir():
+            return source
+        if source not in bases:
+            name = f"base-{len(bases)}"
+            shutil.copytree(source, beside / name)
+            bases[source] = str(directory.resolve() / name)
+        return bases[source]
+
+
+def _save_adapter(policy: Policy, target: Path, base: str) -> None:
+    model: PeftModel = policy.model  # type: ignore[assignment]
+    assert policy.adapter is not None
+    model.save_pretrained(str(target), selected_adapters=[policy.adapter])
+    nested = target / policy.adapter  # PEFT puts a named adapter into a folder of its own
+    for path in nested.iterdir():
+        path.rename(target / path.name)
+    nested.rmdir()
+    config_path = target / "adapter_config.json"
+    config = json.loads(config_path.read_text())
+    config["base_model_name_or_path"] = base
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _plain_generation(policy: Policy) -> None:
+    """A saved agent samples as it was trained to: its temperature, no filters."""
+    generation = policy.causal_lm.generation_config
+    generation.do_sample = True
+    generation.temperature = policy.temperature
+    generation.top_p = 1.0
+    generation.top_k = 0
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a team directory. Raises UserError where it is none or of another format."""
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: not a team directory (no manifest.json in it)")
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format {manifest.get('format')!r}, this satune reads {FORMAT}")
+    return manifest
+
+
+def load_team(
+    directory: Path, *, dtype: str = "float32", device: str = "auto", seed: int = 0
+) -> Team:
+    """The team in a directory written by ``Team.save``."""
+    manifest = read_manifest(directory)
+    specs: list[AgentSpec] = []
+    sharing = "separate"
+    for name, entry in manifest["agents"].items():
+        sharing = entry["sharing"]
+        lora = entry.get("lora")
+        specs.append(
+            AgentSpec(
+                name=name,
+                model=str(directory / entry["dir"]),
+                temperature=entry["temperature"],
+                template=TemplateSettings(**entry["template"]),
+                lora=_lora(lora),
+                delta=entry["delta"],
+            )
+        )
+    return build_team(
+        specs,
+        manifest["seats"],
+        sharing=sharing,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        protocol=manifest["protocol"],
+        task=manifest["task"],
+    )
+
+
+def _lora(entry: Mapping[str, Any] | None) -> LoraSpec | None:
+    if entry is None:
+        return None
+    targets = entry["targets"]
+    return LoraSpec(entry["rank"], entry["alpha"], tuple(targets) if targets else None)
+
+
+def build_team(
+    specs: Sequence[AgentSpec],
+    seats: Mapping[str, str],
+    *,
+    sharing: str,
+    dtype: str = "float32",
+    autocast: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    protocol: Mapping[str, Any] | None = None,
+    task: Mapping[str, Any] | None = None,
+) -> Team:
+    """Load every agent's model. Raises UserError as ``load_policies`` does."""
+    policies = load_policies(
+        specs,
+        shared_base=sharing == "lora",
+        precision=Precision.of(dtype, autocast),
+        device=device,
+        seed=seed,
+    )
+    return Team(
+        policies,
+        {spec.name: spec for spec in specs},
+        dict(seats),
+        sharing,
+        protocol or {},
+        task or {},
+    )

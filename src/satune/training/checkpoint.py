@@ -1,0 +1,267 @@
+"""Checkpoints: complete or absent, unchanged files linked, damage noticed and named.
+
+A checkpoint is a directory written beside and renamed: ``state.json``, an agent's weights and
+optimiser as safetensors, and the experience still in use. Nothing in it depends on the number of
+processes. state.json lists every file with its size and digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from satune.training.run_directory import (
+    disk_errors,
+    read_lines,
+    strict_json,
+    sync_directory,
+    write_atomically,
+)
+from satune.training.schedules import Batch
+from satune.types import Episode, UserError
+
+if TYPE_CHECKING:
+    from satune.training.run import State, Training
+
+FORMAT = 1
+_WRITING = ".writing"
+
+
+class Checkpoints:
+    """The checkpoints of one run. ``keep`` bounds how many stay."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory
+        self.keep = keep
+        self._last: Path | None = None
+        self._held: dict[str, tuple[int, int]] = {}
+
+    def names(self) -> list[str]:
+        """Complete checkpoints, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        found = [p.name for p in self.directory.iterdir() if (p / "state.json").is_file()]
+        return sorted((n for n in found if not n.endswith(_WRITING)), key=_place)
+
+    def write(self, name: str, training: Training) -> None:
+        """Write a checkpoint of the run as it is. Raises UserError where the disk refuses; the
+        checkpoints that were there stay."""
+        state = training.state
+        target = self.directory / name
+        beside = self.directory / (name + _WRITING)
+        with disk_errors(beside):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        try:
+            previous = self._last
+            files: dict[str, list[Any]] = {}
+            known = _listed(previous) if previous is not None else {}
+            held: dict[str, tuple[int, int]] = {}
+            for agent, learner in training.learners.items():
+                held[agent] = (state.versions[agent], learner.steps)
+                unchanged = previous is not None and self._held.get(agent) == held[agent]
+                for part in ("weights", "optimizer", "reference"):
+                    relative = f"{agent}.{part}.safetensors"
+                    linkable = unchanged or (part == "reference" and previous is not None)
+                    if linkable and relative in known and previous is not None:
+                        _link(previous / relative, beside / relative)
+                        files[relative] = known[relative]
+                        continue
+                    tensors = _tensors(learner, part)
+                    if tensors:
+                        _save_tensors(tensors, beside / relative)
+                        files[relative] = _identity(beside / relative)
+            if state.batch is not None:
+                rows = (training.world.to_row(e) for e in state.batch.episodes)
+                data = "".join(strict_json(row) + "\n" for row in rows)
+                write_atomically(beside / "experience.jsonl", data)
+                files["experience.jsonl"] = _identity(beside / "experience.jsonl")
+            write_atomically(
+                beside / "state.json",
+                strict_json(_state_to_json(training, files)) + "\n",
+            )
+            with disk_errors(beside):
+                for relative in files:
+                    with open(beside / relative, "rb") as file:
+                        os.fsync(file.fileno())
+                sync_directory(beside)
+                shutil.rmtree(target, ignore_errors=True)
+                beside.rename(target)
+                sync_directory(self.directory)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        self._last, self._held = target, held
+        self._prune()
+
+    def _prune(self) -> None:
+        for name in self.names()[: -self.keep]:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+
+    def latest(self, wanted: str | None = None) -> tuple[str, list[str]] | None:
+        """The newest undamaged checkpoint (or ``wanted``) and one line a damaged one passed over.
+
+        None where there is none at all. Raises UserError if ``wanted`` is missing or damaged, or
+        if every one is damaged.
+        """
+        names = self.names()
+        if wanted is not None:
+            if wanted not in names:
+                there = ", ".join(names) or "none"
+                raise UserError(f"{self.directory}: no checkpoint {wanted!r}; there are: {there}")
+            damage = self.damage(wanted)
+            if damage:
+                raise UserError(damage)
+            return wanted, []
+        passed: list[str] = []
+        for name in reversed(names):
+            damage = self.damage(name)
+            if damage is None:
+                return name, passed
+            passed.append(damage)
+        if passed:
+            raise UserError(f"{passed[0]}; no undamaged checkpoint is left, start anew in another --out")
+        return None
+
+    def damage(self, name: str) -> str | None:
+        """One line on what is wrong with a checkpoint; None where every file is as recorded."""
+        path = self.directory / name
+        try:
+            state = json.loads((path / "state.json").read_text())
+            files = state["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{path}/state.json: damaged checkpoint (unreadable)"
+        if state.get("format") != FORMAT:
+            return f"{path}: checkpoint format {state.get('format')!r}, this satune reads {FORMAT}"
+        for relative, recorded in files.items():
+            if not (path / relative).is_file():
+                return f"{path / relative}: damaged checkpoint (missing file)"
+            if _identity(path / relative) != recorded:
+                return f"{path / relative}: damaged checkpoint (content changed)"
+        return None
+
+    def restore(self, name: str, training: Training) -> None:
+        """Put the run back to a checkpoint: weights, optimisers, state, events and episodes."""
+        path = self.directory / name
+        state = json.loads((path / "state.json").read_text())
+        agents = list(training.learners)
+        if sorted(state["state"]["versions"]) != sorted(agents):
+            raise UserError(
+                f"{path}: holds agents {', '.join(sorted(state['state']['versions']))}, the recipe "
+                f"has {', '.join(sorted(agents))}; resume with the recipe the run was started with"
+            )
+        held: dict[str, tuple[int, int]] = {}
+        for agent, learner in training.learners.items():
+            learner.load_weights(load_file(path / f"{agent}.weights.safetensors"))
+            optimizer = path / f"{agent}.optimizer.safetensors"
+            moments = load_file(optimizer) if optimizer.is_file() else {}
+            learner.load_optimizer_state(moments, state["learner_steps"][agent])
+            reference = path / f"{agent}.reference.safetensors"
+            if reference.is_file():
+                learner.keep_reference(load_file(reference))
+            version = state["state"]["versions"][agent]
+            held[agent] = (version, learner.steps)
+            training.world.publish(agent, state["published"][agent])
+        _state_from_json(state["state"], path, training)
+        training.supply.offset = state["offset"]
+        training.directory.truncate(state["sizes"])
+        self._last, self._held = path, held
+        for other in self.names():
+            if _place(other) > _place(name):
+                shutil.rmtree(self.directory / other, ignore_errors=True)
+
+
+def _place(name: str) -> tuple[int, float]:
+    """stage-0003-step-1 comes before stage-0003, which closes its stage."""
+    parts = name.split("-")
+    return int(parts[1]), float(parts[3]) if len(parts) > 3 else float("inf")
+
+
+def _tensors(learner: Any, part: str) -> dict[str, Tensor]:
+    found: Mapping[str, Tensor] = {
+        "weights": learner.weights,
+        "optimizer": learner.optimizer_state,
+        "reference": lambda: learner.reference_weights or {},
+    }[part]()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The writer hides the errno in its text; asking the system for the room gives it back.
+        with disk_errors(path), open(path, "ab") as file:
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            os.posix_fallocate(file.fileno(), 0, needed)
+        raise UserError(f"{path}: cannot be written ({error}); give another --out") from error
+
+
+def _listed(path: Path) -> dict[str, list[Any]]:
+    return json.loads((path / "state.json").read_text())["files"]
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link; where the file system has none, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with disk_errors(target):
+            shutil.copy2(source, target)
+
+
+def _identity(path: Path) -> list[Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, Any]:
+    state = training.state
+    fields: dict[str, Any] = {
+        "stage": state.stage,
+        "step": state.step,
+        "order": state.order,
+        "betas": state.betas,
+        "versions": state.versions,
+        "opening": state.opening,
+        "totals": state.totals,
+        "evaluations": state.evaluations,
+    }
+    if state.batch is not None:
+        # repr of a float reads back to the same float, so JSON keeps log w bit for bit.
+        fields["batch"] = {
+            "log_weights": state.batch.log_weights,
+            "drawn_before": state.batch.drawn_before,
+        }
+    return {
+        "format": FORMAT,
+        "state": fields,
+        "offset": training.supply.offset,
+        "learner_steps": {name: learner.steps for name, learner in training.learners.items()},
+        "published": training.published,
+        "sizes": training.directory.sizes(),
+        "files": dict(files),
+    }
+
+
+def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) -> None:
+    state: State = training.state
+    for name in ("stage", "step", "order", "betas", "versions", "opening", "totals", "evaluations"):
+        setattr(state, name, fields[name])
+    batch = fields.get("batch")
+    state.batch = None
+    if batch is not None:
+        episodes: list[Episode] = [
+            training.world.from_row(row) for row in read_lines(path / "experience.jsonl")
+        ]
+        state.batch = Batch(episodes, list(batch["log_weights"]), batch["drawn_before"])

@@ -1,0 +1,66 @@
+"""Before the first update every ratio is 1 and every KL 0, or the run stops (THEORY §6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from satune.agents.learner import LocalLearner
+from satune.training.update import own_turns
+from satune.types import Episode, UserError
+
+
+def self_check(
+    learners: Mapping[str, LocalLearner], episodes: Sequence[Episode], tolerance: float
+) -> dict[str, dict[str, float]]:
+    """Hold learner against engine on episodes that the present weights wrote.
+
+    Per agent: ``ratio`` the largest |log r| between two scorings, ``kl`` the largest exact KL,
+    ``mismatch_mean`` the mean of sampled minus written and ``mismatch_max`` the largest difference.
+    Raises UserError, one line, where any of them exceeds ``tolerance`` (nats).
+    """
+    report: dict[str, dict[str, float]] = {}
+    for name, learner in learners.items():
+        packed = own_turns(name, episodes)
+        if packed.tokens == 0:
+            continue
+        anchor = learner.anchor(packed)
+        learner.complete(anchor)
+        again = learner.measure(anchor)
+        sampled_T = torch.tensor(_sampled(name, episodes), dtype=torch.float64)
+        difference_T = sampled_T - anchor.logprobs_T.double()
+        figures: dict[str, float] = {
+            "ratio": float((again.logprobs_T - anchor.logprobs_T).abs().max()),
+            "kl": float(torch.maximum(again.kl_T, again.reverse_kl_T).max()),
+            "mismatch_mean": float(difference_T.mean()),
+            "mismatch_max": float(difference_T.abs().max()),
+        }
+        report[name] = figures
+        for what in ("ratio", "kl", "mismatch_max"):
+            if not figures[what] <= tolerance:
+                raise UserError(_explanation(name, what, figures[what], tolerance))
+    return report
+
+
+def _sampled(agent: str, episodes: Sequence[Episode]) -> list[float]:
+    return [
+        logprob
+        for episode in episodes
+        for turn in episode.turns
+        if turn.agent == agent
+        for logprob in turn.sampled_logprobs or ()
+    ]
+
+
+def _explanation(agent: str, what: str, value: float, tolerance: float) -> str:
+    meaning: dict[str, Any] = {
+        "ratio": "two scorings of one token differ",
+        "kl": "the KL to itself is not 0",
+        "mismatch_max": "engine and learner give one token different log-probabilities",
+    }
+    return (
+        f"self-check: agent {agent}: {meaning[what]} by {value:.3g} nats (tolerance {tolerance:g}); "
+        "compute in float32, or check that the engine serves the learner's weights and temperature"
+    )

@@ -1,0 +1,64 @@
+"""What the training loop is told, apart from any file format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from satune.core.objectives import ObjectiveSettings
+from satune.core.trust_region import TrustRegionSettings
+
+ScheduleName = Literal["fresh", "reuse", "hybrid", "stale", "simultaneous"]
+OrderName = Literal["static", "random", "greedy"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSettings:
+    """Where a step's experience comes from (THEORY §6). ``ess`` is hybrid's limit of ESS/N, ``cap``
+    an upper bound on training weights w."""
+
+    name: ScheduleName = "hybrid"
+    ess: float = 0.5
+    cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageSettings:
+    """Group-relative advantages (THEORY §6) and DAPO's shaping of them."""
+
+    baseline: Literal["mean", "leave_one_out", "max"] = "mean"
+    normalise: bool = True
+    clip: float = 5.0
+    dynamic_sampling: bool = False
+    overlong_buffer: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSettings:
+    """One agent's step: objective, passes over the experience, trust region."""
+
+    objective: ObjectiveSettings = field(default_factory=lambda: ObjectiveSettings("sat"))
+    advantage: AdvantageSettings = field(default_factory=AdvantageSettings)
+    trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
+    epochs: int = 1
+    mini_batches: int = 4
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """A whole run. ``problems`` × ``samples`` episodes a rollout; ``evaluate_every`` 0 evaluates
+    before and after only; ``deltas`` are the agents' own trust regions."""
+
+    seed: int
+    stages: int
+    problems: int
+    samples: int
+    update: UpdateSettings
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    order: OrderName = "static"
+    deltas: dict[str, float] = field(default_factory=dict)
+    evaluate_every: int = 0
+    checkpoint_steps: bool = True
+    keep_checkpoints: int = 2
+    tensorboard: bool = False

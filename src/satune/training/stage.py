@@ -1,0 +1,54 @@
+"""One stage: a sweep over the agents, each updated on experience that accounts for those before it.
+
+THEORY §6, line by line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from satune.training.ordering import sweep_order
+from satune.training.run import Training
+from satune.training.schedules import experience_for
+from satune.training.update import improve
+from satune.types import Key
+
+
+def run_stage(training: Training) -> None:
+    """Sweep once over the agents, from wherever a checkpoint left the sweep."""
+    state, settings = training.state, training.settings
+    stage = state.stage + 1
+
+    if state.batch is None:
+        state.batch = training.roll_out(stage, step=1)
+        state.order, scores = sweep_order(
+            settings, training.learners, state.batch.episodes, stage
+        )
+        training.open_stage(scores)
+
+    for step in range(state.step + 1, len(state.order) + 1):
+        agent = state.order[step - 1]
+
+        if training.wants_rollout(state.batch, step):
+            state.batch = training.roll_out(stage, step)
+        experience = experience_for(settings.schedule.name, state.batch)
+
+        outcome = improve(
+            training.learners[agent],
+            agent,
+            experience,
+            replace(settings.update, trust_region=training.region(agent)),
+            beta=state.betas[agent],
+            cap=settings.schedule.cap,
+            key=Key(settings.seed, "train", stage, step),
+        )
+
+        state.betas[agent] = outcome.beta
+        state.batch.reweight(outcome.log_ratio_E)
+        training.take(agent, outcome.accepted, last=step == len(state.order))
+        training.record_update(stage, step, agent, outcome)
+        state.step = step
+        if step < len(state.order):
+            training.save_step()
+
+    training.close_stage()

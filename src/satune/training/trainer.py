@@ -1,0 +1,91 @@
+"""A whole run: before, the stages, after; from the beginning or from a checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from satune.training.run import Training
+from satune.training.self_check import self_check
+from satune.training.stage import run_stage
+from satune.types import Key
+
+CHECK_PROBLEMS = 4
+
+
+def train(training: Training, *, tolerance: float, checkpoint: str | None = None) -> dict[str, Any]:
+    """Run to the last stage and return the summary, which is also written.
+
+    ``tolerance`` (nats) is the self-check's; ``checkpoint`` names one to go on from. Raises UserError
+    for a failed self-check or a disk that refuses; the last good checkpoint then stays.
+    """
+    if checkpoint is None:
+        _begin(training, tolerance)
+    else:
+        training.checkpoints.restore(checkpoint, training)
+        self_check(training.learners, _check_episodes(training), tolerance)
+    while training.state.stage < training.settings.stages:
+        run_stage(training)
+    return _finish(training)
+
+
+def _check_episodes(training: Training) -> list[Any]:
+    key = Key(training.settings.seed, "train", stage=0)
+    problems = min(CHECK_PROBLEMS, training.settings.problems)
+    return training.supply.draw(key, 0, problems)
+
+
+def _begin(training: Training, tolerance: float) -> None:
+    for name in training.learners:
+        training.publish(name)
+    if training.settings.update.objective.reference_kl > 0:
+        for learner in training.learners.values():
+            learner.keep_reference()
+    report = self_check(training.learners, _check_episodes(training), tolerance)
+    training.event(
+        "run",
+        seed=training.settings.seed,
+        stages=training.settings.stages,
+        agents={name: list(seats) for name, seats in training.seats.items()},
+        self_check=report,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        device=str(next(iter(training.learners.values())).policy.device),
+        threads=torch.get_num_threads(),
+    )
+    if training.evaluates_greedy:
+        training.evaluate(greedy=True)
+    training.evaluate(greedy=False)
+    training.save("stage-0000")
+
+
+def _finish(training: Training) -> dict[str, Any]:
+    if training.evaluates_greedy:
+        training.evaluate(greedy=True)
+    training.evaluate(greedy=False)
+    training.world.save_team()
+    state = training.state
+    sampled = [e for e in state.evaluations if not e["greedy"]]
+    greedy = [e for e in state.evaluations if e["greedy"]]
+    summary: dict[str, Any] = {
+        "reward_before": sampled[0]["reward"],
+        "reward_after": sampled[-1]["reward"],
+        "interval_before": sampled[0]["interval"],
+        "interval_after": sampled[-1]["interval"],
+        "problems": sampled[0]["problems"],
+        "stages": state.stage,
+        "seconds": state.totals["seconds"],
+        "tokens": state.totals["sampled_tokens"],
+        "episodes": state.totals["episodes"],
+        "updates_accepted": sum(state.versions.values()),
+        "team": str(training.directory.team),
+    }
+    if "difference" in sampled[-1]:
+        summary["difference"] = sampled[-1]["difference"]
+    if greedy:
+        summary["greedy_before"] = greedy[0]["reward"]
+        summary["greedy_after"] = greedy[-1]["reward"]
+    training.directory.write_summary(summary)
+    return summary

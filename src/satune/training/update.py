@@ -1,0 +1,247 @@
+"""One agent's step: a proposal by gradient ascent, then the trust region that measures it.
+
+THEORY §6. The learner is left holding what was accepted: the proposal, the proposal shrunk towards
+the anchor, or the anchor itself, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from satune.agents.learner import Anchor, LocalLearner, Measurement, NonFinite
+from satune.agents.packing import PackedTurns, pack
+from satune.core.advantages import group_advantages, overlong_penalty
+from satune.core.divergence import DivergenceStatistics, divergence_statistics
+from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
+from satune.core.trust_region import LineSearch, adapt_beta
+from satune.training.settings import AdvantageSettings, UpdateSettings
+from satune.types import Episode, Experience, Key
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step did. ``log_ratio_E`` is log r of the accepted update on each episode, 0 after a
+    revert; ``event`` the fields of the update event that are known here."""
+
+    accepted: bool
+    beta: float
+    log_ratio_E: Tensor
+    event: dict[str, Any]
+
+
+def own_turns(agent: str, episodes: Sequence[Episode]) -> PackedTurns:
+    """The agent's turns of every episode, packed for its learner."""
+    return pack([[turn for turn in e.turns if turn.agent == agent] for e in episodes])
+
+
+def groups(episodes: Sequence[Episode]) -> Tensor:
+    """The problem of each episode as a label [E], counted in order of first appearance."""
+    label: dict[str, int] = {}
+    return torch.tensor([label.setdefault(e.problem.id, len(label)) for e in episodes])
+
+
+def advantages(
+    episodes: Sequence[Episode],
+    settings: AdvantageSettings,
+    *,
+    agent: str = "",
+    max_new_tokens: int = 0,
+) -> Tensor:
+    """Group-relative advantages [E] of the team's rewards, in float64.
+
+    With ``overlong_buffer`` the agent's longest turn is charged as it nears ``max_new_tokens``.
+    """
+    rewards_E = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
+    if settings.overlong_buffer > 0:
+        longest_E = torch.tensor(
+            [
+                max((t.completion_tokens for t in e.turns if t.agent == agent), default=0)
+                for e in episodes
+            ]
+        )
+        penalty_E = overlong_penalty(
+            longest_E, limit=max_new_tokens, buffer=settings.overlong_buffer
+        )
+        rewards_E = rewards_E + penalty_E.double()
+    return group_advantages(
+        rewards_E,
+        groups(episodes),
+        baseline=settings.baseline,
+        normalise=settings.normalise,
+        clip=settings.clip,
+    )
+
+
+def improve(
+    learner: LocalLearner,
+    agent: str,
+    experience: Experience,
+    settings: UpdateSettings,
+    *,
+    beta: float,
+    cap: float | None,
+    key: Key,
+) -> Outcome:
+    """Make a proposal for ``agent`` from ``experience``, measure it, keep what the trust region
+    allows. ``beta`` weighs KL(proposal‖anchor) in the objective; the outcome has its next value."""
+    started = time.perf_counter()
+    episodes = experience.episodes
+    packed = own_turns(agent, episodes)
+    log_weights_E = torch.tensor(experience.log_weights, dtype=torch.float64)
+    weights_E, capped_mass = capped_weights(log_weights_E, cap)
+    event: dict[str, Any] = {
+        "episodes": len(episodes),
+        "ess": effective_sample_size(log_weights_E),
+        "delta": settings.trust_region.delta,
+        "beta": beta,
+        "tokens": {"own": packed.tokens},
+    }
+    if cap is not None:
+        event["capped_mass"] = capped_mass
+    if packed.tokens == 0:
+        event |= {"accepted": False, "scale": 0.0, "reason": "the agent wrote nothing"}
+        return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
+
+    advantages_E = advantages(
+        episodes, settings.advantage, agent=agent, max_new_tokens=settings.max_new_tokens
+    )
+    learner.wake()
+    anchor = learner.anchor(packed, reference=settings.objective.reference_kl > 0)
+    objective = replace(settings.objective, beta=beta)
+    try:
+        learning = _ascend(learner, anchor, advantages_E, weights_E, settings, objective, key)
+    except NonFinite as error:
+        learner.drop_gradients()
+        learner.restore(anchor.snapshot)
+        learner.rest()
+        event |= {"accepted": False, "scale": 0.0, "reason": str(error)}
+        event["seconds"] = {"update": time.perf_counter() - started}
+        beta = adapt_beta(beta, settings.trust_region.beta, math.inf, settings.trust_region.delta)
+        return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
+    event |= learning
+    event["mismatch"] = _mismatch(agent, episodes, anchor)
+    event["seconds"] = {"update": time.perf_counter() - started}
+
+    started = time.perf_counter()
+    search, measured, statistics = _enforce(learner, anchor, weights_E, episodes, settings)
+    learner.rest()
+    event["seconds"]["measure"] = time.perf_counter() - started
+    accepted = search.decision == "accept"
+    log_ratio_E = torch.zeros(len(episodes), dtype=torch.float64)
+    if accepted:
+        log_ratio_E = sequence_log_ratio(
+            measured.logprobs_T.double(),
+            anchor.logprobs_T.double(),
+            packed.episode_T,
+            len(episodes),
+        )
+    event |= {
+        "kl": statistics.to_dict(),
+        "unit": settings.trust_region.unit,
+        "scale": search.scale,
+        "accepted": accepted,
+        "reason": search.reason,
+        "candidates": [list(candidate) for candidate in search.measured],
+    }
+    first = search.first_statistic
+    assert first is not None
+    region = settings.trust_region
+    if region.adapt and region.beta > 0:
+        beta = adapt_beta(beta, region.beta, first, region.delta)
+    return Outcome(accepted, beta, log_ratio_E, event)
+
+
+def _ascend(
+    learner: LocalLearner,
+    anchor: Anchor,
+    advantages_E: Tensor,
+    weights_E: Tensor,
+    settings: UpdateSettings,
+    objective: Any,
+    key: Key,
+) -> dict[str, Any]:
+    """The epochs and mini-batches of one step; returns what the event says of them."""
+    totals: dict[str, float] = {}
+    norms: list[float] = []
+    count = anchor.packed.episodes
+    for epoch in range(settings.epochs):
+        order = list(range(count))
+        key.rng("mini-batches", epoch).shuffle(order)
+        for mini in _split(order, settings.mini_batches):
+            metrics = learner.accumulate(anchor, mini, advantages_E, weights_E, objective)
+            learner.complete(anchor)
+            norms.append(learner.step())
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value
+    return {
+        "objective": -totals["policy_loss"] / len(norms),
+        "clip_fraction": totals["clipped"] / max(totals["clippable"], 1.0),
+        "grad_norm": max(norms),
+        "optimizer_steps": len(norms),
+    }
+
+
+def _split(order: Sequence[int], parts: int) -> list[list[int]]:
+    parts = min(parts, len(order))
+    bounds = [len(order) * part // parts for part in range(parts + 1)]
+    return [list(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _enforce(
+    learner: LocalLearner,
+    anchor: Anchor,
+    weights_E: Tensor,
+    episodes: Sequence[Episode],
+    settings: UpdateSettings,
+) -> tuple[LineSearch, Measurement, DivergenceStatistics]:
+    """Measure the proposal; shrink it towards the anchor until it is inside, or revert."""
+    region, packed = settings.trust_region, anchor.packed
+    search = LineSearch(region)
+    proposal: dict[str, Tensor] | None = None
+    while True:
+        measured = learner.measure(anchor)
+        statistics = divergence_statistics(
+            measured.kl_T,
+            measured.reverse_kl_T,
+            packed.episode_T,
+            packed.turn_T,
+            weights_E,
+            groups(episodes),
+            delta=region.delta,
+            quantile=region.quantile,
+            unit=region.unit,
+        )
+        decision = search.observe(statistics.quantile)
+        if decision == "accept":
+            return search, measured, statistics
+        if decision == "revert":
+            learner.restore(anchor.snapshot)
+            return search, measured, statistics
+        if proposal is None:
+            proposal = learner.weights()
+        learner.interpolate(anchor.snapshot.weights, proposal, search.scale)
+
+
+def _mismatch(agent: str, episodes: Sequence[Episode], anchor: Anchor) -> dict[str, float]:
+    """Written (here: anchor) minus sampled log-probabilities of turns the anchor itself wrote.
+
+    Only meaningful for those; turns of an older version differ by the update, not by the engine.
+    """
+    sampled = [
+        logprob
+        for episode in episodes
+        for turn in episode.turns
+        if turn.agent == agent
+        for logprob in (turn.sampled_logprobs or ())
+    ]
+    if len(sampled) != anchor.packed.tokens:
+        return {}
+    difference_T = anchor.logprobs_T.double() - torch.tensor(sampled, dtype=torch.float64)
+    return {"mean": float(-difference_T.mean()), "max": float(difference_T.abs().max())}

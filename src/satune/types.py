@@ -1,0 +1,307 @@
+"""The words every room shares: what a problem, a turn, an episode and a grade are, and what an
+engine, a task, an environment, a renderer and a conversation can be asked for.
+
+Standard library only, so that any room can import it at no cost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Part = Mapping[str, Any]
+Message = dict[str, Any]
+Purpose = Literal["train", "certify", "evaluate", "swap", "environment", "demonstrate"]
+FinishReason = Literal["stop", "length"]
+
+
+class UserError(ValueError):
+    """Bad input from the person at the keyboard: one line saying where, what and the mend."""
+
+
+def text_part(text: str) -> Part:
+    """One text part of a message's content, in the form chat templates take."""
+    return {"type": "text", "text": text}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One task instance. ``prompt`` is message content as parts (text today)."""
+
+    id: str
+    prompt: tuple[Part, ...]
+    answer: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(id: str, text: str, answer: Any = None, **metadata: Any) -> Problem:
+        """A problem whose prompt is plain text."""
+        return Problem(id, (text_part(text),), answer, metadata)
+
+    @property
+    def text(self) -> str:
+        """The prompt's text parts joined."""
+        return "".join(part["text"] for part in self.prompt if part.get("type") == "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What an answer is worth: ``score`` in [0, 1], its components, per-seat credit if any."""
+
+    score: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    detail: str = ""
+    seats: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """Names one stream of randomness; two draws with equal keys are equal whatever the batching.
+
+    ``stage`` and ``step`` count from 1 (0: before training). ``draw`` counts rollouts inside a
+    step. ``seat`` and ``own_index`` are filled in when a seat speaks.
+    """
+
+    seed: int
+    purpose: str
+    stage: int = 0
+    step: int = 0
+    draw: int = 0
+    problem: str = ""
+    sample: int = 0
+    seat: str = ""
+    own_index: int = 0
+
+    def at(self, **changes: Any) -> Key:
+        return replace(self, **changes)
+
+    def rng(self, *extra: object) -> random.Random:
+        """A generator seeded by this key (and ``extra``), the same on every machine."""
+        text = repr(
+            (
+                self.seed, self.purpose, self.stage, self.step, self.draw,
+                self.problem, self.sample, self.seat, self.own_index, *extra,
+            )
+        )  # fmt: skip
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return random.Random(int.from_bytes(digest, "big"))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw a completion. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an engine is given: the messages, and the ids where a tokenizer is known.
+
+    ``dropped`` counts foreign messages left out because the context was full.
+    """
+
+    messages: tuple[Message, ...]
+    ids: tuple[int, ...] | None = None
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns. ``ids`` include EOS if it was sampled; ``text`` has no special tokens.
+
+    ``logprobs`` (one a token) are natural logs at the sampling temperature. Without ids the turn
+    cannot be trained on. ``version`` is that of the agent's weights that wrote it.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    version: int
+    ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of one seat. Turns that are active together share ``moment``.
+
+    ``own_index`` counts the seat's own turns from 0. ``prompt_ids`` are exactly what was fed.
+    """
+
+    seat: str
+    agent: str
+    moment: int
+    own_index: int
+    text: str
+    finish_reason: FinishReason
+    version: int
+    prompt_ids: tuple[int, ...] | None = None
+    completion_ids: tuple[int, ...] | None = None
+    sampled_logprobs: tuple[float, ...] | None = None
+    dropped: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+EntryKind = Literal["problem", "own", "foreign", "observation", "instruction"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One item of the transcript as one seat sees it; a renderer turns entries into messages.
+
+    ``parts`` is set for the problem, ``text`` for the rest, ``seat`` for own and foreign messages.
+    """
+
+    kind: EntryKind
+    text: str = ""
+    seat: str = ""
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One finished conversation on one problem."""
+
+    problem: Problem
+    sample: int
+    turns: tuple[Turn, ...]
+    answer: str | None
+    grade: Grade
+    observations: tuple[tuple[int, str], ...] = ()
+    """(number of turns before it, text) for each observation of the environment."""
+    environment_tokens: int = 0
+
+    @property
+    def reward(self) -> float:
+        return self.grade.score
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What one agent's update learns from: whole groups of episodes and their log weights.
+
+    ``log_weights[e]`` is log w of THEORY §6, the sum over the agents updated since the rollout of
+    anchor minus written log-probabilities; 0 right after a rollout.
+    """
+
+    episodes: tuple[Episode, ...]
+    log_weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """An environment's reply to an action. ``seats`` None shows the text to every seat.
+
+    ``grade`` may be given with ``done``; otherwise the task grades the last action.
+    """
+
+    text: str
+    done: bool = False
+    seats: tuple[str, ...] | None = None
+    grade: Grade | None = None
+
+
+class View(Protocol):
+    """One seat's growing view of one conversation, in its agent's tokenizer and template."""
+
+    def prompt(self, entries: Sequence[Entry], max_new_tokens: int) -> Prompt: ...
+
+    def wrote(self, completion: Completion) -> None: ...
+
+
+class Renderer(Protocol):
+    """Turns what a seat sees into what its model reads. One an agent."""
+
+    def view(self, seat: str) -> View: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A named place in the team, the agent that fills it, and how it samples."""
+
+    name: str
+    agent: str
+    renderer: Renderer
+    sampling: Sampling
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Draws completions. ``begin`` and ``end`` bracket a conversation, so that a local engine knows
+    when no conversation can go on without it, and what it may forget."""
+
+    async def generate(
+        self, seat: str, prompt: Prompt, sampling: Sampling, key: Key
+    ) -> Completion: ...
+
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+        """Take the agent's new weights (None: the engine shares the learner's parameters)."""
+        ...
+
+    def begin(self, key: Key) -> None: ...
+
+    def end(self, key: Key) -> None: ...
+
+
+Generate = Callable[[Sequence[Message], Sampling], Awaitable[Completion]]
+
+
+class Environment(Protocol):
+    """The world one conversation acts in."""
+
+    async def step(self, action: str | None) -> StepResult: ...
+
+
+class Task(Protocol):
+    """Problems and how answers to them are graded.
+
+    ``extract`` reads the answer out of a message (None: there is none), ``equal`` compares two
+    extracted answers (majority votes use it), ``grade`` takes a whole message.
+    """
+
+    name: str
+
+    def problems(self, split: str) -> Iterable[Problem]: ...
+
+    def extract(self, text: str) -> str | None: ...
+
+    def equal(self, a: str, b: str) -> bool: ...
+
+    def grade(self, problem: Problem, answer: str | None) -> Grade: ...
+
+
+class Conversation(Protocol):
+    """What a protocol is handed. See ``rollout.Talk``.
+
+    ``acting`` is true in an environment: the protocol is then called once for every action.
+    """
+
+    problem: Problem
+    acting: bool
+    seats: tuple[str, ...]
+    turns: list[Turn]
+    rng: random.Random
+
+    async def say(self, seat: str, instruction: str | None = None) -> Turn: ...
+
+    async def all_say(
+        self, seats: Sequence[str], instruction: str | Mapping[str, str] | None = None
+    ) -> list[Turn]: ...
+
+    def observe(self, text: str, to: Sequence[str] | None = None) -> None: ...
+
+    def extract(self, text: str) -> str | None: ...
+
+    def majority(self, turns: Sequence[Turn]) -> str | None: ...
+
+
+TeamProtocol = Callable[[Conversation], Awaitable[str | None]]

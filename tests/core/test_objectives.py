@@ -1,0 +1,347 @@
+"""The objectives: values and gradients by hand, splits into micro-batches, weightless episodes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from satune.core.objectives import (
+    LINEAR_ABOVE,
+    OBJECTIVES,
+    ObjectiveBatch,
+    ObjectiveSettings,
+    objective_loss,
+)
+
+NAN = math.nan
+NAMES = tuple(OBJECTIVES)
+
+
+def bundle(
+    logprobs: list[float] | Tensor,
+    anchor: list[float] | Tensor,
+    episode: list[int],
+    advantages: list[float],
+    weights: list[float] | None = None,
+    **changes,
+) -> ObjectiveBatch:
+    def number(values) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float64)
+
+    fields = {
+        "logprobs_T": number(logprobs).requires_grad_(),
+        "anchor_logprobs_T": number(anchor),
+        "episode_T": torch.tensor(episode, dtype=torch.long),
+        "turn_T": torch.tensor(episode, dtype=torch.long),
+        "advantages_E": number(advantages),
+        "weights_E": number(weights or [1.0] * len(advantages)),
+        "episode_total": float(len(advantages)),
+        "token_total": float(len(episode)),
+    }
+    return ObjectiveBatch(**(fields | changes))
+
+
+def value_and_gradient(batch: ObjectiveBatch, **choices) -> tuple[float, list[float], dict]:
+    loss, metrics = objective_loss(batch, ObjectiveSettings(**choices))
+    (gradient,) = torch.autograd.grad(loss, batch.logprobs_T)
+    return loss.item(), gradient.tolist(), metrics
+
+
+def two_episodes() -> ObjectiveBatch:
+    """Episode 0: three tokens, log-ratios .1, -.3, .05, A = 2, w = .5; episode 1: one token,
+    log-ratio .4, A = -1, w = 3."""
+    return bundle([-0.9, -1.3, -0.95, -0.6], [-1.0] * 4, [0, 0, 0, 1], [2.0, -1.0], [0.5, 3.0])
+
+
+def test_sat_hand_computed():
+    # u = (-.15, .4). Episode 0: e^-.15 = .861 inside [.8, 1.2]: r A. Episode 1: A < 0, r = e^.4
+    # above 1.2: min(-1.49, -1.2) = -1.49, not held. Loss = -(.5 * 2 e^-.15 - 3 e^.4)/2; the
+    # derivative of each term by each of its tokens is the term itself.
+    loss, gradient, metrics = value_and_gradient(two_episodes(), name="sat")
+    assert loss == pytest.approx(-(math.exp(-0.15) - 3 * math.exp(0.4)) / 2)
+    assert gradient == pytest.approx([-math.exp(-0.15) / 2] * 3 + [1.5 * math.exp(0.4)])
+    assert metrics["clipped"] == 0 and metrics["clippable"] == 2
+    assert metrics["log_ratio"].item() == pytest.approx(0.25)
+    assert metrics["log_ratio_square"].item() == pytest.approx(0.15**2 + 0.4**2)
+
+
+def test_sat_sums_and_never_averages():
+    # Two tokens of log-ratio .1 each: u = .2 > log 1.2 = .1823 is held, their mean .1 would not be.
+    batch = bundle([0.1, 0.1], [0.0, 0.0], [0, 0], [1.0])
+    loss, gradient, metrics = value_and_gradient(batch, name="sat")
+    assert loss == pytest.approx(-1.2) and gradient == [0.0, 0.0] and metrics["clipped"] == 1
+    loss, gradient, metrics = value_and_gradient(batch, name="gspo")
+    assert loss == pytest.approx(-math.exp(0.1)) and metrics["clipped"] == 0
+    assert gradient == pytest.approx([-math.exp(0.1) / 2] * 2)
+
+
+@pytest.mark.parametrize(
+    "advantage, log_ratio, gain, slope",
+    [
+        (1.0, math.log(1.19), 1.19, 1.19),
+        (1.0, math.log(1.21), 1.2, 0.0),
+        (1.0, math.log(0.5), 0.5, 0.5),
+        (-1.0, math.log(0.71), -0.71, -0.71),
+        (-1.0, math.log(0.69), -0.7, 0.0),
+        (-1.0, math.log(1.5), -1.5, -1.5),
+    ],
+)
+@pytest.mark.parametrize("name", ["sat", "gspo", "grpo", "dapo"])
+def test_the_clip_is_pessimistic_and_its_ends_are_apart(name, advantage, log_ratio, gain, slope):
+    # Range [.7, 1.2]. One token: all four objectives coincide.
+    batch = bundle([log_ratio], [0.0], [0], [advantage])
+    loss, gradient, metrics = value_and_gradient(batch, name=name, clip_low=0.3, clip_high=0.2)
+    assert loss == pytest.approx(-gain) and gradient == pytest.approx([-slope])
+    assert metrics["clipped"] == (slope == 0)
+
+
+def test_gspo_hand_computed():
+    # u/|y| = (-.05, .4), the gradient of each token is divided by its episode's length.
+    loss, gradient, _ = value_and_gradient(two_episodes(), name="gspo")
+    assert loss == pytest.approx(-(math.exp(-0.05) - 3 * math.exp(0.4)) / 2)
+    assert gradient == pytest.approx([-math.exp(-0.05) / 6] * 3 + [1.5 * math.exp(0.4)])
+
+
+def test_grpo_hand_computed():
+    # Episode 0 (A = 2, w/2 = 1/4): token gains 2e^.1, 2e^-.3, 2e^.05 averaged over 3 tokens.
+    loss, gradient, metrics = value_and_gradient(two_episodes(), name="grpo")
+    tokens = [2 * math.exp(0.1), 2 * math.exp(-0.3), 2 * math.exp(0.05)]
+    assert loss == pytest.approx(-sum(tokens) / 12 + 1.5 * math.exp(0.4))
+    assert gradient == pytest.approx([-each / 12 for each in tokens] + [1.5 * math.exp(0.4)])
+    assert metrics["clippable"] == 4
+
+
+def test_dapo_hand_computed():
+    # Every token counts 1/4 times its episode's weight; clip_high .28.
+    loss, gradient, _ = value_and_gradient(two_episodes(), name="dapo", clip_high=0.28)
+    tokens = [math.exp(0.1), math.exp(-0.3), math.exp(0.05), -3 * math.exp(0.4)]
+    assert loss == pytest.approx(-sum(tokens) / 4)
+    assert gradient == pytest.approx([-each / 4 for each in tokens])
+
+
+def test_reinforce_hand_computed():
+    # -(.5 * 2 * (-3.15) + 3 * (-1) * (-.6))/2
+    loss, gradient, metrics = value_and_gradient(two_episodes(), name="reinforce")
+    assert loss == pytest.approx((3.15 - 1.8) / 2)
+    assert gradient == pytest.approx([-0.5, -0.5, -0.5, 1.5])
+    assert metrics["clipped"] == 0
+
+
+def test_gradients_at_the_anchor():
+    # All ratios are 1, nothing is clipped: sat and reinforce have -w A/E at every token of the
+    # episode, gspo and grpo -w A/(E |y|), dapo -w A/T.
+    batch = bundle([-1.0] * 5, [-1.0] * 5, [0, 0, 1, 1, 1], [0.5, -2.0], [1.0, 0.25])
+    weighted = [0.5, 0.5, -0.5, -0.5, -0.5]
+    length = [2, 2, 3, 3, 3]
+    expected = {
+        "sat": [-each / 2 for each in weighted],
+        "reinforce": [-each / 2 for each in weighted],
+        "gspo": [-each / (2 * size) for each, size in zip(weighted, length, strict=True)],
+        "grpo": [-each / (2 * size) for each, size in zip(weighted, length, strict=True)],
+        "dapo": [-each / 5 for each in weighted],
+    }
+    for name in NAMES:
+        _, gradient, _ = value_and_gradient(batch, name=name)
+        assert gradient == pytest.approx(expected[name], rel=1e-14), name
+
+
+@pytest.mark.parametrize("name", ["sat", "reinforce"])
+def test_the_exact_policy_gradient_by_enumeration(name):
+    # Two tokens from a vocabulary of 3, each episode weighted by its probability: the gradient of
+    # the loss at the anchor is -dJ/dtheta, J = sum over all 9 sequences of p(y) R(y), for any b.
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, dtype=torch.float64, generator=generator).requires_grad_()
+    second = torch.randn(3, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    rewards = torch.rand(9, dtype=torch.float64, generator=generator)
+    tokens = torch.stack(
+        [
+            first.log_softmax(0).repeat_interleave(3),
+            second.log_softmax(1).flatten(),
+        ],
+        dim=1,
+    )
+    probability = tokens.sum(1).exp()
+    truth = torch.autograd.grad((probability * rewards).sum(), (first, second), retain_graph=True)
+    batch = bundle(
+        [0.0] * 18,
+        tokens.detach().flatten(),
+        [row for row in range(9) for _ in range(2)],
+        (rewards - 0.37).tolist(),
+        probability.tolist(),
+        logprobs_T=tokens.flatten(),
+        episode_total=1.0,
+    )
+    loss, _ = objective_loss(batch, ObjectiveSettings(name=name))
+    got = torch.autograd.grad(loss, (first, second))
+    for mine, exact in zip(got, truth, strict=True):
+        torch.testing.assert_close(mine, -exact, rtol=1e-12, atol=1e-15)
+
+
+def test_terms_beside_the_objective():
+    # A = 0 leaves loss = .1 * KL - .02 * H + .3 * KL_ref with weighted token means over 4 tokens,
+    # though only 3 tokens are here.
+    batch = bundle(
+        [0.0] * 3,
+        [0.0] * 3,
+        [0, 1, 1],
+        [0.0, 0.0],
+        [2.0, 0.5],
+        token_total=4.0,
+        kl_T=torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64),
+        reference_kl_T=torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64),
+        entropy_T=torch.tensor([1.0, 1.0, 3.0], dtype=torch.float64),
+    )
+    for name in NAMES:
+        choices = ObjectiveSettings(name=name, beta=0.1, reference_kl=0.3, entropy=0.02)
+        loss, metrics = objective_loss(batch, choices)
+        assert loss.item() == pytest.approx((0.1 * 5 + 0.3 * 7 - 0.02 * 4) / 4)
+        assert metrics["policy_loss"] == 0
+        found = {key: metrics[key].item() for key in ("kl", "reference_kl", "entropy")}
+        assert found == {"kl": 5.0, "reference_kl": 7.0, "entropy": 4.0}
+        assert metrics["token_weight"] == 3.0
+    loss, metrics = objective_loss(batch, ObjectiveSettings(name="sat"))
+    assert loss == 0 and metrics["kl"] == 5.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("u", [1000.0, -1000.0, 89.0])
+def test_huge_ratios_stay_finite(name, advantage, dtype, u):
+    new = torch.tensor([u - 1, -1.0, -1.0], dtype=dtype, requires_grad=True)
+    old = torch.tensor([-1.0, -1.0, -1.0], dtype=dtype)
+    batch = bundle(
+        new,
+        old,
+        [0, 1, 1],
+        [advantage, 1.0],
+        logprobs_T=new,
+        anchor_logprobs_T=old,
+    )
+    loss, gradient, _ = value_and_gradient(batch, name=name)
+    assert math.isfinite(loss) and all(map(math.isfinite, gradient))
+    if name != "reinforce":
+        # What the clip holds has no pull; a ratio that ran away with A < 0 is pulled back.
+        assert (gradient[0] > 0) if (u > 0 and advantage < 0) else (gradient[0] == 0)
+    assert gradient[1] != 0
+
+
+def test_the_ratio_is_exact_up_to_its_tangent():
+    batch = bundle([LINEAR_ABOVE, LINEAR_ABOVE + 2], [0.0, 0.0], [0, 1], [-1.0, -1.0])
+    loss, gradient, _ = value_and_gradient(batch, name="sat")
+    top = math.exp(LINEAR_ABOVE)
+    assert loss == pytest.approx((top + 3 * top) / 2)
+    assert gradient == pytest.approx([top / 2, top / 2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_episode_of_weight_zero_contributes_exactly_nothing(name):
+    scored = {
+        "kl_T": torch.tensor([1.0, NAN, 2.0, NAN], dtype=torch.float64),
+        "reference_kl_T": torch.tensor([1.0, math.inf, 2.0, NAN], dtype=torch.float64),
+        "entropy_T": torch.tensor([1.0, NAN, 2.0, NAN], dtype=torch.float64),
+    }
+    dirty = bundle(
+        [-1.1, NAN, -0.8, math.inf],
+        [-1.0, NAN, -1.0, -1.0],
+        [0, 1, 2, 1],
+        [1.0, NAN, -2.0],
+        [1.0, 0.0, 2.0],
+        **scored,
+    )
+    clean = bundle(
+        [-1.1, -0.8],
+        [-1.0, -1.0],
+        [0, 1],
+        [1.0, -2.0],
+        [1.0, 2.0],
+        episode_total=3.0,
+        token_total=4.0,
+        **{key: values[[0, 2]] for key, values in scored.items()},
+    )
+    choices = {"name": name, "beta": 0.5, "reference_kl": 0.25, "entropy": 0.125}
+    loss, gradient, metrics = value_and_gradient(dirty, **choices)
+    clean_loss, clean_gradient, clean_metrics = value_and_gradient(clean, **choices)
+    assert loss == clean_loss
+    assert gradient == [clean_gradient[0], 0.0, clean_gradient[1], 0.0]
+    assert metrics == clean_metrics
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_that_counts_is_seen(name):
+    for changes in ({"advantages": [NAN, 1.0]}, {"weights": [NAN, 1.0]}):
+        fields = {"advantages": [1.0, 1.0], "weights": [1.0, 1.0]} | changes
+        batch = bundle([-1.0, -1.0], [-1.0, -1.0], [0, 1], **fields)
+        assert objective_loss(batch, ObjectiveSettings(name=name))[0].isnan()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8),
+    parts=st.integers(1, 8),
+    name=st.sampled_from(NAMES),
+)
+def test_accumulation_in_any_split_equals_the_whole(seed, lengths, parts, name):
+    generator = torch.Generator().manual_seed(seed)
+    episodes, tokens = len(lengths), sum(lengths)
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(size, dtype=torch.float64, generator=generator)
+
+    parameters = normal(tokens).requires_grad_()
+    anchor = parameters.detach() + 0.3 * normal(tokens)
+    episode = torch.repeat_interleave(torch.arange(episodes), torch.tensor(lengths))
+    advantages, weights = normal(episodes), normal(episodes).exp()
+    part_of = torch.randint(parts, (episodes,), generator=generator)
+    choices = ObjectiveSettings(name=name, beta=0.1, reference_kl=0.2, entropy=0.3)
+
+    def run(chosen: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mask = chosen[episode]
+        place = chosen.cumsum(0) - 1
+        logprobs = parameters[mask]
+        batch = ObjectiveBatch(
+            logprobs_T=logprobs,
+            anchor_logprobs_T=anchor[mask],
+            episode_T=place[episode[mask]],
+            turn_T=episode[mask],
+            advantages_E=advantages[chosen],
+            weights_E=weights[chosen],
+            episode_total=float(episodes),
+            token_total=float(max(1, tokens)),
+            kl_T=logprobs**2,
+            reference_kl_T=logprobs.exp(),
+            entropy_T=logprobs.sin(),
+        )
+        loss, metrics = objective_loss(batch, choices)
+        return loss, torch.autograd.grad(loss, parameters)[0], metrics
+
+    loss, gradient, metrics = run(torch.ones(episodes, dtype=torch.bool))
+    split = [run(part_of == part) for part in range(parts)]
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(sum(each[0] for each in split), loss, **close)
+    torch.testing.assert_close(sum(each[1] for each in split), gradient, **close)
+    for key, value in metrics.items():
+        torch.testing.assert_close(sum(each[2][key] for each in split), value, **close)
+
+
+def test_bad_input():
+    batch = two_episodes()
+    with pytest.raises(ValueError, match="kl has the coefficient"):
+        objective_loss(batch, ObjectiveSettings(name="sat", beta=0.1))
+    with pytest.raises(ValueError, match="whole mini-batch"):
+        objective_loss(replace(batch, token_total=0.0), ObjectiveSettings(name="sat"))
+    with pytest.raises(ValueError, match="length of logprobs_T"):
+        objective_loss(replace(batch, kl_T=torch.zeros(3)), ObjectiveSettings(name="sat"))
+    with pytest.raises(ValueError, match="one weight"):
+        objective_loss(replace(batch, weights_E=torch.ones(3)), ObjectiveSettings(name="sat"))
+    with pytest.raises(ValueError, match="choose one of sat, gspo, grpo, dapo, reinforce"):
+        ObjectiveSettings(name="ppo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="clip_low"):
+        ObjectiveSettings(name="sat", clip_low=1.0)
+    with pytest.raises(ValueError, match="clip_high"):
+        ObjectiveSettings(name="sat", clip_high=-0.1)

@@ -1,0 +1,133 @@
+"""Which room may import which, how long a module may be, and that every recipe parses."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from satune.config.load import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "satune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LONGEST = 420
+
+TRAINING = {"types", "loading", "core", "agents", "team"}
+ARROWS: dict[str, set[str] | None] = {
+    # room: the rooms it may import; None: all of them
+    "types": set(),
+    "loading": {"types"},
+    "core": set(),
+    "lab": {"core"},
+    "agents": {"types", "loading", "core"},
+    "team": {"types", "loading", "agents"},
+    "protocols": {"types", "loading"},
+    "tasks": {"types", "loading"},
+    "engines": {"types", "loading", "agents"},
+    "conversation": {"types", "loading"},
+    "rollout": {"types", "loading", "conversation"},
+    "demonstrations": {"types", "loading", "conversation", "rollout"},
+    "training": TRAINING,
+    "swap": TRAINING,
+    "evaluation": {"types", "loading", "conversation", "rollout"},
+    "report": set(),
+    "config": None,
+    "assembly": None,
+    "quickstart": None,
+    "cli": None,
+    "__main__": None,
+}
+OUTSIDE: dict[str, set[str]] = {
+    # rooms that hold to few packages beside the standard library
+    "types": set(),
+    "loading": set(),
+    "core": {"torch", "scipy"},
+    "lab": {"numpy", "scipy", "torch"},
+    "protocols": set(),
+    "conversation": set(),
+    "rollout": set(),
+    "report": {"matplotlib"},
+}
+
+
+def imports(path: Path, package: tuple[str, ...]) -> Iterator[str]:
+    """Full names of the modules that the file imports anywhere; ``package`` is where it lies."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, *(node.module.split(".") if node.module else ())))
+            # `from . import x` may name modules, `from .x import y` names one already.
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def offences(path: Path, package: tuple[str, ...], room: str) -> list[str]:
+    found = []
+    for name in imports(path, package):
+        top, *inner = name.split(".")
+        if top == "satune":
+            allowed = ARROWS[room]
+            target = inner[0] if inner else ""
+            if allowed is not None and target != room and target not in allowed:
+                found.append(name)
+        elif room in OUTSIDE and top not in sys.stdlib_module_names | OUTSIDE[room]:
+            found.append(name)
+    return found
+
+
+def place(path: Path) -> tuple[tuple[str, ...], str]:
+    """The package a module lies in, and its room."""
+    parts = path.relative_to(PACKAGE).parts
+    return ("satune", *parts[:-1]), parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST
+    package, room = place(path)
+    if path.name == "__init__.py":
+        body = ast.parse(text).body
+        docstring = body[:1] if ast.get_docstring(ast.parse(text)) is not None else []
+        assert len(body) == len(docstring), "an __init__.py holds a docstring at most"
+    if room != "__init__":
+        assert room in ARROWS, f"the room '{room}' is not in the table"
+        assert offences(path, package, room) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "package", "room", "expected"),
+    [
+        ("from ..agents import learner", ("satune", "core"), "core", ["satune.agents.learner"]),
+        ("from .ratios import sum_by", ("satune", "core"), "core", []),
+        ("from . import ratios", ("satune", "core"), "core", []),
+        ("import satune.engines.local", ("satune", "core"), "core", ["satune.engines.local"]),
+        ("from satune.types import Turn", ("satune", "core"), "core", ["satune.types.Turn"]),
+        ("from satune.types import Turn", ("satune", "tasks"), "tasks", []),
+        ("from ..core.ratios import x", ("satune", "tasks"), "tasks", ["satune.core.ratios.x"]),
+        ("from .. import rollout", ("satune", "training"), "training", ["satune.rollout"]),
+        ("from .agents import x", ("satune",), "team", []),
+        ("from .core import x", ("satune",), "team", ["satune.core.x"]),
+        ("def f():\n    import transformers", ("satune", "core"), "core", ["transformers"]),
+        ("import torch, json", ("satune", "core"), "core", []),
+        ("import torch", ("satune", "report"), "report", ["torch"]),
+        ("from ..cli import main", ("satune", "config"), "config", []),
+    ],
+)
+def test_the_check_sees_every_form_of_import(
+    tmp_path: Path, line: str, package: tuple[str, ...], room: str, expected: list[str]
+) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(line)
+    assert offences(path, package, room) == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_parse(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.team.resolved().seats

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+
+from satune.loading import check_options, load_object, nearest
+from satune.types import UserError
+
+SOURCE = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Point:
+    x: int
+
+def double(v: int, times: int = 2) -> int:
+    return v * times
+
+LIMIT = 3
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "mine.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("x = 1\ndef f(:\n")
+    (tmp_path / "needs.py").write_text("import surely_not_installed_module\n")
+    return tmp_path
+
+
+def test_loads_functions_and_classes_from_files_and_modules(place):
+    assert load_object("mine.py:double", place)(4) == 8
+    assert load_object(f"{place}/mine.py:Point")(1).x == 1
+    assert load_object("fractions:Fraction")(1, 2) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("mine.py", "write path/to/file.py:name"),
+        ("mine.py:", "write path/to/file.py:name"),
+        ("minn.py:double", r"minn.py: no such file; did you mean mine.py\?"),
+        ("nowhere/mine.py:double", "no directory"),
+        ("mine.py:doubel", "no 'doubel' in it .nearest: double"),
+        ("mine.py:LIMIT", "LIMIT is a int, not a function or class"),
+        ("broken.py:f", "broken.py, line 2: not valid Python"),
+        ("surely.not_there:f", "no module surely"),
+        ("fractions:Fractoin", "nearest: Fraction"),
+    ],
+)
+def test_names_what_is_wrong(place, reference, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_object(reference, place)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_inside_the_users_file_is_not_disguised(place):
+    with pytest.raises(ModuleNotFoundError, match="surely_not_installed_module"):
+        load_object("needs.py:f", place)
+
+
+def test_options_are_held_against_the_parameters():
+    def function(talk, rounds, width=1):
+        return rounds
+
+    check_options("protocol f", function, {"rounds": 1}, skip=1)
+    with pytest.raises(UserError, match=r"unknown option 'round' .nearest: rounds; "):
+        check_options("protocol f", function, {"round": 1}, skip=1)
+    with pytest.raises(UserError, match="unknown option 'talk'"):
+        check_options("protocol f", function, {"talk": 1, "rounds": 2}, skip=1)
+    with pytest.raises(UserError, match="option 'rounds' is needed"):
+        check_options("protocol f", function, {}, skip=1)
+    check_options("protocol f", lambda talk, **rest: None, {"anything": 1}, skip=1)
+
+
+def test_nearest_lists_what_there_is():
+    assert nearest("relai", ["relay", "rows"]) == " (nearest: relay; there are: relay, rows)"
+    assert nearest("xyz", ["relay"]) == " (there are: relay)"
