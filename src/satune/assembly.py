@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.demonstrations import demonstrate
 from satune.engines.local import LocalEngine
-from satune.evaluation import Evaluation, evaluate, paired_difference
+from satune.evaluation import Evaluation, evaluate, mean_estimate
 from satune.protocols.catalog import load_protocol
 from satune.rollout import episode_from_row, episode_to_row, rollout_sync
 from satune.tasks.catalog import load_task, take
@@ -89,9 +89,7 @@ def load_tasks(recipe: Recipe) -> tuple[Task, tuple[Task, str]]:
     task = load_task(section.name, section.data, recipe.seed, None, **section.options)
     if recipe.evaluate.data is None:
         return task, (task, "eval")
-    held_out = load_task(
-        section.name, recipe.evaluate.data, recipe.seed, None, **section.options
-    )
+    held_out = load_task(section.name, recipe.evaluate.data, recipe.seed, None, **section.options)
     return task, (held_out, "all")
 
 
@@ -171,7 +169,12 @@ def _model_path(
             dict.fromkeys(seats, "base"),
         )  # fmt: skip
         cast = Cast(
-            recipe, task, held_out, protocol, alone, local_engine({"base": policy}, alone.seats, recipe)
+            recipe,
+            task,
+            held_out,
+            protocol,
+            alone,
+            local_engine({"base": policy}, alone.seats, recipe),
         )
         return cast.evaluate(greedy=True, key=Key(recipe.tiny.seed, "demonstrate")).avg_at_k
 
@@ -268,7 +271,6 @@ class LocalWorld:
     def __init__(self, cast: Cast, directory: RunDirectory) -> None:
         self.cast = cast
         self.directory = directory
-        self._before: dict[bool, Evaluation] = {}
 
     def draw(self, key: Key, offset: int, count: int) -> list[Episode]:
         cast = self.cast
@@ -286,8 +288,8 @@ class LocalWorld:
     def publish(self, agent: str, version: int) -> None:
         self.cast.engine.publish(agent, version)
 
-    def evaluate(self, stage: int, *, greedy: bool) -> dict[str, Any]:
-        # The same key before and after: the same problems and the same uniforms.
+    def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
+        # The same key each time: the same problems and the same uniforms.
         key = Key(self.cast.recipe.seed, "evaluate", draw=int(greedy))
         found = self.cast.evaluate(greedy=greedy, key=key)
         figures: dict[str, Any] = {
@@ -298,9 +300,9 @@ class LocalWorld:
             "per_problem": [sum(scores) / len(scores) for scores in found.scores_PK],
             "tokens": found.tokens,
         }
-        before = self._before.setdefault(greedy, found)
-        if before is not found:
-            gain = paired_difference(before, found)
+        if before is not None:
+            changes = [new - old for new, old in zip(figures["per_problem"], before, strict=True)]
+            gain = mean_estimate(changes, -1.0, 1.0)
             figures["difference"] = [gain.mean, gain.low, gain.high]
         return figures
 
@@ -368,5 +370,3 @@ def tolerance_of(recipe: Recipe) -> float:
     if recipe.team.dtype == "bfloat16" or recipe.optimizer.autocast:
         return 0.25
     return 1e-8 if recipe.team.dtype == "float64" else 1e-3
-
-

@@ -146,7 +146,7 @@ def _train(
     quiet_libraries()
     from satune.assembly import assemble, check_recipe_unchanged, start_training, tolerance_of
     from satune.report.plots import plot_training
-    from satune.report.tensorboard import scalar_writer
+    from satune.scalars import scalar_writer
     from satune.training.checkpoint import Checkpoints
     from satune.training.trainer import train as run
 

@@ -53,9 +53,7 @@ class _ExpertEngine:
         self.expert = expert
         self.error = error
 
-    async def generate(
-        self, seat: str, prompt: Prompt, sampling: Sampling, key: Key
-    ) -> Completion:
+    async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
         text = self.expert(prompt.messages[0]["entries"], key.rng("expert"), self.error)
         return Completion(text, "stop", 0)
 
@@ -84,7 +82,7 @@ def demonstrate(
     expert = getattr(task, "expert", None)
     if expert is None:
         raise UserError(
-            f"task {task.name}: has no expert(entries, rng, error), so no tiny agent can be taught; "
+            f"task {task.name}: has no expert(entries, rng, error) to teach a tiny agent; "
             "name a model directory or a hub id instead"
         )
     renderer = _RecordingRenderer()

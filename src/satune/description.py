@@ -46,8 +46,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             parameters, adapter = sizes
             shared = recipe.team.sharing == "lora" and section.model in counted
             counted.add(section.model)
-            base_bytes = 0 if shared else parameters * (
-                _BYTES[recipe.team.dtype] if section.lora else master
+            base_bytes = (
+                0
+                if shared
+                else parameters * (_BYTES[recipe.team.dtype] if section.lora else master)
             )
             trained = 0 if section.frozen else (adapter if section.lora else parameters)
             entry["parameters"] = parameters
@@ -135,8 +137,8 @@ def show_description(description: dict[str, Any]) -> None:
     fewest, most = stage["episodes"]
     episodes = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     console.print(
-        f"memory: {_bytes(memory['together'])} for all weights and the largest step (activations and "
-        f"key-value cache come on top); a stage: {stage['steps']} steps, {episodes} episodes; "
+        f"memory: {_bytes(memory['together'])} for all weights and the largest step (activations "
+        f"and key-value cache come on top); a stage: {stage['steps']} steps, {episodes} episodes; "
         f"{description['stages']} stages",
         highlight=False,
         soft_wrap=True,

@@ -92,7 +92,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to draw a completion. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off."""
+    """How to draw a completion. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 are off."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -114,7 +114,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine returns. ``ids`` include EOS if it was sampled; ``text`` has no special tokens.
+    """What an engine returns. ``ids`` include EOS if it was sampled, ``text`` no special tokens.
 
     ``logprobs`` (one a token) are natural logs at the sampling temperature. Without ids the turn
     cannot be trained on. ``version`` is that of the agent's weights that wrote it.

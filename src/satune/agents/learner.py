@@ -389,7 +389,7 @@ class LocalLearner:
             self._resting = state
 
     def optimizer_state(self, *, copy: bool = False) -> dict[str, Tensor]:
-        """The moments as flat named tensors (``<parameter>|exp_avg`` and so on), wherever they are."""
+        """The moments as flat named tensors (``<parameter>|exp_avg``, ...), wherever they are."""
         if self._optimizer is None:
             found = load_file(self._resting_file) if self._resting_file else self._resting
         else:

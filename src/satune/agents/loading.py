@@ -43,7 +43,7 @@ class AgentSpec:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """``master`` holds what is trained; ``frozen`` a base under adapters; ``autocast`` the compute."""
+    """``master`` holds what is trained, ``frozen`` a base under adapters; ``autocast`` computes."""
 
     master: torch.dtype = torch.float32
     frozen: torch.dtype = torch.float32
@@ -63,7 +63,9 @@ def load_policies(
 ) -> dict[str, Policy]:
     """A policy an agent. With ``shared_base``, agents of one model share its weights in memory, an
     adapter each. Raises UserError naming the agent whose model cannot be loaded."""
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
     policies: dict[str, Policy] = {}
     bases: dict[str, PeftModel] = {}
     tokenizers: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from satune.types import Turn
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One sequence of ids with its own tokens: ``ids[positions[k]]`` is flat own token ``tokens[k]``."""
+    """One sequence of ids; ``ids[positions[k]]`` is the flat own token ``tokens[k]``."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -30,8 +30,8 @@ class TokenSequence:
 class PackedTurns:
     """One agent's own tokens in an experience, flat in the order episode, turn, token.
 
-    ``targets_T`` the ids, ``episode_T`` and ``turn_T`` (counted over the whole experience) where each
-    belongs; ``episodes`` E counts all episodes, also those in which the agent never spoke.
+    ``targets_T`` the ids, ``episode_T`` and ``turn_T`` (counted over the whole experience) where
+    each belongs; ``episodes`` E counts all episodes, also those in which the agent never spoke.
     """
 
     sequences: tuple[TokenSequence, ...]
@@ -89,12 +89,11 @@ def pack(own_turns: Sequence[Sequence[Turn]]) -> PackedTurns:
                     f"a turn of seat {turn.seat!r} has no token ids: it cannot be trained on"
                 )
             prompt, completion = turn.prompt_ids, turn.completion_ids
-            for ids, positions, tokens in open_sequences:
-                if len(prompt) >= len(ids) and list(prompt[: len(ids)]) == ids:
-                    break
-            else:
-                ids, positions, tokens = [], [], []
-                open_sequences.append((ids, positions, tokens))
+            extended = next((s for s in open_sequences if list(prompt[: len(s[0])]) == s[0]), None)
+            if extended is None:
+                extended = ([], [], [])
+                open_sequences.append(extended)
+            ids, positions, tokens = extended
             ids.extend(prompt[len(ids) :])
             positions.extend(range(len(ids), len(ids) + len(completion)))
             tokens.extend(range(len(targets), len(targets) + len(completion)))
@@ -134,7 +133,9 @@ def micro_batches(
     for index, sequence in enumerate(packed.sequences):
         if wanted is None or sequence.episode in wanted:
             units.setdefault(sequence.episode if whole_episodes else index, []).append(sequence)
-    ordered = sorted(units.values(), key=lambda unit: (max(len(s.ids) for s in unit), unit[0].tokens))
+    ordered = sorted(
+        units.values(), key=lambda unit: (max(len(s.ids) for s in unit), unit[0].tokens)
+    )
     batch: list[TokenSequence] = []
     for unit in ordered:
         width = max(len(sequence.ids) for sequence in unit)

@@ -45,7 +45,7 @@ class Policy:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+                module.attention_dropout = 0.0  # type: ignore[assignment]
         model.eval()
         self._check_head()
 
@@ -147,7 +147,7 @@ class Policy:
 
 
 def _logit_adjustment(config: Any) -> Any:
-    """What an architecture does to the head's output: soft cap (Gemma) or scale (Cohere, Granite)."""
+    """What an architecture does to its logits: soft cap (Gemma) or scale (Cohere, Granite)."""
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0

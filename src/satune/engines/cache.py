@@ -96,7 +96,7 @@ class RowCache(Cache):
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of one seat's conversation: its ids, and the row of a block holding their states."""
+    """What is kept of one seat's conversation: its ids, and the block's row with their states."""
 
     ids: tuple[int, ...]
     block: RowCache
@@ -134,7 +134,9 @@ class PrefixStore:
             return limit
         return next(i for i in range(limit) if ids[i] != kept.ids[i])
 
-    def load(self, owners: Sequence[tuple[object, ...] | None], length: int, into: RowCache) -> None:
+    def load(
+        self, owners: Sequence[tuple[object, ...] | None], length: int, into: RowCache
+    ) -> None:
         """Fill the leading ``length`` tokens of ``into``'s rows from their owners' states."""
         by_block: dict[int, tuple[RowCache, list[int], list[int]]] = {}
         for row, owner in enumerate(owners):
@@ -162,7 +164,7 @@ class PrefixStore:
         cache: RowCache,
         rows: Sequence[int],
     ) -> None:
-        """Keep the states of ``ids`` (all but the last token were fed) from ``rows`` of ``cache``."""
+        """Keep the states of ``ids`` (all but the last were fed) from ``rows`` of ``cache``."""
         chosen: list[int] = []
         for index, owner in enumerate(owners):
             self.forget(owner)

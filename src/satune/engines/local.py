@@ -83,7 +83,7 @@ class LocalEngine:
     # -- what rollouts call ----------------------------------------------------------------------
 
     def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
-        """The agent's weights changed (they are the learner's own): forget states of the old ones."""
+        """The agent's weights (the learner's own) changed: forget states of the old ones."""
         self.versions[agent] = version
         self._stores[agent].clear()
 
@@ -100,9 +100,7 @@ class LocalEngine:
                     store.forget((*conversation, seat))
         self._note()
 
-    async def generate(
-        self, seat: str, prompt: Prompt, sampling: Sampling, key: Key
-    ) -> Completion:
+    async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
         """Draw a completion. Raises UserError for an unknown seat or a prompt without ids."""
         if seat not in self.seats:
             raise UserError(f"no seat {seat!r}; there are: {', '.join(self.seats)}")
@@ -396,6 +394,6 @@ def _refuse_recurrent(agent: str, config: Any) -> None:
     if other or getattr(config, "ssm_cfg", None) or hasattr(config, "state_size"):
         found = ", ".join(sorted(other)) or type(config).__name__
         raise UserError(
-            f"agent {agent}: the local engine serves attention layers only, this model has {found}; "
+            f"agent {agent}: the local engine serves attention layers only, it has {found}; "
             "choose another model"
         )

@@ -129,7 +129,9 @@ class Checkpoints:
                 return name, passed
             passed.append(damage)
         if passed:
-            raise UserError(f"{passed[0]}; no undamaged checkpoint is left, start anew in another --out")
+            raise UserError(
+                f"{passed[0]}; no undamaged checkpoint is left, start anew in another --out"
+            )
         return None
 
     def damage(self, name: str) -> str | None:
@@ -242,6 +244,7 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
         fields["batch"] = {
             "log_weights": state.batch.log_weights,
             "drawn_before": state.batch.drawn_before,
+            "reward": state.batch.reward,
         }
     return {
         "format": FORMAT,
@@ -264,4 +267,6 @@ def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) 
         episodes: list[Episode] = [
             training.world.from_row(row) for row in read_lines(path / "experience.jsonl")
         ]
-        state.batch = Batch(episodes, list(batch["log_weights"]), batch["drawn_before"])
+        state.batch = Batch(
+            episodes, list(batch["log_weights"]), batch["drawn_before"], batch["reward"]
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -27,8 +27,9 @@ class World(Protocol):
 
     def publish(self, agent: str, version: int) -> None: ...
 
-    def evaluate(self, stage: int, *, greedy: bool) -> dict[str, Any]:
-        """Held-out figures of the team as it is: at least ``reward`` and ``interval``."""
+    def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
+        """Held-out figures of the team as it is: reward, interval, problems, per_problem; and the
+        paired difference to ``before``, an earlier per_problem."""
         ...
 
     def to_row(self, episode: Episode) -> dict[str, Any]: ...
@@ -64,7 +65,7 @@ class State:
 
 @dataclass(slots=True)
 class Training:
-    """State and collaborators of a run. ``published`` holds the version the engine has of each agent."""
+    """State and collaborators of a run. ``published``: the version the engine has of each agent."""
 
     settings: TrainingSettings
     learners: dict[str, LocalLearner]
@@ -110,7 +111,7 @@ class Training:
             stage=stage,
             step=step,
             episodes=len(drawn),
-            reward=sum(e.reward for e in drawn) / len(drawn),
+            reward=batch.reward,
             tokens=tokens,
             seconds={"rollout": self._rollout_seconds},
         )
@@ -187,7 +188,10 @@ class Training:
     def evaluate(self, *, greedy: bool) -> dict[str, Any]:
         """Evaluate on held-out problems, write the event and remember it for the summary."""
         started = time.perf_counter()
-        figures = self.world.evaluate(self.state.stage, greedy=greedy)
+        earlier = [e for e in self.state.evaluations if e["greedy"] == greedy]
+        figures = self.world.evaluate(
+            greedy=greedy, before=earlier[0]["per_problem"] if earlier else None
+        )
         self.state.evaluations.append({"stage": self.state.stage, "greedy": greedy, **figures})
         self.event(
             "eval",

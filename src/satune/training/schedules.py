@@ -23,21 +23,18 @@ MAX_DRAWS = 4
 @dataclass(slots=True)
 class Batch:
     """The experience in use and log w of each episode. ``drawn_before`` is the step it was rolled
-    out for."""
+    out for, ``reward`` the mean over all episodes drawn then."""
 
     episodes: list[Episode]
     log_weights: list[float]
     drawn_before: int
+    reward: float
 
     def reweight(self, log_ratio_E: torch.Tensor) -> None:
         """w ← w · r of the agent just updated."""
         self.log_weights = [
             w + float(u) for w, u in zip(self.log_weights, log_ratio_E, strict=True)
         ]
-
-    @property
-    def reward(self) -> float:
-        return sum(e.reward for e in self.episodes) / len(self.episodes)
 
 
 @dataclass(slots=True)
@@ -66,7 +63,8 @@ class Supply:
                 break
         # Without any difference in reward there is no gradient; the step then changes nothing.
         kept = kept[:wanted] or self.fresh_episodes
-        return Batch(kept, [0.0] * len(kept), step)
+        reward = sum(e.reward for e in self.fresh_episodes) / len(self.fresh_episodes)
+        return Batch(kept, [0.0] * len(kept), step, reward)
 
 
 def _informative(episodes: list[Episode]) -> list[Episode]:

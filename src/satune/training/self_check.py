@@ -61,6 +61,6 @@ def _explanation(agent: str, what: str, value: float, tolerance: float) -> str:
         "mismatch_max": "engine and learner give one token different log-probabilities",
     }
     return (
-        f"self-check: agent {agent}: {meaning[what]} by {value:.3g} nats (tolerance {tolerance:g}); "
+        f"self-check: agent {agent}: {meaning[what]} by {value:.3g} nats (allowed {tolerance:g}); "
         "compute in float32, or check that the engine serves the learner's weights and temperature"
     )

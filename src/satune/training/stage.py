@@ -21,9 +21,7 @@ def run_stage(training: Training) -> None:
 
     if state.batch is None:
         state.batch = training.roll_out(stage, step=1)
-        state.order, scores = sweep_order(
-            settings, training.learners, state.batch.episodes, stage
-        )
+        state.order, scores = sweep_order(settings, training.learners, state.batch.episodes, stage)
         training.open_stage(scores)
 
     for step in range(state.step + 1, len(state.order) + 1):

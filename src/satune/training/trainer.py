@@ -18,8 +18,8 @@ CHECK_PROBLEMS = 4
 def train(training: Training, *, tolerance: float, checkpoint: str | None = None) -> dict[str, Any]:
     """Run to the last stage and return the summary, which is also written.
 
-    ``tolerance`` (nats) is the self-check's; ``checkpoint`` names one to go on from. Raises UserError
-    for a failed self-check or a disk that refuses; the last good checkpoint then stays.
+    ``tolerance`` (nats) is the self-check's; ``checkpoint`` names one to go on from. Raises
+    UserError for a failed self-check or a disk that refuses; the last good checkpoint then stays.
     """
     if checkpoint is None:
         _begin(training, tolerance)

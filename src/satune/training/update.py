@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ def _ascend(
 def _split(order: Sequence[int], parts: int) -> list[list[int]]:
     parts = min(parts, len(order))
     bounds = [len(order) * part // parts for part in range(parts + 1)]
-    return [list(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(order[a:b]) for a, b in pairwise(bounds)]
 
 
 def _enforce(

@@ -1,0 +1,120 @@
+"""satune's local engine against ``generate`` of transformers: the same model, prompts, lengths,
+precision and threads, in turn within one run.
+
+    python benchmarks/sampling.py [--repeats 5] [--threads 1] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from common import DTYPES, SEQUENCES, Timings, build_model, build_policy, compared, finish, prompts, show
+from transformers import Qwen3ForCausalLM
+from transformers.utils import logging
+
+from satune.engines.local import LocalEngine
+from satune.types import Completion, Key, Prompt, Sampling
+
+
+def sample_with_satune(
+    engine: LocalEngine, rows: Sequence[tuple[int, ...]], new_tokens: int, draw: int
+) -> list[Completion]:
+    async def one(index: int, ids: tuple[int, ...]) -> Completion:
+        key = Key(0, "evaluate", draw=draw, problem=f"{index:04d}")
+        completion = await engine.generate("agent", Prompt((), ids), Sampling(new_tokens), key)
+        engine.end(key)
+        return completion
+
+    async def every() -> list[Completion]:
+        for index in range(len(rows)):
+            engine.begin(Key(0, "evaluate", draw=draw, problem=f"{index:04d}"))
+        return await asyncio.gather(*(one(index, ids) for index, ids in enumerate(rows)))
+
+    return asyncio.run(every())
+
+
+@torch.inference_mode()
+def sample_with_generate(
+    model: Qwen3ForCausalLM, rows: Sequence[tuple[int, ...]], new_tokens: int
+) -> torch.Tensor:
+    """Rows [R, prompt + new] of ids."""
+    ids_RS = torch.tensor(rows)
+    return model.generate(  # type: ignore[operator]
+        ids_RS,
+        attention_mask=torch.ones_like(ids_RS),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+    )
+
+
+def measure(
+    vocabulary: int, dtype: str, distinct: int, new_tokens: int, repeats: int
+) -> dict[str, float]:
+    model = build_model(vocabulary, DTYPES[dtype])
+    engine = LocalEngine({"agent": build_policy(model, vocabulary)}, {"agent": "agent"})
+    rows = [ids for ids in prompts(distinct, vocabulary) for _ in range(SEQUENCES // distinct)]
+    seconds: dict[str, list[float]] = {"satune": [], "peer": []}
+    counts = {"satune": 0, "peer": 0}
+    for repeat in range(repeats + 1):
+        started = time.perf_counter()
+        completions = sample_with_satune(engine, rows, new_tokens, repeat)
+        between = time.perf_counter()
+        generated = sample_with_generate(model, rows, new_tokens)
+        ended = time.perf_counter()
+        if repeat:  # the first round only warms up
+            seconds["satune"].append(between - started)
+            seconds["peer"].append(ended - between)
+        counts["satune"] = sum(len(completion.ids or ()) for completion in completions)
+        counts["peer"] = generated[:, len(rows[0]) :].numel()
+    return compared(
+        Timings(seconds["satune"], counts["satune"]), Timings(seconds["peer"], counts["peer"])
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="sampling: satune against transformers.generate")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[260, 32000])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8, 64], help="distinct ones")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    rows: list[dict[str, Any]] = []
+    for vocabulary in arguments.vocabulary:
+        for dtype in arguments.dtype:
+            for distinct in arguments.prompts:
+                figures = measure(
+                    vocabulary, dtype, distinct, arguments.new_tokens, arguments.repeats
+                )
+                setting = {"vocabulary": vocabulary, "dtype": dtype, "prompts": distinct}
+                rows.append(setting | figures)
+                if not arguments.json:
+                    samples = SEQUENCES // distinct
+                    show(f"{distinct} prompts × {samples}, {dtype}, vocabulary {vocabulary}", figures)
+    finish(
+        {
+            "benchmark": "sampling",
+            "peer": "transformers.generate",
+            "threads": arguments.threads,
+            "sequences": SEQUENCES,
+            "new_tokens": arguments.new_tokens,
+            "rows": rows,
+        },
+        arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
