@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import DTYPES, SEQUENCES, Timings, build_model, build_policy, compared, finish, prompts, show
+from common import (
+    DTYPES,
+    SEQUENCES,
+    Timings,
+    build_model,
+    build_policy,
+    compared,
+    finish,
+    prompts,
+    show,
+)
 from transformers import Qwen3ForCausalLM
 from transformers.utils import logging
 
@@ -102,7 +112,9 @@ def main() -> None:
                 rows.append(setting | figures)
                 if not arguments.json:
                     samples = SEQUENCES // distinct
-                    show(f"{distinct} prompts × {samples}, {dtype}, vocabulary {vocabulary}", figures)
+                    show(
+                        f"{distinct} prompts × {samples}, {dtype}, vocabulary {vocabulary}", figures
+                    )
     finish(
         {
             "benchmark": "sampling",

@@ -55,8 +55,11 @@ def test_names_what_is_wrong(place, reference, message):
 
 
 def test_an_error_inside_the_users_file_is_not_disguised(place):
-    with pytest.raises(ModuleNotFoundError, match="surely_not_installed_module"):
+    with pytest.raises(UserError, match="surely_not_installed_module") as caught:
         load_object("needs.py:f", place)
+    # "line" counts from 1: the place in the user's file, not in what it calls.
+    assert "needs.py, line " in str(caught.value)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
 def test_options_are_held_against_the_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from satune.protocols.catalog import load_protocol
 from satune.rollout import episode_from_row, episode_to_row, rollout_sync
 from satune.tasks.catalog import load_task, take
 from satune.team import Team, build_team
-from satune.training.checkpoint import Checkpoints
+from satune.training.checkpoint import Checkpoints, tensor_errors
 from satune.training.run import State, Training, Watcher
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Supply
@@ -41,6 +42,8 @@ Progress = Callable[[int, int, str], None]
 """(done, of how many, of what), called while something long goes on."""
 
 DEFAULT_CACHE_TOKENS = 1 << 20
+GATE_PROBLEMS = 128
+"""Problems on which a tiny base must reach its greedy success."""
 
 
 def no_progress(done: int, total: int, message: str) -> None: ...
@@ -103,7 +106,7 @@ def assemble(recipe: Recipe, progress: Progress = no_progress) -> Cast:
     specs = [
         AgentSpec(
             name=name,
-            model=_model_path(agent, recipe, task, held_out, protocol, resolved.seats, progress),
+            model=_model_path(agent, recipe, protocol, resolved.seats, progress),
             temperature=agent.temperature,
             template=TemplateSettings(**agent.template.model_dump()),
             lora=_lora(agent),
@@ -150,17 +153,25 @@ def _lora(agent: AgentSection) -> LoraSpec | None:
 def _model_path(
     agent: AgentSection,
     recipe: Recipe,
-    task: Task,
-    held_out: tuple[Task, str],
     protocol: TeamProtocol,
     seats: Mapping[str, str],
     progress: Progress,
 ) -> str:
-    """The agent's model; a tiny one is taught first, by this recipe's task and protocol."""
+    """The agent's model; a tiny one is taught first, by this recipe's task and protocol.
+
+    Its problems follow ``tiny.seed``, not the run's seed, and its gate never looks at
+    ``evaluate.data``: a base depends on nothing that its fingerprint leaves out.
+    """
     if not is_tiny(agent.model):
         return agent.model
     template = TemplateSettings(**agent.template.model_dump())
     settings = TinySettings(**recipe.tiny.model_dump())
+    section = recipe.task
+    task = load_task(section.name, section.data, settings.seed, None, **section.options)
+    held_out = (task, "eval" if recipe.evaluate.data is None else "train")
+    evaluation = recipe.evaluate.model_copy(update={"problems": GATE_PROBLEMS})
+    taught = recipe.model_copy(update={"evaluate": evaluation})
+    cache = Path(recipe.team.cache) if recipe.team.cache else None
 
     def greedy_success(model: Any, tokenizer: Any) -> float:
         policy = Policy("base", model, tokenizer, 1.0)
@@ -168,43 +179,46 @@ def _model_path(
             {"base": policy}, {"base": AgentSpec("base", "", template=template)},
             dict.fromkeys(seats, "base"),
         )  # fmt: skip
-        cast = Cast(
-            recipe,
-            task,
-            held_out,
-            protocol,
-            alone,
-            local_engine({"base": policy}, alone.seats, recipe),
-        )
+        engine = local_engine({"base": policy}, alone.seats, recipe)
+        cast = Cast(taught, task, held_out, protocol, alone, engine)
         return cast.evaluate(greedy=True, key=Key(recipe.tiny.seed, "demonstrate")).avg_at_k
 
-    directory = tiny_directory(
-        agent.model,
-        settings,
-        json.dumps(
-            {
-                "task": recipe.task.model_dump(exclude={"data"}),
-                "protocol": recipe.protocol.model_dump(),
-                "seats": len(seats),
-                "max_new_tokens": recipe.rollout.max_new_tokens,
-            },
-            sort_keys=True,
-        ),
-        lambda count, seed: demonstrate(
-            task,
-            protocol,
-            list(seats),
-            lambda problems: take(task, "train", problems, 0),
-            count,
-            settings.error,
-            seed,
-        ),
-        template=template,
-        held_out_success=greedy_success,
-        cache=Path(recipe.team.cache) if recipe.team.cache else None,
-        progress=lambda done, total, message: progress(done, total, f"{agent.model}: {message}"),
-    )
+    with tensor_errors(cache or Path.home() / ".cache"):
+        directory = tiny_directory(
+            agent.model,
+            settings,
+            json.dumps(
+                {
+                    "task": {**section.model_dump(), "data": _identity(section.data)},
+                    "gate": held_out[1],
+                    "protocol": recipe.protocol.model_dump(),
+                    "seats": len(seats),
+                    "max_new_tokens": recipe.rollout.max_new_tokens,
+                },
+                sort_keys=True,
+            ),
+            lambda count, seed: demonstrate(
+                task,
+                protocol,
+                list(seats),
+                lambda problems: take(task, "train", problems, 0),
+                count,
+                settings.error,
+                seed,
+            ),
+            template=template,
+            held_out_success=greedy_success,
+            cache=cache,
+            progress=lambda done, total, what: progress(done, total, f"{agent.model}: {what}"),
+        )
     return str(directory)
+
+
+def _identity(data: str | None) -> str | None:
+    """A file by its content, wherever it lies; anything else by its name."""
+    if data is None or not Path(data).is_file():
+        return data
+    return hashlib.blake2b(Path(data).read_bytes(), digest_size=16).hexdigest()
 
 
 # -- training ------------------------------------------------------------------------------------

@@ -128,6 +128,9 @@ def run_training(
 
     directory = RunDirectory(out)
     if resume and directory.finished and checkpoint is None:
+        from satune.assembly import check_recipe_unchanged
+
+        check_recipe_unchanged(directory, recipe)
         summary = json.loads(directory.summary.read_text())
         if summary["stages"] >= recipe.stages:
             _say(f"{out}: the run is finished; its summary follows")
@@ -147,7 +150,7 @@ def _train(
     from satune.assembly import assemble, check_recipe_unchanged, start_training, tolerance_of
     from satune.report.plots import plot_training
     from satune.scalars import scalar_writer
-    from satune.training.checkpoint import Checkpoints
+    from satune.training.checkpoint import Checkpoints, tensor_errors
     from satune.training.trainer import train as run
 
     if resume:
@@ -160,6 +163,11 @@ def _train(
     directory.start(resume=resume)
     with ExitStack() as stack:
         cast = assemble(recipe, display.progress)
+        # Whatever is written from here on lies in the run's directory.
+        stack.enter_context(tensor_errors(directory.path))
+        if resume and found is None:
+            # What a run left that ended before its first checkpoint would stand there twice.
+            directory.truncate({"events": 0, "episodes": {}})
         watchers: list[Callable[..., None]] = [display.watch]
         if recipe.log.tensorboard:
             watchers.append(stack.enter_context(scalar_writer(directory.path / "tensorboard")))
@@ -173,7 +181,7 @@ def _train(
         training = start_training(cast, directory, watch)
         name = found[0] if found else None
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)
-    figure = plot_training(directory.path, directory.path / "training.png")
+        figure = plot_training(directory.path, directory.path / "training.png")
     if figure is None:
         display.note("figures skipped: pip install 'satune[plots]'")
     return summary
@@ -227,6 +235,8 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 def _result(value: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     if as_json:
-        print(json.dumps(value))
+        from satune.training.run_directory import strict_json
+
+        print(strict_json(value))
     else:
         show(value)

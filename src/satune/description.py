@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import init_empty_weights
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,12 +70,18 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         ),
         default=0,
     )
+    # Sizes of models on the hub are not known here, and a sum without them would be too small.
+    known = all("memory" in agent for agent in agents.values())
     rollouts = {"fresh": (steps, steps), "hybrid": (1, steps)}.get(recipe.schedule.name, (1, 1))
     episodes = recipe.rollout.problems * recipe.rollout.samples
     return {
         "recipe": yaml.safe_load(recipe_text(recipe)),
         "agents": agents,
-        "memory": {"all_weights": total, "largest_step": updates, "together": total + updates},
+        "memory": (
+            {"all_weights": total, "largest_step": updates, "together": total + updates}
+            if known
+            else {}
+        ),
         "stage": {
             "steps": steps,
             "rollouts": list(rollouts),
@@ -99,7 +104,8 @@ def _sizes(section: AgentSection) -> tuple[int, int] | None:
             path = Path(config["base_model_name_or_path"])
         if not (path / "config.json").is_file():
             return None
-        with init_empty_weights():
+        # accelerate's empty weights would untie tied embeddings and count them twice.
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     parameters = sum(p.numel() for p in model.parameters())
     adapter = 0
@@ -137,8 +143,9 @@ def show_description(description: dict[str, Any]) -> None:
     fewest, most = stage["episodes"]
     episodes = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     console.print(
-        f"memory: {_bytes(memory['together'])} for all weights and the largest step (activations "
-        f"and key-value cache come on top); a stage: {stage['steps']} steps, {episodes} episodes; "
+        f"memory: {_bytes(memory.get('together'))} for all weights and the largest step "
+        "(activations and key-value cache come on top); "
+        f"a stage: {stage['steps']} steps, {episodes} episodes; "
         f"{description['stages']} stages",
         highlight=False,
         soft_wrap=True,

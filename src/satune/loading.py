@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -43,8 +44,8 @@ def load_object(reference: str, base: Path | None = None) -> Callable[..., Any]:
     working directory).
 
     Raises UserError for a reference of another form, a missing file or module, a missing name, a
-    file that is not Python, and an object that cannot be called. Errors that the user's own code
-    raises while it is imported pass through.
+    file that is not Python or raises while it is read (its line and error are named), and an
+    object that cannot be called. Errors of a module of a package pass through.
     """
     place, colon, name = reference.rpartition(":")
     if not colon or not place or not name.isidentifier():
@@ -99,10 +100,22 @@ def _from_file(place: str, base: Path | None) -> ModuleType:
     except SyntaxError as error:
         del sys.modules[module_name]
         raise UserError(f"{path}, line {error.lineno}: not valid Python ({error.msg})") from error
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UserError(f"{path}{_line_of(error, path)}: {_said(error)}; mend the file") from error
     except BaseException:
         del sys.modules[module_name]
         raise
     return module
+
+
+def _line_of(error: Exception, path: Path) -> str:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _from_package(place: str) -> ModuleType:

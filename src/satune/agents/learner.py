@@ -292,6 +292,7 @@ class LocalLearner:
 
     def gradient(self, packed: PackedTurns, coefficients_T: Tensor) -> dict[str, Tensor]:
         """Gradient of Σ_t c_t log π(token t) by parameter; leaves weights and gradients alone."""
+        accumulated = {name: p.grad for name, p in self._parameters.items()}
         self.drop_gradients()
         budget = self.settings.micro_batch_tokens
         for batch in micro_batches(packed, budget, whole_episodes=False):
@@ -299,7 +300,8 @@ class LocalLearner:
             logprobs_T = self._score(hidden_TH, packed, batch).logprobs_T
             (logprobs_T * coefficients_T[batch.tokens_T].to(logprobs_T)).sum().backward()
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        self.drop_gradients()
+        for name, parameter in self._parameters.items():
+            parameter.grad = accumulated[name]
         return gradients
 
     # -- weights ---------------------------------------------------------------------------------
@@ -363,6 +365,8 @@ class LocalLearner:
         """Bring the optimiser into memory for this agent's step."""
         if self._optimizer is not None or self.frozen:
             return
+        state, self._resting = self.optimizer_state(), {}
+        self._resting_file = None
         self._optimizer = torch.optim.AdamW(
             list(self._parameters.values()),
             lr=self.settings.lr,
@@ -371,8 +375,6 @@ class LocalLearner:
             weight_decay=self.settings.weight_decay,
             foreach=True,
         )
-        state, self._resting = self.optimizer_state(), {}
-        self._resting_file = None
         self._fill(state)
 
     def rest(self) -> None:

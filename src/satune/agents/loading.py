@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
 from satune.types import UserError
+
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +83,17 @@ def load_policies(
             tokenizer = _load_tokenizer(spec, spec.model)
             adapter = None
         else:
-            adapter = spec.name
+            # PEFT cuts an adapter's name out of parameter names: it must be no part of the model's.
+            adapter = f"agent_{spec.name}"
+            config = _lora_config(spec, lora, bool(adapter_of))
             if base_id not in bases or not shared_base:
                 base = _load_model(spec, base_id, precision.frozen)
                 tokenizers[base_id] = _load_tokenizer(spec, base_id)
-                model = _with_adapter(base, spec, lora, seed)
+                model = _with_adapter(base, adapter, config, seed)
                 bases[base_id] = model
             else:
                 model = bases[base_id]
-                _with_adapter(model, spec, lora, seed)
+                _with_adapter(model, adapter, config, seed)
             if adapter_of:
                 set_peft_model_state_dict(model, load_peft_weights(spec.model), adapter)
             tokenizer = tokenizers[base_id]
@@ -104,20 +109,34 @@ def load_policies(
     return policies
 
 
-def _with_adapter(model: nn.Module, spec: AgentSpec, lora: LoraSpec, seed: int) -> PeftModel:
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=list(lora.targets) if lora.targets else "all-linear",
-        task_type="CAUSAL_LM",
-    )
+def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: bool) -> LoraConfig:
+    """What the adapter looks like: a saved one as it was saved, a new one as the recipe says."""
+    if not saved:
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=0.0,
+            target_modules=list(lora.targets) if lora.targets else "all-linear",
+            task_type="CAUSAL_LM",
+        )
+    config: LoraConfig = LoraConfig.from_pretrained(spec.model)  # type: ignore[assignment]
+    if spec.lora is not None and (lora.rank, lora.alpha) != (config.r, config.lora_alpha):
+        raise UserError(
+            f"agent {spec.name}: lora has rank {lora.rank} and alpha {lora.alpha:g}, but the "
+            f"adapter in {spec.model} has rank {config.r} and alpha {config.lora_alpha:g}; "
+            "give those, or leave lora out"
+        )
+    config.inference_mode, config.lora_dropout = False, 0.0
+    return config
+
+
+def _with_adapter(model: nn.Module, adapter: str, config: LoraConfig, seed: int) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
-            model.add_adapter(spec.name, config)
+            model.add_adapter(adapter, config)
             return model
-        return get_peft_model(model, config, adapter_name=spec.name)  # type: ignore[arg-type,return-value]
+        return get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type,return-value]
 
 
 def _adapter_base(spec: AgentSpec) -> str | None:
@@ -138,14 +157,14 @@ def _load_model(spec: AgentSpec, model_id: str, dtype: torch.dtype) -> Any:
             trust_remote_code=spec.trust_remote_code,
             attn_implementation="sdpa",
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except _UNLOADABLE as error:
         raise UserError(_cannot_load(spec, model_id, error)) from error
 
 
 def _load_tokenizer(spec: AgentSpec, model_id: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_id, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except _UNLOADABLE as error:
         raise UserError(_cannot_load(spec, model_id, error)) from error
 
 

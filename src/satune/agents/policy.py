@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -72,8 +73,9 @@ class Policy:
         """The agent's own parameters by name, tied ones once."""
         if self.adapter is None:
             return dict(self.model.named_parameters())
-        marker = f".{self.adapter}."
-        return {name: p for name, p in self.model.named_parameters() if marker in f"{name}."}
+        # A part of the model may be called like the agent; only LoRA's own parts hold adapters.
+        own = re.compile(rf"\.lora_\w+\.{re.escape(self.adapter)}(\.|$)")
+        return {name: p for name, p in self.model.named_parameters() if own.search(name)}
 
     def activate(self) -> None:
         """Make this agent's adapter the active one of a shared base."""

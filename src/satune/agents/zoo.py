@@ -155,7 +155,7 @@ def build_tiny(
     steps, success = imitate(
         model,
         rows,
-        tokenizer.pad_token_id,
+        tokenizer.pad_token_id,  # type: ignore[arg-type]
         settings,
         success=None if held_out_success is None else lambda: held_out_success(model, tokenizer),
         progress=progress,

@@ -295,12 +295,12 @@ class TinySection(Section):
     """How the base models behind ``tiny:<family>-<size>`` are built at their first use."""
 
     error: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    steps: Count = 600
-    max_steps: Count = 1500
-    batch: Count = 128
+    steps: Count = 1000
+    max_steps: Count = 2000
+    batch: Count = 64
     lr: Positive = 3e-3
     greedy_target: Share = 0.98
-    examples: Count = 8000
+    examples: Count = 24000
     seed: Whole = 0
 
 

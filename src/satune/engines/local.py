@@ -172,6 +172,7 @@ class LocalEngine:
     async def _decode(self, agent: str) -> None:
         rows = _Rows(self.policies[agent], self._stores[agent], self.prefill_tokens)
         waiting = self._waiting[agent]
+        admitted: list[_Request] = []
         try:
             while True:
                 free = self.max_rows - len(rows.requests)
@@ -181,6 +182,7 @@ class LocalEngine:
                     waiting.sort(key=lambda request: request.key)
                     taken, waiting[:] = waiting[:free], waiting[free:]
                     taken = [request for request in taken if not request.future.done()]
+                    admitted += taken
                     finished = rows.admit(taken)
                 elif rows.requests:
                     finished = rows.step()
@@ -191,7 +193,8 @@ class LocalEngine:
                         self._finish(agent, request)
                     await self._quiet()
         except Exception as error:
-            for request in rows.requests:
+            # Not only the rows: a prompt's forward may have failed before they had one.
+            for request in admitted:
                 if not request.future.done():
                     request.future.set_exception(error)
             raise

@@ -16,8 +16,9 @@ def sample_tokens(
     """Tokens [R] and their log-probabilities [R] at each row's temperature.
 
     ``uniforms`` are in [0, 1). Inverting the CDF makes a token depend on its row alone: another
-    batching changes it only where the uniform falls within rounding of a boundary. Log-probabilities
-    are of the policy before any top-k or top-p filter; a greedy row's are those at temperature 1.
+    batching changes it only where the uniform falls within rounding of a boundary.
+    Log-probabilities are of the policy before any top-k or top-p filter; a greedy row's are those
+    at temperature 1.
     """
     temperature_R = torch.tensor([s.temperature for s in settings], dtype=logits_RV.dtype)
     greedy_R = temperature_R == 0

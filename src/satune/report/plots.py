@@ -135,10 +135,10 @@ def _draw_divergence(axes: Any, updates: Sequence[Event]) -> None:
 
 
 def _draw_violation(axes: Any, updates: Sequence[Event]) -> None:
-    """The share of visited states whose KL exceeds δ."""
+    """The share of problems with a visited state (or turn, or trajectory) whose KL exceeds δ."""
     highest = max(_series(axes, updates, "violation_rate"), default=0.0)
     axes.set_ylim(0, highest * 1.2 if highest > 0 else 0.01)
-    axes.set_ylabel("states beyond δ\n(share)", color=_INK)
+    axes.set_ylabel("problems beyond δ\n(share)", color=_INK)
 
 
 def _series(axes: Any, updates: Sequence[Event], key: str) -> list[float]:
@@ -151,7 +151,8 @@ def _series(axes: Any, updates: Sequence[Event], key: str) -> list[float]:
     for index, agent in enumerate(agents):
         own = [event for event in updates if event["agent"] == agent]
         x = [event["stage"] for event in own]
-        y = [_finite(event["kl"].get(key)) for event in own]
+        # A step that ended before it was measured (a loss that is not finite) has no KL.
+        y = [_finite(event.get("kl", {}).get(key)) for event in own]
         colour = _COLOURS[index % len(_COLOURS)]
         marker = _MARKERS[index % len(_MARKERS)]
         axes.plot(x, y, color=colour, linewidth=1.2, marker=marker, markersize=3.5, label=agent)

@@ -62,6 +62,7 @@ class FunctionReward:
     """A reward of TRL's signature, called for one completion at a time.
 
     ``lowest`` and ``highest`` are the range its values are rescaled from to [0, 1].
+    ``needed`` names the columns it cannot do without.
     Raises UserError for an async function and for a parameter that is no column.
     """
 
@@ -76,11 +77,17 @@ class FunctionReward:
         parameters = inspect.signature(function).parameters.values()
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._named = {p.name for p in parameters}
-        for p in parameters:
-            needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-            if needed and p.name not in ("prompts", "completions", *columns):
+        self.needed = tuple(
+            p.name
+            for p in parameters
+            if p.default is p.empty
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and p.name not in ("prompts", "completions")
+        )
+        for column in self.needed:
+            if column not in columns:
                 raise UserError(
-                    f"reward {name}: it asks for {p.name!r}; the rows have {', '.join(columns)}"
+                    f"reward {name}: it asks for {column!r}; the rows have {', '.join(columns)}"
                 )
 
     def __call__(self, prompt: Any, completion: str, columns: Mapping[str, Any]) -> float:

@@ -148,6 +148,8 @@ class Rows:
             raise UserError(f"{place}: field {answer!r} is empty; give the reference answer")
         if self.reward == "numeric" and as_number(str(reference)) is None:
             raise UserError(f"{place}: field {answer!r} is {reference!r}, which is no number")
+        for column in self._function.needed if self._function else ():
+            field(place, row, column)
         identity = str(row.get(id, f"row-{number}"))
         return Problem(identity, parts, reference, {"row": row} if self._function else {})
 

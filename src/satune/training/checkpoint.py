@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _WRITING = ".writing"
+_NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
 
 class Checkpoints:
@@ -50,7 +53,7 @@ class Checkpoints:
         if not self.directory.is_dir():
             return []
         found = [p.name for p in self.directory.iterdir() if (p / "state.json").is_file()]
-        return sorted((n for n in found if not n.endswith(_WRITING)), key=_place)
+        return sorted((name for name in found if _NAME.fullmatch(name)), key=_place)
 
     def write(self, name: str, training: Training) -> None:
         """Write a checkpoint of the run as it is. Raises UserError where the disk refuses; the
@@ -78,7 +81,8 @@ class Checkpoints:
                         continue
                     tensors = _tensors(learner, part)
                     if tensors:
-                        _save_tensors(tensors, beside / relative)
+                        with tensor_errors(beside / relative):
+                            save_file(tensors, beside / relative)
                         files[relative] = _identity(beside / relative)
             if state.batch is not None:
                 rows = (training.world.to_row(e) for e in state.batch.episodes)
@@ -104,8 +108,12 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        for name in self.names()[: -self.keep]:
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+        """Remove all but the newest, and the pieces that a killed run left half-way."""
+        kept = self.names()[-self.keep :]
+        for path in self.directory.iterdir():
+            name = path.name.removesuffix(_WRITING)
+            if _NAME.fullmatch(name) and path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
     def latest(self, wanted: str | None = None) -> tuple[str, list[str]] | None:
         """The newest undamaged checkpoint (or ``wanted``) and one line a damaged one passed over.
@@ -172,7 +180,8 @@ class Checkpoints:
                 learner.keep_reference(load_file(reference))
             version = state["state"]["versions"][agent]
             held[agent] = (version, learner.steps)
-            training.world.publish(agent, state["published"][agent])
+            training.published[agent] = state["published"][agent]
+            training.world.publish(agent, training.published[agent])
         _state_from_json(state["state"], path, training)
         training.supply.offset = state["offset"]
         training.directory.truncate(state["sizes"])
@@ -180,6 +189,7 @@ class Checkpoints:
         for other in self.names():
             if _place(other) > _place(name):
                 shutil.rmtree(self.directory / other, ignore_errors=True)
+        self._prune()
 
 
 def _place(name: str) -> tuple[int, float]:
@@ -197,15 +207,18 @@ def _tensors(learner: Any, part: str) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # The writer hides the errno in its text; asking the system for the room gives it back.
-        with disk_errors(path), open(path, "ab") as file:
-            needed = sum(tensor.nbytes for tensor in tensors.values())
-            os.posix_fallocate(file.fileno(), 0, needed)
-        raise UserError(f"{path}: cannot be written ({error}); give another --out") from error
+@contextmanager
+def tensor_errors(path: Path) -> Iterator[None]:
+    """``disk_errors`` for blocks that write safetensors, whose writer has errors of its own."""
+    with disk_errors(path):
+        try:
+            yield
+        except SafetensorError as error:
+            # The writer keeps the system's number in its text alone.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def _listed(path: Path) -> dict[str, list[Any]]:
@@ -268,5 +281,8 @@ def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) 
             training.world.from_row(row) for row in read_lines(path / "experience.jsonl")
         ]
         state.batch = Batch(
-            episodes, list(batch["log_weights"]), batch["drawn_before"], batch["reward"]
+            episodes,
+            [float(w) for w in batch["log_weights"]],
+            batch["drawn_before"],
+            float(batch["reward"]),
         )

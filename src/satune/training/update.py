@@ -21,7 +21,7 @@ from satune.agents.packing import PackedTurns, pack
 from satune.core.advantages import group_advantages, overlong_penalty
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
-from satune.core.trust_region import LineSearch, adapt_beta
+from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
 from satune.training.settings import AdvantageSettings, UpdateSettings
 from satune.types import Episode, Experience, Key
 
@@ -124,7 +124,7 @@ def improve(
         learner.rest()
         event |= {"accepted": False, "scale": 0.0, "reason": str(error)}
         event["seconds"] = {"update": time.perf_counter() - started}
-        beta = adapt_beta(beta, settings.trust_region.beta, math.inf, settings.trust_region.delta)
+        beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
     event |= learning
     event["mismatch"] = _mismatch(agent, episodes, anchor)
@@ -153,10 +153,14 @@ def improve(
     }
     first = search.first_statistic
     assert first is not None
-    region = settings.trust_region
-    if region.adapt and region.beta > 0:
-        beta = adapt_beta(beta, region.beta, first, region.delta)
+    beta = _next_beta(beta, first, settings.trust_region)
     return Outcome(accepted, beta, log_ratio_E, event)
+
+
+def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings) -> float:
+    if not region.adapt or region.beta == 0:
+        return beta
+    return adapt_beta(beta, region.beta, first_statistic, region.delta)
 
 
 def _ascend(

@@ -1,0 +1,160 @@
+"""Studies: sets of training runs over seeds, each a `satune train` command, and a table of them.
+
+    python benchmarks/study.py schedules --out runs/studies        # or: teams, trust_region, guess
+    python benchmarks/study.py guess --data SECRETS.jsonl --official OFFICIAL.jsonl
+
+Runs that are already finished under --out are read, not repeated. Each run has one thread; two go
+on at a time. The tables of docs/results.md come from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEEDS = (0, 1, 2)
+SCHEDULES = ("fresh", "reuse", "hybrid", "stale", "simultaneous")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a row's label, its seed, the recipe and its overrides."""
+
+    label: str
+    seed: int
+    recipe: str
+    overrides: tuple[str, ...]
+
+    def directory(self, out: Path) -> Path:
+        return out / f"{self.label.replace(' ', '-')}-seed-{self.seed}"
+
+    def command(self, out: Path) -> list[str]:
+        seeds = (f"seed={self.seed}", f"tiny.seed={self.seed}")
+        where = ("--out", str(self.directory(out)))
+        return ["train", self.recipe, *seeds, *self.overrides, *where, "--json"]
+
+
+def agents(*models: str) -> str:
+    """The override that makes a team of these models."""
+    names = ("first", "second", "third", "fourth")
+    return json.dumps({n: {"model": m} for n, m in zip(names, models, strict=False)})
+
+
+def schedules(_: argparse.Namespace) -> Iterator[Run]:
+    """What each schedule costs and buys, for 2 and 4 agents."""
+    for count in (2, 4):
+        team = agents(*["tiny:qwen3-s"] * count)
+        for schedule in SCHEDULES:
+            overrides = (
+                f"team.agents={team}",
+                f"task={{name: relay, numbers: {count + 1}}}",
+                f"schedule={schedule}",
+            )
+            for seed in SEEDS:
+                yield Run(f"{count} agents {schedule}", seed, "recipes/relay.yaml", overrides)
+
+
+def teams(_: argparse.Namespace) -> Iterator[Run]:
+    """Other families, and weights that are shared."""
+    hetero = f"team.agents={agents('tiny:qwen3-s', 'tiny:llama-s', 'tiny:qwen3-s')}"
+    rows = {
+        "hetero chain": (hetero,),
+        "hetero debate": (hetero, "protocol={name: debate, rounds: 3}"),
+        "lora": ("team.sharing=lora", "optimizer.lr=3e-3"),
+        "shared": ("team.sharing=shared",),
+    }
+    for label, overrides in rows.items():
+        for seed in SEEDS:
+            yield Run(label, seed, "recipes/relay.yaml", overrides)
+
+
+def trust_region(_: argparse.Namespace) -> Iterator[Run]:
+    """Too large a step, with the trust region and without."""
+    for enabled in ("true", "false"):
+        for seed in SEEDS:
+            overrides = ("optimizer.lr=3e-3", f"trust_region.enabled={enabled}")
+            yield Run(f"lr 3e-3 region {enabled}", seed, "recipes/relay.yaml", overrides)
+
+
+def guess(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Guess-number on the official secrets; settings were chosen on training secrets."""
+    overrides = (f"task.data={arguments.data}", f"evaluate.data={arguments.official}")
+    for seed in SEEDS:
+        yield Run("guess number", seed, "recipes/guess_number.yaml", overrides)
+
+
+STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess)}
+
+
+def perform(run: Run, out: Path) -> dict[str, Any]:
+    """Run it unless it is finished; its summary. Stops with the command's own line on failure."""
+    summary = run.directory(out) / "summary.json"
+    if not summary.is_file():
+        started = run.directory(out).exists()
+        command = [sys.executable, "-m", "satune", *run.command(out)]
+        done = subprocess.run(
+            command + ["--resume"] * started,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(summary.read_text())
+    print(f"{run.label}, seed {run.seed}: {change(found)}", file=sys.stderr)
+    return found
+
+
+def change(summary: dict[str, Any]) -> str:
+    mean, low, high = summary["difference"]
+    return (
+        f"{summary['reward_before']:.3f} → {summary['reward_after']:.3f} "
+        f"({mean:+.3f} [{low:+.3f}, {high:+.3f}])"
+    )
+
+
+def table(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: a row a label, the seeds' figures side by side, means of the costs."""
+    lines = [
+        "| run | sampled, before → after (paired difference, 95%) by seed | greedy by seed "
+        "| mean gain | episodes | tokens | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(run.label for run in runs):
+        rows = [s for r, s in zip(runs, summaries, strict=True) if r.label == label]
+        gain = statistics.fmean(s["difference"][0] for s in rows)
+        greedy = "<br>".join(f"{s['greedy_before']:.2f} → {s['greedy_after']:.2f}" for s in rows)
+        costs = [statistics.fmean(s[k] for s in rows) for k in ("episodes", "tokens", "seconds")]
+        figures = "<br>".join(change(s) for s in rows)
+        lines.append(
+            f"| {label} | {figures} | {greedy} | {gain:+.3f} | {costs[0]:,.0f} | {costs[1]:,.0f} "
+            f"| {costs[2]:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--data", help="training secrets (guess)")
+    parser.add_argument("--official", help="official secrets (guess)")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    runs = list(STUDIES[arguments.study](arguments))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        summaries = list(pool.map(lambda run: perform(run, arguments.out), runs))
+    print(table(runs, summaries))
+
+
+if __name__ == "__main__":
+    main()

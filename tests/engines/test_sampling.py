@@ -1,0 +1,91 @@
+"""Tokens from logits: inversion by hand, filters, frequencies."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from satune.engines.sampling import sample_tokens
+from satune.types import Sampling
+
+# Probabilities .5, .125, .25, .125.
+LOGITS_V = torch.tensor([0.5, 0.125, 0.25, 0.125], dtype=torch.float64).log()
+
+
+def draw(uniforms, logits=LOGITS_V, **settings):
+    rows = logits.expand(len(uniforms), -1)
+    tokens_R, logprobs_R = sample_tokens(
+        rows, [Sampling(1, **settings)] * len(uniforms), list(uniforms)
+    )
+    return tokens_R.tolist(), logprobs_R.tolist()
+
+
+def test_a_uniform_is_inverted_through_the_cdf():
+    # Cumulative .5, .625, .875, 1; each step belongs to the token above it.
+    tokens, logprobs = draw([0.0, 0.49, 0.5, 0.624, 0.625, 0.874, 0.875, 0.999])
+    assert tokens == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert logprobs == pytest.approx([LOGITS_V[t].item() for t in tokens])
+
+
+def test_temperature_sharpens():
+    # At T = 1/2 the probabilities are squared: 16, 1, 4, 1 of 22; cumulative .727, .773, .955.
+    tokens, logprobs = draw([0.72, 0.73, 0.78, 0.96], temperature=0.5)
+    assert tokens == [0, 1, 2, 3]
+    assert logprobs == pytest.approx([math.log(n / 22) for n in (16, 1, 4, 1)])
+
+
+def test_greedy():
+    tokens, logprobs = draw([0.0, 0.999], temperature=0.0)
+    assert tokens == [0, 0] and logprobs == pytest.approx([math.log(0.5)] * 2)
+
+
+def test_top_k():
+    # Tokens 0 and 2 stay, with 2/3 and 1/3; log-probabilities are the policy's all the same.
+    tokens, logprobs = draw([0.66, 0.67, 0.999], top_k=2)
+    assert tokens == [0, 2, 2]
+    assert logprobs == pytest.approx([math.log(p) for p in (0.5, 0.25, 0.25)])
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.01, {0}), (0.5, {0}), (0.51, {0, 2}), (0.75, {0, 2})]
+)
+def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
+    tokens, _ = draw([i / 200 for i in range(200)], top_p=top_p)
+    assert set(tokens) == kept
+
+
+def test_rows_keep_their_own_settings():
+    tokens_R, logprobs_R = sample_tokens(
+        LOGITS_V.expand(4, -1),
+        [Sampling(1), Sampling(1, temperature=0.0), Sampling(1, top_k=1), Sampling(1)],
+        [0.6, 0.6, 0.6, 0.9],
+    )
+    assert tokens_R.tolist() == [1, 0, 0, 3]
+    assert logprobs_R.tolist() == pytest.approx([LOGITS_V[t].item() for t in (1, 0, 0, 3)])
+
+
+@given(
+    st.lists(st.floats(-30, 30), min_size=2, max_size=8),
+    st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=5),
+    st.floats(0.2, 3),
+)
+def test_a_row_depends_on_itself_alone(logits, uniforms, temperature):
+    row = torch.tensor(logits, dtype=torch.float32)
+    together = draw(uniforms, row, temperature=temperature)
+    apart = [draw([u], row, temperature=temperature) for u in uniforms]
+    assert together == ([t[0] for t, _ in apart], [p[0] for _, p in apart])
+
+
+def test_a_token_without_mass_is_never_drawn():
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
+    tokens, _ = draw([0.0, 0.4999, 0.5, 1 - 2**-53], logits)
+    assert tokens == [1, 1, 3, 3]
+
+
+def test_rare_tokens_keep_their_place():
+    # .5, a hundred tokens of 1e-9, the rest: a running sum in float32 would not notice the hundred.
+    probabilities = torch.tensor([0.5, *[1e-9] * 100, 0.5 - 1e-7], dtype=torch.float64)
+    tokens, _ = draw([0.5 + (k - 0.5) * 1e-9 for k in (1, 50, 100, 101)], probabilities.log())
+    assert tokens == [1, 50, 100, 101]

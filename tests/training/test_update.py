@@ -1,0 +1,254 @@
+"""One agent's step: what is accepted lies inside δ, and what is not leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny_world
+from satune.core.trust_region import TrustRegionSettings
+from satune.training.run import Training
+from satune.training.settings import AdvantageSettings, UpdateSettings
+from satune.training.update import Outcome, advantages, groups, improve
+from satune.types import Episode, Experience, Grade, Key, Problem, Turn
+
+KEY = Key(0, "train", 1, 1)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_world.build(tmp_path_factory.mktemp("world"))
+
+
+def fresh(recipe: Path, out: Path, *overrides: str) -> tuple[Training, Experience]:
+    """A run with one rollout drawn, and that rollout as experience."""
+    run = tiny_world.training(recipe, out, overrides)
+    for name in run.learners:
+        run.publish(name)
+    batch = run.supply.batch(1, 1)
+    return run, Experience(tuple(batch.episodes), tuple(batch.log_weights))
+
+
+def step(run: Training, experience: Experience, **region: Any) -> Outcome:
+    settings = run.settings.update
+    bounds = replace(settings.trust_region, **region)
+    return improve(
+        run.learners["ann"], "ann", experience, replace(settings, trust_region=bounds),
+        beta=bounds.beta, cap=None, key=KEY,
+    )  # fmt: skip
+
+
+def logprobs(
+    recipe: Path, weights: dict[str, torch.Tensor], turns: list[Turn], temperature: float = 1.0
+) -> list[torch.Tensor]:
+    """Full log-distributions [T, V] in float64 for each turn, by a model loaded afresh, one whole
+    sequence at a time: nothing of the code under test takes part."""
+    model = AutoModelForCausalLM.from_pretrained(recipe.parent / "model-0", dtype=torch.float64)
+    model.load_state_dict({name: tensor.double() for name, tensor in weights.items()}, strict=False)
+    model.eval()
+    found = []
+    for turn in turns:
+        assert turn.prompt_ids is not None and turn.completion_ids is not None
+        ids = torch.tensor([[*turn.prompt_ids, *turn.completion_ids]])
+        with torch.no_grad():
+            logits_V = model(input_ids=ids).logits[0] / temperature
+        first = len(turn.prompt_ids) - 1
+        found.append(logits_V[first : first + len(turn.completion_ids)].log_softmax(-1))
+    return found
+
+
+def kl_by_hand(
+    recipe: Path, new: dict[str, torch.Tensor], old: dict[str, torch.Tensor], turns: list[Turn]
+) -> torch.Tensor:
+    """KL(new‖old) [T] over all own tokens, from two models' full distributions."""
+    pairs = zip(logprobs(recipe, new, turns), logprobs(recipe, old, turns), strict=True)
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
+
+
+def own(experience: Experience, agent: str = "ann") -> list[Turn]:
+    return [turn for e in experience.episodes for turn in e.turns if turn.agent == agent]
+
+
+# The trust region
+
+
+@pytest.mark.parametrize("lr", ["1e-4", "3e-2"])
+def test_an_accepted_step_is_inside_delta_by_a_measurement_of_its_own(
+    recipe: Path, tmp_path: Path, lr: str
+) -> None:
+    run, experience = fresh(recipe, tmp_path / "run", f"optimizer.lr={lr}")
+    before = run.learners["ann"].weights()
+    outcome = step(run, experience, backtracks=20)
+    assert outcome.accepted
+    assert (outcome.event["scale"] < 1) == (lr == "3e-2")
+    kl_T = kl_by_hand(recipe, run.learners["ann"].weights(), before, own(experience))
+    # The .99-quantile is the smallest value that at least 99% of the states do not exceed.
+    quantile = float(kl_T.sort().values[math.ceil(0.99 * len(kl_T)) - 1])
+    recorded = outcome.event["kl"]
+    assert quantile <= 0.05
+    # float32 against float64.
+    assert recorded["quantile"] == pytest.approx(quantile, rel=1e-3)
+    assert recorded["mean"] == pytest.approx(float(kl_T.mean()), rel=1e-3)
+    assert recorded["max"] == pytest.approx(float(kl_T.max()), rel=1e-3)
+    assert recorded["states"] == len(kl_T)
+
+
+def test_without_a_trust_region_a_large_step_stays_large(recipe: Path, tmp_path: Path) -> None:
+    run, experience = fresh(recipe, tmp_path / "run", "optimizer.lr=3e-2")
+    before = run.learners["ann"].weights()
+    outcome = step(run, experience, enabled=False)
+    assert outcome.accepted and outcome.event["scale"] == 1.0
+    kl_T = kl_by_hand(recipe, run.learners["ann"].weights(), before, own(experience))
+    assert float(kl_T.quantile(0.99)) > 1.0
+    assert outcome.event["kl"]["quantile"] > 1.0
+
+
+def test_a_shrunk_step_lies_on_the_line_from_the_anchor(recipe: Path, tmp_path: Path) -> None:
+    whole, experience = fresh(recipe, tmp_path / "a", "optimizer.lr=3e-3")
+    anchor = whole.learners["ann"].weights()
+    step(whole, experience, enabled=False)
+    shrunk, same_experience = fresh(recipe, tmp_path / "b", "optimizer.lr=3e-3")
+    assert same_experience == experience
+    outcome = step(shrunk, experience)
+    scale = outcome.event["scale"]
+    assert outcome.accepted and 0 < scale < 1
+    for name, found in shrunk.learners["ann"].weights().items():
+        target = whole.learners["ann"].weights()[name]
+        wanted = anchor[name].double() + scale * (target.double() - anchor[name].double())
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
+    # A shrink keeps the optimiser's moments, those of the whole proposal.
+    moments = shrunk.learners["ann"].optimizer_state()
+    assert tiny_world.same(moments, whole.learners["ann"].optimizer_state())
+
+
+def test_what_cannot_be_brought_inside_is_reverted_bit_for_bit(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run, experience = fresh(recipe, tmp_path / "run")
+    learner = run.learners["ann"]
+    # A first accepted step, so that there are moments to be restored.
+    assert step(run, experience).accepted
+    before, moments, steps = learner.weights(), learner.optimizer_state(copy=True), learner.steps
+    assert moments and steps > 0
+    outcome = step(run, experience, delta=1e-12, backtracks=2)
+    assert not outcome.accepted
+    assert tiny_world.same(learner.weights(), before)
+    assert tiny_world.same(learner.optimizer_state(), moments)
+    assert learner.steps == steps
+    assert outcome.event["accepted"] is False and outcome.event["scale"] == 0.0
+    assert "above delta" in outcome.event["reason"]
+    assert len(outcome.event["candidates"]) == 3
+    assert outcome.log_ratio_E.tolist() == [0.0] * len(experience.episodes)
+
+
+def test_the_log_ratio_of_a_step_is_that_of_two_models(recipe: Path, tmp_path: Path) -> None:
+    run, experience = fresh(recipe, tmp_path / "run")
+    before = run.learners["ann"].weights()
+    outcome = step(run, experience)
+    after = run.learners["ann"].weights()
+    wanted = []
+    for episode in experience.episodes:
+        turns = [turn for turn in episode.turns if turn.agent == "ann"]
+        total = 0.0
+        for new, old, turn in zip(
+            logprobs(recipe, after, turns), logprobs(recipe, before, turns), turns, strict=True
+        ):
+            ids = torch.tensor(turn.completion_ids)[:, None]
+            total += float((new - old).gather(1, ids).sum())
+        wanted.append(total)
+    assert max(map(abs, wanted)) > 0.01
+    torch.testing.assert_close(
+        outcome.log_ratio_E, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+
+
+# What is not finite
+
+
+def damaged(experience: Experience, score: float) -> Experience:
+    first, *rest = experience.episodes
+    return replace(experience, episodes=(replace(first, grade=Grade(score)), *rest))
+
+
+def test_a_reward_that_is_not_a_number_reverts_and_says_so(recipe: Path, tmp_path: Path) -> None:
+    run, experience = fresh(recipe, tmp_path / "run")
+    learner = run.learners["ann"]
+    assert step(run, experience).accepted
+    before, moments, steps = learner.weights(), learner.optimizer_state(copy=True), learner.steps
+    outcome = step(run, damaged(experience, math.nan))
+    assert not outcome.accepted and "not finite" in outcome.event["reason"]
+    assert outcome.event["scale"] == 0.0 and "kl" not in outcome.event
+    assert tiny_world.same(learner.weights(), before)
+    assert tiny_world.same(learner.optimizer_state(), moments)
+    assert learner.steps == steps
+    # An overshoot without bound: beta doubles.
+    assert outcome.beta == 2 * run.settings.update.trust_region.beta
+    # Nothing of the damaged gradient is left behind for the next step.
+    assert all(p.grad is None for p in learner.policy.trainable().values())
+    assert step(run, experience).accepted
+
+
+def test_beta_stands_still_where_it_may_not_adapt(recipe: Path, tmp_path: Path) -> None:
+    run, experience = fresh(recipe, tmp_path / "run")
+    beta = run.settings.update.trust_region.beta
+    assert step(run, damaged(experience, math.nan), adapt=False).beta == beta
+    assert step(run, experience, adapt=False, delta=1e-4, backtracks=9).beta == beta
+
+
+def test_a_rate_that_throws_the_weights_out_of_the_finite_is_reverted(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run, experience = fresh(recipe, tmp_path / "run", "optimizer.lr=1e30")
+    before = run.learners["ann"].weights()
+    outcome = step(run, experience)
+    assert not outcome.accepted and "not finite" in outcome.event["reason"]
+    assert tiny_world.same(run.learners["ann"].weights(), before)
+
+
+def test_an_agent_that_said_nothing_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    run, experience = fresh(recipe, tmp_path / "run")
+    silent = tuple(
+        replace(e, turns=tuple(t for t in e.turns if t.agent != "ann")) for e in experience.episodes
+    )
+    before = run.learners["ann"].weights()
+    outcome = step(run, replace(experience, episodes=silent))
+    assert (outcome.accepted, outcome.event["reason"]) == (False, "the agent wrote nothing")
+    assert tiny_world.same(run.learners["ann"].weights(), before)
+
+
+# Advantages of a team's episodes
+
+
+def episode(problem: str, reward: float, length: int = 0) -> Episode:
+    turn = Turn("s", "ann", 0, 0, "", "stop", 0, completion_tokens=length)
+    return Episode(Problem.of(problem, "?"), 0, (turn,), None, Grade(reward))
+
+
+def test_advantages_compare_the_episodes_of_one_problem() -> None:
+    episodes = [episode("p", 1.0), episode("q", 0.5), episode("p", 0.0), episode("q", 0.5)]
+    assert groups(episodes).tolist() == [0, 1, 0, 1]
+    # p: mean .5, deviation .5; q: constant.
+    found = advantages(episodes, AdvantageSettings())
+    torch.testing.assert_close(
+        found, torch.tensor([1.0, 0.0, -1.0, 0.0]).double(), atol=1e-5, rtol=0
+    )
+
+
+def test_overlong_turns_are_charged_to_their_agent() -> None:
+    episodes = [episode("p", 1.0, 10), episode("p", 1.0, 8)]
+    settings = AdvantageSettings(normalise=False, overlong_buffer=4)
+    # Limit 10, buffer 4: free up to 6 tokens, then a quarter a token. 10 costs 1, 8 costs .5.
+    found = advantages(episodes, settings, agent="ann", max_new_tokens=10)
+    assert found.tolist() == pytest.approx([-0.25, 0.25])
+    other = advantages(episodes, settings, agent="bob", max_new_tokens=10)
+    assert other.tolist() == [0.0, 0.0]
+
+
+def test_settings_default_to_the_paper() -> None:
+    assert UpdateSettings().trust_region == TrustRegionSettings(delta=0.05, quantile=0.99)
