@@ -147,6 +147,9 @@ def _train(
     recipe: Any, directory: Any, display: Any, *, resume: bool, checkpoint: str | None
 ) -> dict[str, Any]:
     quiet_libraries()
+    import torch
+
+    from satune.agents.zoo import is_tiny
     from satune.assembly import assemble, check_recipe_unchanged, start_training, tolerance_of
     from satune.report.plots import plot_training
     from satune.scalars import scalar_writer
@@ -161,6 +164,9 @@ def _train(
     else:
         found = None
     directory.start(resume=resume)
+    if all(is_tiny(agent.model) for agent in recipe.team.agents.values()):
+        # Their matrices are too small to share: two threads were slower than one.
+        torch.set_num_threads(1)
     with ExitStack() as stack:
         cast = assemble(recipe, display.progress)
         # Whatever is written from here on lies in the run's directory.

@@ -314,3 +314,29 @@ def test_a_tokenizer_without_template_needs_one():
 def test_a_broken_template_is_reported():
     with pytest.raises(UserError, match=r"template\.chat"):
         renderer_with(TemplateSettings(chat="{% for %}"))
+
+
+def test_the_newest_foreign_message_is_never_dropped():
+    entries = overflow_entries()
+    full = len(RENDERERS["tiny:qwen3-s"].view("b").prompt(entries, 4).ids)
+    # Without both long messages (11 tokens each) it does not fit; without all three it would.
+    with pytest.raises(UserError, match="seat 'b'"):
+        renderer_with(TemplateSettings(), full + 4 - 22 - 1).view("b").prompt(entries, 4)
+
+
+def test_a_template_that_trims_is_rendered_anew_where_there_is_something_to_trim():
+    trimming = (
+        "{%- for m in messages -%}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}"
+        "{%- endfor -%}{{ '<|im_start|>assistant\n' }}"
+    )
+    renderer = renderer_with(TemplateSettings(chat=trimming))
+    assert renderer.append_only
+    for start, text, reply in ((" p", "x", "z"), ("p", " x", "z"), ("p", "x", "z\n")):
+        view = renderer.view("b")
+        first = view.prompt([problem(start)], 4)
+        assert renderer.tokenizer.decode(first.ids) == renderer.render(first.messages)
+        view.wrote(completion(renderer, text))
+        entries = [problem(start), own(text), Entry("observation", reply)]
+        second = view.prompt(entries, 4)
+        assert renderer.tokenizer.decode(second.ids) == renderer.render(second.messages)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from satune.agents.rendering import ChatRenderer
 from satune.types import Completion, Entry
 
-CHECK_EVERY = 100
+CHECK_EVERY = 200
 """Steps between two looks at the greedy success, once the planned ones are done."""
 MATRIX_RATE = 20 / 3
 """Learning rate of the weight matrices as a multiple of ``tiny.lr``."""
@@ -189,9 +189,12 @@ class Muon:
 
 def rate(step: int, settings: TinySettings) -> float:
     """Learning rate of a step (from 0): linear warm-up over a twentieth of the planned steps, then
-    linear decay to a twentieth of the peak, which is kept for any steps beyond."""
+    linear decay to a twentieth of the peak. Further steps go in rounds of CHECK_EVERY, each decaying
+    from half the peak: at the lowest rate they would change little."""
     warm = max(1, settings.steps // 20)
     left = (settings.steps - step) / max(1, settings.steps - warm)
+    if step >= settings.steps:
+        left = 0.5 * (1 - (step - settings.steps) % CHECK_EVERY / CHECK_EVERY)
     return settings.lr * max(0.05, min((step + 1) / warm, left))
 
 
