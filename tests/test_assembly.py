@@ -291,7 +291,13 @@ def test_a_base_is_not_gated_on_the_evaluations_own_data(
 
     monkeypatch.setattr(grade, noted)
     chosen: dict[str, Any] = {
-        "task": {"name": "guess_number", "prompt": "short", "max_turns": 1, "data": str(data)},
+        "task": {
+            "name": "guess_number",
+            "prompt": "short",
+            "max_turns": 1,
+            "data": str(data),
+            "eval_fraction": 0,
+        },
         "protocol": "round_robin",
     }
     assemble(load_recipe(tiny(tmp_path, **chosen), [f"evaluate.data={exam}"]))

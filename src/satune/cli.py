@@ -156,13 +156,13 @@ def _train(
     from satune.training.checkpoint import Checkpoints, tensor_errors
     from satune.training.trainer import train as run
 
+    name: str | None = None
     if resume:
         check_recipe_unchanged(directory, recipe)
         found = Checkpoints(directory.checkpoints, recipe.checkpoint.keep).latest(checkpoint)
-        for line in found[1] if found else []:
-            display.note(f"{line}; going on from {found[0]}")
-    else:
-        found = None
+        name, passed = found or (None, [])
+        for line in passed:
+            display.note(f"{line}; going on from {name}")
     directory.start(resume=resume)
     if all(is_tiny(agent.model) for agent in recipe.team.agents.values()):
         # Their matrices are too small to share: two threads were slower than one.
@@ -171,7 +171,7 @@ def _train(
         cast = assemble(recipe, display.progress)
         # Whatever is written from here on lies in the run's directory.
         stack.enter_context(tensor_errors(directory.path))
-        if resume and found is None:
+        if resume and name is None:
             # What a run left that ended before its first checkpoint would stand there twice.
             directory.truncate({"events": 0, "episodes": {}})
         watchers: list[Callable[..., None]] = [display.watch]
@@ -185,7 +185,6 @@ def _train(
                 display.stages(fields["stage"], recipe.stages)
 
         training = start_training(cast, directory, watch)
-        name = found[0] if found else None
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)
         figure = plot_training(directory.path, directory.path / "training.png")
     if figure is None:

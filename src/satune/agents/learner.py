@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from satune.agents.packing import MicroBatch, PackedTurns, micro_batches
+from satune.agents.packing import MicroBatch, PackedTurns, micro_batches, padded_budget
 from satune.agents.policy import Policy
 from satune.core.logprobs import Reference, TokenScores, score_tokens
 from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, objective_loss
@@ -95,12 +95,14 @@ class LocalLearner:
     scratch: Path | None = None
     steps: int = 0
     _parameters: dict[str, torch.nn.Parameter] = field(init=False)
+    _budget: int = field(init=False)
     _optimizer: torch.optim.AdamW | None = field(init=False, default=None)
     _resting: dict[str, Tensor] = field(init=False, default_factory=dict)
     _resting_file: Path | None = field(init=False, default=None)
     _reference: dict[str, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self._budget = padded_budget(self.settings.micro_batch_tokens, self.policy.device)
         self._parameters = self.policy.trainable()
         for parameter in self._parameters.values():
             parameter.requires_grad_(not self.frozen)
@@ -116,7 +118,7 @@ class LocalLearner:
     def score(self, packed: PackedTurns) -> Tensor:
         """Log-probabilities [T] (CPU) of the own tokens at the agent's temperature."""
         logprobs_T = torch.empty(packed.tokens, dtype=self._statistics_dtype())
-        for batch in micro_batches(packed, self.settings.micro_batch_tokens, whole_episodes=False):
+        for batch in micro_batches(packed, self._budget, whole_episodes=False):
             scores = self._score(self._states(batch), packed, batch)
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
         return logprobs_T
@@ -160,8 +162,7 @@ class LocalLearner:
         missing = torch.unique(anchor.packed.episode_T[~anchor.known_T]).tolist()
         if not missing:
             return
-        budget = self.settings.micro_batch_tokens
-        for batch in micro_batches(anchor.packed, budget, missing, whole_episodes=False):
+        for batch in micro_batches(anchor.packed, self._budget, missing, whole_episodes=False):
             hidden_TH = self._states(batch)
             scores = self._score(hidden_TH, anchor.packed, batch)
             anchor.keep(batch.tokens_T, hidden_TH, scores.logprobs_T)
@@ -172,7 +173,7 @@ class LocalLearner:
         packed = anchor.packed
         shape, dtype = (packed.tokens,), self._statistics_dtype()
         kl_T, reverse_T, logprobs_T = (torch.zeros(shape, dtype=dtype) for _ in range(3))
-        for batch in micro_batches(packed, self.settings.micro_batch_tokens, whole_episodes=False):
+        for batch in micro_batches(packed, self._budget, whole_episodes=False):
             scores = self._score(
                 self._states(batch),
                 packed,
@@ -221,9 +222,8 @@ class LocalLearner:
         # At the anchor the KL and its gradient are zero: nothing to add to the loss.
         here = objective if known else replace(objective, beta=0.0)
         totals: dict[str, float] = {}
-        budget = self.settings.micro_batch_tokens
         with self.policy.checkpointing(self.settings.gradient_checkpointing):
-            for batch in micro_batches(packed, budget, episodes, whole_episodes=True):
+            for batch in micro_batches(packed, self._budget, episodes, whole_episodes=True):
                 hidden_TH = self._states(batch)
                 wanted: dict[str, Any] = {"entropy": here.entropy != 0.0}
                 if here.beta > 0.0:
@@ -294,8 +294,7 @@ class LocalLearner:
         """Gradient of Σ_t c_t log π(token t) by parameter; leaves weights and gradients alone."""
         accumulated = {name: p.grad for name, p in self._parameters.items()}
         self.drop_gradients()
-        budget = self.settings.micro_batch_tokens
-        for batch in micro_batches(packed, budget, whole_episodes=False):
+        for batch in micro_batches(packed, self._budget, whole_episodes=False):
             hidden_TH = self._states(batch)
             logprobs_T = self._score(hidden_TH, packed, batch).logprobs_T
             (logprobs_T * coefficients_T[batch.tokens_T].to(logprobs_T)).sum().backward()
@@ -349,8 +348,7 @@ class LocalLearner:
         present = self.weights()
         self.load_weights(reference)
         hidden: Tensor | None = None
-        budget = self.settings.micro_batch_tokens
-        for batch in micro_batches(packed, budget, whole_episodes=False):
+        for batch in micro_batches(packed, self._budget, whole_episodes=False):
             states_TH = self._states(batch).cpu()
             if hidden is None:
                 hidden = torch.empty(packed.tokens, states_TH.shape[-1], dtype=states_TH.dtype)

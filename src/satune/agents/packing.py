@@ -15,6 +15,15 @@ from torch import Tensor
 
 from satune.types import Turn
 
+# Larger batches are no faster on a CPU, and their activations are taken from and given back to the
+# operating system each time, which is slow.
+_LARGEST_ON_CPU = 4096
+
+
+def padded_budget(tokens: int, device: torch.device) -> int:
+    """How many padded tokens a micro-batch has on ``device`` where ``tokens`` are allowed."""
+    return min(tokens, _LARGEST_ON_CPU) if device.type == "cpu" else tokens
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:

@@ -3,7 +3,7 @@ between the turns of a conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 _BLOCK = 64
+_GROWTH = 1024
 
 
 def rounded(length: int) -> int:
@@ -23,7 +24,8 @@ class RowCache(Cache):
     """Keys and values [rows, heads, capacity, dim] a layer; every row has its own length.
 
     Set ``positions`` [rows, n] before a forward of n new tokens a row: they are written there, and
-    attention sees the first ``used`` places under the mask the caller gives.
+    attention sees the first ``used`` places under the mask the caller gives. A forward may be of
+    the first rows only.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class RowCache(Cache):
         self.positions: Tensor | None = None
         self.used = 0
         self.capacity = 0
+        self.room = 0
 
     @property
     def rows(self) -> int:
@@ -52,7 +55,8 @@ class RowCache(Cache):
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[row, :, self.positions] = key_states.transpose(1, 2)
         values[row, :, self.positions] = value_states.transpose(1, 2)
-        return keys[:, :, : self.used], values[:, :, : self.used]
+        rows = key_states.shape[0]
+        return keys[:rows, :, : self.used], values[:rows, :, : self.used]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.used
@@ -61,46 +65,78 @@ class RowCache(Cache):
         """Make room for ``capacity`` tokens a row."""
         if capacity <= self.capacity:
             return
-        self.capacity = rounded(capacity)
+        # Twice as much: a growing conversation is moved a few times only.
+        self.capacity = rounded(max(capacity, min(self.capacity * 2, self.capacity + _GROWTH)))
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                rows, heads, length, dim = old.shape
-                grown = old.new_zeros(rows, heads, self.capacity, dim)
+                length = old.shape[2]
+                grown = old.new_empty(*old.shape[:2], self.capacity, old.shape[3])
                 grown[:, :, :length] = old
+                # Masked places still enter a product with 0, so they must be finite.
+                grown[:, :, length:] = 0
                 tensors[layer] = grown
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only ``rows``, in that order."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
+    def exchange(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let the two rows of each pair change places."""
+        if not pairs:
+            return
+        here = torch.tensor([a for a, _ in pairs], device=self.keys[0].device)
+        there = torch.tensor([b for _, b in pairs], device=self.keys[0].device)
+        for tensor in (*self.keys, *self.values):
+            moved = tensor.index_select(0, here)
+            tensor[here] = tensor.index_select(0, there)
+            tensor[there] = moved
 
-    def append(self, other: RowCache, rows: Tensor, length: int) -> None:
-        """Add ``rows`` of another cache (repeats allowed), their first ``length`` tokens."""
-        if not self.keys:
-            self.capacity = max(self.capacity, rounded(length))
-            for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
-                for source in theirs:
-                    ours.append(
-                        source.new_zeros(0, source.shape[1], self.capacity, source.shape[3])
-                    )
+    def append(self, other: RowCache, rows: Tensor, length: int, *, held: int) -> None:
+        """Put ``rows`` of another cache (repeats allowed), their first ``length`` tokens, behind
+        the first ``held`` rows; what was there is lost.
+
+        An empty cache takes the other's tensors over where all its rows are wanted as they are.
+        """
+        chosen = rows.tolist()
+        if held == 0 and length <= other.capacity and chosen == list(range(other.rows)):
+            self.keys, self.values = list(other.keys), list(other.values)
+            self.capacity = other.capacity
+            return
+        if held == 0:
+            self.keys, self.values, self.capacity = [], [], max(rounded(length), other.room)
         self.reserve(length)
+        total = held + len(chosen)
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, source in enumerate(theirs):
-                old = ours[layer]
-                shape = (old.shape[0] + rows.numel(), *old.shape[1:])
-                grown = old.new_zeros(shape)
-                grown[: old.shape[0]] = old
-                grown[old.shape[0] :, :, :length] = source.index_select(0, rows)[:, :, :length]
-                ours[layer] = grown
+                if layer == len(ours) or ours[layer].shape[0] < total:
+                    shape = (total, source.shape[1], self.capacity, source.shape[3])
+                    grown = source.new_empty(shape)
+                    if held:
+                        grown[:held] = ours[layer][:held]
+                    ours[layer : layer + 1] = [grown]
+                _copy_rows(ours[layer], range(held, total), source, chosen, length)
+                ours[layer][held:total, :, length:] = 0
+
+
+def _copy_rows(
+    target: Tensor, rows: Sequence[int], source: Tensor, source_rows: Sequence[int], length: int
+) -> None:
+    """target[rows, :, :length] = source[source_rows, :, :length]."""
+    if source.device.type == "cpu":
+        # Row by row moves the numbers once; indexing would gather them into a third tensor first.
+        for row, source_row in zip(rows, source_rows, strict=True):
+            target[row, :, :length] = source[source_row, :, :length]
+        return
+    device = source.device
+    gathered = source[torch.tensor(source_rows, device=device), :, :length]
+    target[torch.tensor(list(rows), device=device), :, :length] = gathered
 
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of one seat's conversation: its ids, and the block's row with their states."""
+    """What is kept of one seat's conversation: its ids, the row of a block that holds their states,
+    and how many tokens of the budget it takes."""
 
     ids: tuple[int, ...]
     block: RowCache
     row: int
+    tokens: int
 
 
 class PrefixStore:
@@ -122,7 +158,7 @@ class PrefixStore:
     def forget(self, owner: tuple[object, ...]) -> None:
         kept = self._kept.pop(owner, None)
         if kept is not None:
-            self._tokens -= len(kept.ids)
+            self._tokens -= kept.tokens
 
     def match(self, owner: tuple[object, ...], ids: Sequence[int]) -> int:
         """How many leading tokens of ``ids`` are kept (at most all but one: the last is fed)."""
@@ -151,11 +187,36 @@ class PrefixStore:
                 for layer, source in enumerate(theirs):
                     while len(ours) <= layer:
                         shape = (len(owners), source.shape[1], into.capacity, source.shape[3])
-                        ours.append(source.new_zeros(shape))
+                        ours.append(source.new_empty(shape))
+                        ours[layer][[o is None for o in owners]] = 0
+                        ours[layer][:, :, length:] = 0
                     span = min(length, source.shape[2])
-                    ours[layer][torch.tensor(targets, device=source.device), :, :span] = source[
-                        torch.tensor(sources, device=source.device), :, :span
-                    ]
+                    _copy_rows(ours[layer], targets, source, sources, span)
+                    if span < length:
+                        ours[layer][targets, :, span:length] = 0
+
+    def take(self, owners: Sequence[tuple[object, ...]]) -> tuple[RowCache, list[int]] | None:
+        """The block that holds all of ``owners`` and each one's row in it, for going on in place;
+        None unless there is one of which they fill most rows. The store forgets the block."""
+        found = [self._kept.get(owner) for owner in owners]
+        if not found or found[0] is None:
+            return None
+        block = found[0].block
+        if any(kept is None or kept.block is not block for kept in found):
+            return None
+        if len(owners) * 4 < block.rows * 3:
+            return None
+        rows = [kept.row for kept in found if kept is not None]
+        for owner in [owner for owner, kept in self._kept.items() if kept.block is block]:
+            self.forget(owner)
+        return block, rows
+
+    def companions(self, owner: tuple[object, ...]) -> Set[tuple[object, ...]]:
+        """All owners whose states lie in one block with those of ``owner``."""
+        kept = self._kept.get(owner)
+        if kept is None:
+            return frozenset()
+        return {other for other, held in self._kept.items() if held.block is kept.block}
 
     def keep(
         self,
@@ -163,20 +224,36 @@ class PrefixStore:
         ids: Sequence[tuple[int, ...]],
         cache: RowCache,
         rows: Sequence[int],
+        *,
+        whole: bool = False,
     ) -> None:
-        """Keep the states of ``ids`` (all but the last were fed) from ``rows`` of ``cache``."""
+        """Keep the states of ``ids`` (all but the last token were fed) from ``rows`` of ``cache``.
+
+        ``whole`` keeps the cache's own tensors instead of a copy, for when nobody else goes on
+        with them; what is kept then counts with its unused room.
+        """
         chosen: list[int] = []
+        cost: list[int] = []
         for index, owner in enumerate(owners):
             self.forget(owner)
-            if self._tokens + len(ids[index]) - 1 <= self.budget:
+            tokens = cache.capacity if whole else len(ids[index]) - 1
+            if self._tokens + tokens <= self.budget:
                 chosen.append(index)
-                self._tokens += len(ids[index]) - 1
+                cost.append(tokens)
+                self._tokens += tokens
         if not chosen:
             return
-        length = max(len(ids[index]) for index in chosen) - 1
         block = RowCache()
-        take = torch.tensor([rows[index] for index in chosen], device=cache.keys[0].device)
-        block.keys = [keys[:, :, :length].index_select(0, take) for keys in cache.keys]
-        block.values = [values[:, :, :length].index_select(0, take) for values in cache.values]
-        for row, index in enumerate(chosen):
-            self._kept[owners[index]] = _Kept(tuple(ids[index][:-1]), block, row)
+        if whole:
+            block.keys, block.values = list(cache.keys), list(cache.values)
+            block.capacity = cache.capacity
+            places = [rows[index] for index in chosen]
+        else:
+            length = max(len(ids[index]) for index in chosen) - 1
+            block.capacity = length
+            take = torch.tensor([rows[index] for index in chosen], device=cache.keys[0].device)
+            block.keys = [keys[:, :, :length].index_select(0, take) for keys in cache.keys]
+            block.values = [values[:, :, :length].index_select(0, take) for values in cache.values]
+            places = list(range(len(chosen)))
+        for place, index, tokens in zip(places, chosen, cost, strict=True):
+            self._kept[owners[index]] = _Kept(tuple(ids[index][:-1]), block, place, tokens)

@@ -28,7 +28,7 @@ def sample_tokens(
     if any(s.top_k > 0 or s.top_p < 1.0 for s in settings):
         kept_RV = _filtered(logprobs_RV, settings)
     # Double precision: a float32 running sum over a large vocabulary loses whole tokens.
-    cdf_RV = kept_RV.double().exp().cumsum(-1)
+    cdf_RV = kept_RV.exp().cumsum(-1, dtype=torch.float64)
     u_R1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device)[:, None]
     tokens_R = torch.searchsorted(cdf_RV, u_R1 * cdf_RV[:, -1:], right=True).squeeze(-1)
     tokens_R = tokens_R.clamp(max=logits_RV.shape[-1] - 1)
