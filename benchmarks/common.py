@@ -1,4 +1,4 @@
-"""What the speed comparisons share: a model, a tokenizer in which a word is a token, and medians."""
+"""What the speed comparisons share: a model, a tokenizer of whole words, and medians."""
 
 from __future__ import annotations
 

@@ -38,9 +38,8 @@ class Run:
         return out / f"{self.label.replace(' ', '-')}-seed-{self.seed}"
 
     def command(self, out: Path) -> list[str]:
-        seeds = (f"seed={self.seed}", f"tiny.seed={self.seed}")
         where = ("--out", str(self.directory(out)))
-        return ["train", self.recipe, *seeds, *self.overrides, *where, "--json"]
+        return ["train", self.recipe, f"seed={self.seed}", *self.overrides, *where, "--json"]
 
 
 def agents(*models: str) -> str:
@@ -50,14 +49,15 @@ def agents(*models: str) -> str:
 
 
 def schedules(_: argparse.Namespace) -> Iterator[Run]:
-    """What each schedule costs and buys, for 2 and 4 agents."""
+    """What each schedule costs and buys, for 2 agents (two rounds) and 4 agents (one round)."""
     for count in (2, 4):
-        team = agents(*["tiny:qwen3-s"] * count)
+        team = agents(*["tiny:llama-s"] * count)
         for schedule in SCHEDULES:
             overrides = (
                 f"team.agents={team}",
-                f"task={{name: relay, numbers: {count + 1}}}",
+                f"protocol={{name: chain, rounds: {4 // count}}}",
                 f"schedule={schedule}",
+                "stages=8",
             )
             for seed in SEEDS:
                 yield Run(f"{count} agents {schedule}", seed, "recipes/relay.yaml", overrides)
@@ -65,12 +65,13 @@ def schedules(_: argparse.Namespace) -> Iterator[Run]:
 
 def teams(_: argparse.Namespace) -> Iterator[Run]:
     """Other families, and weights that are shared."""
-    hetero = f"team.agents={agents('tiny:qwen3-s', 'tiny:llama-s', 'tiny:qwen3-s')}"
+    hetero = f"team.agents={agents('tiny:llama-s', 'tiny:qwen3-s', 'tiny:llama-s')}"
+    debate = "protocol={name: debate, rounds: 3}"
     rows = {
-        "hetero chain": (hetero,),
-        "hetero debate": (hetero, "protocol={name: debate, rounds: 3}"),
-        "lora": ("team.sharing=lora", "optimizer.lr=3e-3"),
-        "shared": ("team.sharing=shared",),
+        "hetero chain": (hetero, "stages=10"),
+        "hetero debate": (hetero, debate, "stages=6"),
+        "lora": ("team.sharing=lora", "optimizer.lr=5e-3", "stages=10"),
+        "shared": ("team.sharing=shared", "stages=10"),
     }
     for label, overrides in rows.items():
         for seed in SEEDS:

@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from satune.protocols.catalog import load_protocol
@@ -92,6 +92,7 @@ def test_extraction(text, answer):
 
 
 @given(st.text() | st.text(alphabet="0123456789+-*= ", max_size=40))
+@example("11000000*91")
 def test_extraction_and_expert_never_raise(text):
     task = Relay()
     answer = task.extract(text)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from satune.agents.packing import MicroBatch, PackedTurns, micro_batches, padded_budget
 from satune.agents.policy import Policy
+from satune.agents.prefixes import states_of
 from satune.core.logprobs import Reference, TokenScores, score_tokens
 from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, objective_loss
 
@@ -110,9 +111,9 @@ class LocalLearner:
     # -- scoring ---------------------------------------------------------------------------------
 
     def _states(self, batch: MicroBatch) -> Tensor:
-        batch = batch.to(self.policy.device)
-        hidden = self.policy.hidden(batch.input_ids)
-        return hidden[batch.row_T, batch.column_T]
+        # Checkpointed layers keep no keys and values to share.
+        share = not self.settings.gradient_checkpointing
+        return states_of(self.policy, batch.to(self.policy.device), share_prompts=share)
 
     @torch.no_grad()
     def score(self, packed: PackedTurns) -> Tensor:

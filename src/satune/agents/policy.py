@@ -60,6 +60,12 @@ class Policy:
         return int(getattr(self.config, "max_position_embeddings", 1 << 30))
 
     @property
+    def attends_to_everything(self) -> bool:
+        """Whether every layer is attention over all earlier tokens, by the model's own word."""
+        kinds = set(getattr(self.config, "layer_types", None) or [])
+        return kinds == {"full_attention"} or (not kinds and self.config.model_type == "llama")
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """The ids that end a turn: the tokenizer's EOS and what the model's own settings add."""
         ids: set[int] = set()

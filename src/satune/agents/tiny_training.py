@@ -189,8 +189,8 @@ class Muon:
 
 def rate(step: int, settings: TinySettings) -> float:
     """Learning rate of a step (from 0): linear warm-up over a twentieth of the planned steps, then
-    linear decay to a twentieth of the peak. Further steps go in rounds of CHECK_EVERY, each decaying
-    from half the peak: at the lowest rate they would change little."""
+    linear decay to a twentieth of the peak. Further steps go in rounds of CHECK_EVERY, each
+    decaying from half the peak: at the lowest rate they would change little."""
     warm = max(1, settings.steps // 20)
     left = (settings.steps - step) / max(1, settings.steps - warm)
     if step >= settings.steps:

@@ -18,6 +18,7 @@ from satune.types import Entry, Grade, Key, Problem, UserError
 LARGEST = 99
 """No intermediate result of a generated expression leaves 0..LARGEST."""
 
+LIMIT = 999_999_999
 # Nine digits are far beyond what the task produces and keep int() clear of its length limit.
 _EXPRESSION = re.compile(r"(?<!\w)-?[0-9]{1,9}(?![0-9])(?:[-+*][0-9]{1,9}(?![0-9]))*")
 _SPACED_OPERATOR = re.compile(r"(?<=[0-9])[ \t]*([-+*])[ \t]*(?=[0-9])")
@@ -149,6 +150,8 @@ class Relay:
             wrong = {value + shift for shift in (-2, -1, 1, 2)}
             wrong |= {evaluate_step(left, other, right) for other in others}
             value = rng.choice(sorted(w for w in wrong if w != value and 0 <= w <= LARGEST) or [0])
+        # Far from anything the task produces, and too long to be read as a number again.
+        value = max(-LIMIT, min(LIMIT, value))
         return str(value) + "".join(items[3:])
 
     def _draw(self, rng: random.Random) -> tuple[str, int]:
