@@ -68,10 +68,10 @@ def teams(_: argparse.Namespace) -> Iterator[Run]:
     hetero = f"team.agents={agents('tiny:llama-s', 'tiny:qwen3-s', 'tiny:llama-s')}"
     debate = "protocol={name: debate, rounds: 3}"
     rows = {
+        "shared": ("team.sharing=shared", "stages=10"),
+        "lora": ("team.sharing=lora", "optimizer.lr=5e-3", "stages=10"),
         "hetero chain": (hetero, "stages=10"),
         "hetero debate": (hetero, debate, "stages=6"),
-        "lora": ("team.sharing=lora", "optimizer.lr=5e-3", "stages=10"),
-        "shared": ("team.sharing=shared", "stages=10"),
     }
     for label, overrides in rows.items():
         for seed in SEEDS:

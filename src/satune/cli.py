@@ -126,7 +126,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Speed against the peers, as ratios from one run (from a checkout of the repository)."""
-    scripts = {n: Path(__file__).parents[2] / "benchmarks" / f"{n}.py" for n in ("step", "sampling")}
+    folder = Path(__file__).parents[2] / "benchmarks"
+    scripts = {n: folder / f"{n}.py" for n in ("step", "sampling")}
     if name is not None and name not in scripts:
         raise UserError(f"bench: no benchmark {name!r}; there are: {', '.join(scripts)}")
     chosen = {n: scripts[n] for n in ([name] if name else scripts)}
