@@ -276,9 +276,17 @@ def _extend(policy: Policy, ids_RS: Tensor, positions_RS: Tensor, cache: RowCach
     cache.positions = positions_RS
     places_C = torch.arange(cache.used, device=ids_RS.device)
     mask = (places_C <= positions_RS[..., None])[:, None]
+    masks = _masks_by_layer(policy.config, mask, places_C, positions_RS)
+    if (
+        ids_RS.shape[1] == 1
+        and set(getattr(policy.config, "layer_types", None) or []) == {"full_attention"}
+        and bool(mask.all())
+    ):
+        # Rows of one length see all that is held, and attention without a mask is faster.
+        masks = {"full_attention": None}
     return policy.hidden(
         ids_RS,
-        attention_mask=_masks_by_layer(policy.config, mask, places_C, positions_RS),
+        attention_mask=masks,
         position_ids=positions_RS,
         past_key_values=cache,
         use_cache=True,
