@@ -153,9 +153,9 @@ def test_quickstart_prints_one_json_object(
     # The quickstart's recipe, cut down: what it trains is tested elsewhere.
     small = tmp_path / "relay.yaml"
     text = shipped_recipe("relay").read_text()
-    assert "stages: 20" in text
+    assert re.search(r"(?m)^stages: \d+$", text)
     small.write_text(
-        re.sub(r"(?m)^(stages|rollout|evaluate|optimizer): .*$", "", text)
+        re.sub(r"(?m)^(stages|rollout|evaluate|optimizer|tiny): .*$", "", text)
         + "stages: 1\nrollout: {problems: 4, samples: 2, max_new_tokens: 8}\n"
         "evaluate: {problems: 4}\ntiny: {steps: 1, max_steps: 1, examples: 64, batch: 8}\n"
     )

@@ -30,6 +30,7 @@ from satune.training.checkpoint import Checkpoints, tensor_errors
 from satune.training.run import State, Training, Watcher
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Supply
+from satune.training.self_check import Tolerance
 from satune.training.settings import (
     AdvantageSettings,
     ScheduleSettings,
@@ -379,8 +380,10 @@ def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
         )
 
 
-def tolerance_of(recipe: Recipe) -> float:
-    """What engine and learner may differ by in nats: rounding of the compute type."""
+def tolerance_of(recipe: Recipe) -> Tolerance:
+    """What engine and learner may differ by: rounding of the compute type."""
     if recipe.team.dtype == "bfloat16" or recipe.optimizer.autocast:
-        return 0.25
-    return 1e-8 if recipe.team.dtype == "float64" else 1e-3
+        return Tolerance(mean=0.05, largest=2.0)
+    if recipe.team.dtype == "float64":
+        return Tolerance(mean=1e-6, largest=1e-5)
+    return Tolerance(mean=1e-4, largest=1e-3)

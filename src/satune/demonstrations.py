@@ -28,10 +28,18 @@ class _RecordingView:
     def __init__(self, seat: str) -> None:
         self.seat = seat
         self.entries: list[Entry] = []
+        self._seen = 0
 
     def prompt(self, entries: Sequence[Entry], max_new_tokens: int) -> Prompt:
-        self.entries = list(entries)
-        return Prompt(({"entries": self.entries},))
+        new = list(entries[self._seen :])
+        if self._seen:
+            # The own message stands in ``new`` as well. Of one moment it comes first, as renderers
+            # have it: the others' messages were not there yet when it was written.
+            self.entries.pop()
+            new.sort(key=lambda entry: entry.kind != "own")
+        self._seen = len(entries)
+        self.entries += new
+        return Prompt(({"entries": list(self.entries)},))
 
     def wrote(self, completion: Completion) -> None:
         self.entries.append(Entry("own", completion.text, self.seat))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from satune.agents.loading import AgentSpec, LoraSpec, Precision, load_policies
 from satune.agents.policy import Policy
@@ -127,11 +128,16 @@ def _save_adapter(policy: Policy, target: Path, base: str) -> None:
 
 def _plain_generation(policy: Policy) -> None:
     """A saved agent samples as it was trained to: its temperature, no filters."""
-    generation = policy.causal_lm.generation_config
-    generation.do_sample = True
-    generation.temperature = policy.temperature
-    generation.top_p = 1.0
-    generation.top_k = 0
+    old = policy.causal_lm.generation_config
+    policy.causal_lm.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=policy.temperature,
+        top_p=1.0,
+        top_k=0,
+        bos_token_id=old.bos_token_id,
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+    )
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -135,12 +135,15 @@ def test_loss_is_that_of_each_row_alone():
     torch.testing.assert_close(imitation_loss(model, batch), expected, rtol=1e-10, atol=0)
 
 
-def test_rate_rises_falls_and_stays():
+def test_rate_rises_falls_and_decays_again_in_further_rounds():
     settings = TinySettings(steps=100, lr=1.0)
     # Warm-up over 5 steps; then 1 - (step - 5) / 95, at least .05.
     assert [rate(step, settings) for step in (0, 4, 5)] == pytest.approx([0.2, 1.0, 1.0])
     assert rate(52, settings) == pytest.approx(48 / 95)
-    assert rate(99, settings) == rate(500, settings) == 0.05
+    assert rate(99, settings) == 0.05
+    # Rounds of 200 further steps: half the peak at 100, half of that after 100 more, floor .05.
+    assert [rate(step, settings) for step in (100, 200, 299)] == pytest.approx([0.5, 0.25, 0.05])
+    assert rate(300, settings) == 0.5
 
 
 def test_training_is_reproducible_bit_for_bit():

@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM
 import tiny_world
 from satune.report.plots import plot_training
 from satune.training.run_directory import RunDirectory
+from satune.training.self_check import Tolerance
 from satune.training.trainer import train
 from satune.types import Episode, Grade, Key
+
+TOLERANCE = Tolerance(1e-3, 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def test_frozen_agents_end_as_they_began(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = tiny_world.training(recipe, out, ["team.agents.ann.frozen=true"])
     before = tiny_world.weights(run)
-    train(run, tolerance=1e-3)
+    train(run, tolerance=TOLERANCE)
     after = tiny_world.weights(run)
     assert tiny_world.same(before["ann"], after["ann"])
     assert not tiny_world.same(before["bob"], after["bob"])
@@ -36,7 +39,7 @@ def test_frozen_agents_end_as_they_began(recipe: Path, tmp_path: Path) -> None:
 
 def test_the_team_on_disk_is_the_one_that_was_trained(recipe: Path, tmp_path: Path) -> None:
     run = tiny_world.training(recipe, tmp_path / "run")
-    train(run, tolerance=1e-3)
+    train(run, tolerance=TOLERANCE)
     for agent, wanted in tiny_world.weights(run).items():
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "team" / agent).state_dict()
         assert tiny_world.same(wanted, {name: saved[name] for name in wanted})
@@ -51,7 +54,7 @@ def test_a_shared_base_is_never_touched(recipe: Path, tmp_path: Path) -> None:
     assert base is run.learners["bob"].policy.model
     fixed = {n: p.detach().clone() for n, p in base.named_parameters() if "lora" not in n}
     before = tiny_world.weights(run)
-    train(run, tolerance=1e-3)
+    train(run, tolerance=TOLERANCE)
     now = dict(base.named_parameters())
     assert fixed and tiny_world.same(fixed, {name: now[name].detach() for name in fixed})
     for agent, weights in tiny_world.weights(run).items():
@@ -74,7 +77,7 @@ def test_a_step_touches_one_agent_only(recipe: Path, tmp_path: Path) -> None:
         before.update(now)
 
     run.watch = watch
-    train(run, tolerance=1e-3)
+    train(run, tolerance=TOLERANCE)
     assert seen == ["ann", "bob"] * 2
 
 
@@ -84,7 +87,7 @@ def test_reverted_steps_leave_the_team_and_are_written(recipe: Path, tmp_path: P
         recipe, out, ["trust_region.delta=1e-12", "trust_region.backtracks=1", "schedule=reuse"]
     )
     before = tiny_world.weights(run)
-    summary = train(run, tolerance=1e-3)
+    summary = train(run, tolerance=TOLERANCE)
     after = tiny_world.weights(run)
     assert all(tiny_world.same(before[name], after[name]) for name in before)
     updates = tiny_world.events(out, "update")
@@ -112,7 +115,7 @@ def test_a_reward_that_is_not_a_number_reaches_the_events_and_not_the_team(
         return [first, *rest]
 
     run.supply.draw = damaged
-    train(run, tolerance=1e-3)
+    train(run, tolerance=TOLERANCE)
     updates = tiny_world.events(out, "update")
     assert [event["accepted"] for event in updates] == [False, False, True, True]
     assert all("not finite" in event["reason"] for event in updates[:2])
@@ -133,12 +136,15 @@ def test_an_engine_left_behind_stops_the_run(
         run.world, "publish", lambda agent, version: publish(agent, version) if version == 0 else 0
     )
     with pytest.raises(RuntimeError, match="version 0 of agent ann, the learner is at 1"):
-        train(run, tolerance=1e-3)
+        train(run, tolerance=TOLERANCE)
 
 
 def test_an_update_event_says_what_was_done(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train(tiny_world.training(recipe, out, ["team.agents.bob.delta=0.02"]), tolerance=1e-3)
+    train(
+        tiny_world.training(recipe, out, ["team.agents.bob.delta=0.02"]),
+        tolerance=TOLERANCE,
+    )
     events = RunDirectory(out).read_events()
     assert [event["event"] for event in events] == [
         "run", "eval", "eval",
@@ -169,7 +175,7 @@ def test_an_update_event_says_what_was_done(recipe: Path, tmp_path: Path) -> Non
 
 def test_the_own_tokens_of_the_agents_are_the_sampled_ones(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    summary = train(tiny_world.training(recipe, out, ["schedule=reuse"]), tolerance=1e-3)
+    summary = train(tiny_world.training(recipe, out, ["schedule=reuse"]), tolerance=TOLERANCE)
     rollouts = tiny_world.events(out, "rollout")
     updates = tiny_world.events(out, "update")
     sampled = sum(event["tokens"]["sampled"] for event in rollouts)
@@ -193,7 +199,7 @@ def test_warm_up_keeps_first_steps_small(recipe: Path, tmp_path: Path) -> None:
              "optimizer.weight_decay=0", "trust_region.enabled=false", "schedule=stale"],
         )  # fmt: skip
         before = tiny_world.weights(run)["ann"]
-        train(run, tolerance=1e-3)
+        train(run, tolerance=TOLERANCE)
         after = tiny_world.weights(run)["ann"]
         moved[warm] = max(float((after[name] - before[name]).abs().max()) for name in before)
     assert moved[0] == pytest.approx(1e-3, rel=1e-2)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import tiny_world
 from satune.training.schedules import MAX_DRAWS, Batch, Supply, experience_for, needs_rollout
+from satune.training.self_check import Tolerance
 from satune.training.settings import (
     AdvantageSettings,
     ScheduleName,
@@ -22,6 +23,8 @@ from satune.training.settings import (
 )
 from satune.training.trainer import train
 from satune.types import Episode, Grade, Key, Problem
+
+TOLERANCE = Tolerance(1e-3, 1e-3)
 
 AGENTS = ("ann", "bob", "cat")
 
@@ -161,7 +164,7 @@ def test_a_stage_of_three_agents_rolls_out_as_often_as_it_should(
     recipe: Path, tmp_path: Path, schedule: list[str], rollouts: int
 ) -> None:
     out = tmp_path / "run"
-    train(tiny_world.training(recipe, out, [*schedule, "stages=1"]), tolerance=1e-3)
+    train(tiny_world.training(recipe, out, [*schedule, "stages=1"]), tolerance=TOLERANCE)
     drawn = tiny_world.events(out, "rollout")
     assert [event["step"] for event in drawn] == [1, 2, 3][:rollouts]
     updates = tiny_world.events(out, "update")
@@ -185,7 +188,7 @@ def test_stale_and_simultaneous_are_the_same_for_separate_agents(
     ends = {}
     for name in ("stale", "simultaneous", "reuse"):
         run = tiny_world.training(recipe, tmp_path / name, [f"schedule={name}"])
-        train(run, tolerance=1e-3)
+        train(run, tolerance=TOLERANCE)
         assert any(event["accepted"] for event in tiny_world.events(tmp_path / name, "update"))
         ends[name] = tiny_world.weights(run)
     for agent in AGENTS:

@@ -9,8 +9,10 @@ import torch
 
 import tiny_world
 from satune.training.run import Training
-from satune.training.self_check import self_check
+from satune.training.self_check import Tolerance, self_check
 from satune.types import Episode, Key, UserError
+
+TOLERANCE = Tolerance(1e-3, 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def drawn(recipe: Path, out: Path) -> tuple[Training, list[Episode]]:
 
 def test_one_policy_passes(recipe: Path, tmp_path: Path) -> None:
     run, episodes = drawn(recipe, tmp_path / "run")
-    report = self_check(run.learners, episodes, 1e-4)
+    report = self_check(run.learners, episodes, Tolerance(1e-4, 1e-4))
     assert list(report) == ["ann", "bob"]
     for figures in report.values():
         assert figures["ratio"] == 0.0 and figures["kl"] == 0.0
@@ -39,7 +41,7 @@ def test_another_temperature_in_the_engine_is_found(recipe: Path, tmp_path: Path
     # Sampled at 1.0; the learner now scores at .9, as if the two had been told different things.
     run.learners["bob"].policy.temperature = 0.9
     with pytest.raises(UserError, match=r"self-check: agent bob: engine and learner") as caught:
-        self_check(run.learners, episodes, 1e-3)
+        self_check(run.learners, episodes, Tolerance(1e-3, 1e-3))
     assert "\n" not in str(caught.value)
 
 
@@ -48,7 +50,7 @@ def test_other_weights_in_the_engine_are_found(recipe: Path, tmp_path: Path) -> 
     with torch.no_grad():
         next(iter(run.learners["ann"].policy.trainable().values())).mul_(1.01)
     with pytest.raises(UserError, match=r"self-check: agent ann: engine and learner"):
-        self_check(run.learners, episodes, 1e-3)
+        self_check(run.learners, episodes, Tolerance(1e-3, 1e-3))
 
 
 def test_scoring_that_does_not_repeat_itself_is_found(
@@ -64,7 +66,7 @@ def test_scoring_that_does_not_repeat_itself_is_found(
 
     monkeypatch.setattr(policy, "hidden", drifting)
     with pytest.raises(UserError, match="two scorings of one token differ"):
-        self_check(run.learners, episodes, 1e-3)
+        self_check(run.learners, episodes, Tolerance(1e-3, 1e-3))
 
 
 def test_a_log_probability_that_is_not_a_number_is_found(recipe: Path, tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_a_log_probability_that_is_not_a_number_is_found(recipe: Path, tmp_path:
     with torch.no_grad():
         next(iter(run.learners["ann"].policy.trainable().values())).fill_(float("nan"))
     with pytest.raises(UserError, match="self-check: agent ann"):
-        self_check(run.learners, episodes, 1e9)
+        self_check(run.learners, episodes, Tolerance(1e9, 1e9))
 
 
 def test_a_run_that_fails_the_check_does_not_start(recipe: Path, tmp_path: Path) -> None:
@@ -90,6 +92,6 @@ def test_a_run_that_fails_the_check_does_not_start(recipe: Path, tmp_path: Path)
 
     run.supply.draw = cold
     with pytest.raises(UserError, match="self-check"):
-        train(run, tolerance=1e-3)
+        train(run, tolerance=TOLERANCE)
     assert tiny_world.events(tmp_path / "run") == []
     assert run.checkpoints.names() == []

@@ -235,7 +235,7 @@ def test_advantages_compare_the_episodes_of_one_problem() -> None:
     episodes = [episode("p", 1.0), episode("q", 0.5), episode("p", 0.0), episode("q", 0.5)]
     assert groups(episodes).tolist() == [0, 1, 0, 1]
     # p: mean .5, deviation .5; q: constant.
-    found = advantages(episodes, AdvantageSettings())
+    found = advantages(episodes, AdvantageSettings(), agent="", max_new_tokens=0)
     torch.testing.assert_close(
         found, torch.tensor([1.0, 0.0, -1.0, 0.0]).double(), atol=1e-5, rtol=0
     )

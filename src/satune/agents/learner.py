@@ -153,8 +153,7 @@ class LocalLearner:
         if reference:
             assert self._reference is not None, "keep_reference() comes first"
             anchor.reference_TH = self._reference_states(packed, self._reference)
-            held = {n: t.to(self.policy.device) for n, t in self._reference.items()}
-            anchor.reference_project = self.policy.projection_with(held)
+            anchor.reference_project = self.policy.projection_with(self._reference)
         return anchor
 
     @torch.no_grad()
@@ -380,7 +379,8 @@ class LocalLearner:
         """Let the optimiser go; its moments rest on the CPU or on disk until the next step."""
         if self._optimizer is None:
             return
-        state = {name: tensor.cpu() for name, tensor in self.optimizer_state().items()}
+        stays = self.settings.offload == "none"
+        state = {n: t if stays else t.cpu() for n, t in self.optimizer_state().items()}
         self._optimizer = None
         if self.settings.offload == "disk" and self.scratch is not None and state:
             self.scratch.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safeten
 class LoraSpec:
     """A LoRA adapter. ``targets`` None takes every linear layer but the head."""
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = 16
+    alpha: float = 32.0
     targets: tuple[str, ...] | None = None
 
 
@@ -66,47 +66,65 @@ def load_policies(
 ) -> dict[str, Policy]:
     """A policy an agent. With ``shared_base``, agents of one model share its weights in memory, an
     adapter each. Raises UserError naming the agent whose model cannot be loaded."""
-    where = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
-    policies: dict[str, Policy] = {}
-    bases: dict[str, PeftModel] = {}
-    tokenizers: dict[str, Any] = {}
-    for spec in specs:
-        adapter_of = _adapter_base(spec)
-        base_id = adapter_of or spec.model
+    where = _device(device)
+    bases: dict[str, tuple[PeftModel, Any]] = {}
+
+    def load(spec: AgentSpec) -> Policy:
+        saved = _adapter_base(spec)
+        base_id = saved or spec.model
         lora = spec.lora or (LoraSpec() if shared_base else None)
+        adapter = None
         if lora is None:
             model: nn.Module = _load_model(spec, base_id, precision.master)
-            if adapter_of:
+            if saved:
                 model = PeftModel.from_pretrained(model, spec.model).merge_and_unload()
             tokenizer = _load_tokenizer(spec, spec.model)
-            adapter = None
         else:
             # PEFT cuts an adapter's name out of parameter names: it must be no part of the model's.
             adapter = f"agent_{spec.name}"
-            config = _lora_config(spec, lora, bool(adapter_of))
-            if base_id not in bases or not shared_base:
-                base = _load_model(spec, base_id, precision.frozen)
-                tokenizers[base_id] = _load_tokenizer(spec, base_id)
-                model = _with_adapter(base, adapter, config, seed)
-                bases[base_id] = model
-            else:
-                model = bases[base_id]
+            config = _lora_config(spec, lora, bool(saved))
+            if base_id in bases and shared_base:
+                model, tokenizer = bases[base_id]
                 _with_adapter(model, adapter, config, seed)
-            if adapter_of:
+            else:
+                base = _load_model(spec, base_id, precision.frozen)
+                tokenizer = _load_tokenizer(spec, base_id)
+                model = _with_adapter(base, adapter, config, seed)
+                bases[base_id] = model, tokenizer
+            if saved:
                 set_peft_model_state_dict(model, load_peft_weights(spec.model), adapter)
-            tokenizer = tokenizers[base_id]
-        model.to(where)
-        policies[spec.name] = Policy(
+        return Policy(
             spec.name,
-            model,
+            model.to(where),
             tokenizer,
             spec.temperature,
             adapter=adapter,
             autocast=precision.autocast,
         )
+
+    policies: dict[str, Policy] = {}
+    for spec in specs:
+        try:
+            policies[spec.name] = load(spec)
+        except UserError:
+            raise
+        except (*_UNLOADABLE, TypeError) as error:
+            raise UserError(_cannot_load(spec, spec.model, error)) from error
     return policies
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"team.device: {name!r} cannot be used ({reason}); give auto, cpu or cuda:N"
+        ) from error
+    return device
 
 
 def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: bool) -> LoraConfig:

@@ -12,6 +12,18 @@ from torch import Tensor, nn
 
 from satune.types import UserError
 
+_DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "activation_dropout",
+    "resid_pdrop",
+    "attn_pdrop",
+    "embd_pdrop",
+    "layerdrop",
+)
+"""What architectures call their dropout rates where they apply it as a function."""
+
 
 class Policy:
     """A Hugging Face causal LM (or one adapter of a shared one) and its sampling temperature.
@@ -45,8 +57,9 @@ class Policy:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0  # type: ignore[assignment]
+            for rate in _DROPOUTS:
+                if isinstance(getattr(module, rate, None), float):
+                    setattr(module, rate, 0.0)
         model.eval()
         self._check_head()
 
@@ -111,7 +124,7 @@ class Policy:
         """``project`` with the head's parameters taken from ``weights`` (names as in trainable)."""
         by_identity = {id(p): name for name, p in self.trainable().items()}
         held = {
-            name: weights[by_identity[id(p)]]
+            name: weights[by_identity[id(p)]].to(self.device)
             for name, p in self.head.named_parameters()
             if id(p) in by_identity and by_identity[id(p)] in weights
         }

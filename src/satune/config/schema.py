@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -123,8 +124,11 @@ class TeamSection(Section):
             first = next(iter(self.agents))
             return ResolvedTeam({first: self.agents[first]}, dict.fromkeys(seats, first))
         if self.sharing == "lora":
+            # A saved adapter keeps the rank and targets it was saved with.
             agents = {
-                name: agent if agent.lora else agent.model_copy(update={"lora": LoraSection()})
+                name: agent
+                if agent.lora or Path(agent.model, "adapter_config.json").is_file()
+                else agent.model_copy(update={"lora": LoraSection()})
                 for name, agent in self.agents.items()
             }
             return ResolvedTeam(agents, seats)

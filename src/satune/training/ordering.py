@@ -39,7 +39,12 @@ def sweep_order(
         name: predicted_gain(
             learners[name],
             own_turns(name, episodes),
-            advantages(episodes, settings.update.advantage),
+            advantages(
+                episodes,
+                settings.update.advantage,
+                agent=name,
+                max_new_tokens=settings.update.max_new_tokens,
+            ),
             settings.deltas.get(name, settings.update.trust_region.delta),
             key,
         )

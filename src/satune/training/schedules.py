@@ -62,7 +62,7 @@ class Supply:
             if len(kept) >= wanted:
                 break
         # Without any difference in reward there is no gradient; the step then changes nothing.
-        kept = kept[:wanted] or self.fresh_episodes
+        kept = kept[:wanted] or self.fresh_episodes[:wanted]
         reward = sum(e.reward for e in self.fresh_episodes) / len(self.fresh_episodes)
         return Batch(kept, [0.0] * len(kept), step, reward)
 

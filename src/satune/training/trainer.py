@@ -8,17 +8,19 @@ from typing import Any
 import torch
 
 from satune.training.run import Training
-from satune.training.self_check import self_check
+from satune.training.self_check import Tolerance, self_check
 from satune.training.stage import run_stage
 from satune.types import Key
 
 CHECK_PROBLEMS = 4
 
 
-def train(training: Training, *, tolerance: float, checkpoint: str | None = None) -> dict[str, Any]:
+def train(
+    training: Training, *, tolerance: Tolerance, checkpoint: str | None = None
+) -> dict[str, Any]:
     """Run to the last stage and return the summary, which is also written.
 
-    ``tolerance`` (nats) is the self-check's; ``checkpoint`` names one to go on from. Raises
+    ``tolerance`` is the self-check's; ``checkpoint`` names one to go on from. Raises
     UserError for a failed self-check or a disk that refuses; the last good checkpoint then stays.
     """
     if checkpoint is None:
@@ -37,7 +39,7 @@ def _check_episodes(training: Training) -> list[Any]:
     return training.supply.draw(key, 0, problems)
 
 
-def _begin(training: Training, tolerance: float) -> None:
+def _begin(training: Training, tolerance: Tolerance) -> None:
     for name in training.learners:
         training.publish(name)
     if training.settings.update.objective.reference_kl > 0:

@@ -52,8 +52,8 @@ def advantages(
     episodes: Sequence[Episode],
     settings: AdvantageSettings,
     *,
-    agent: str = "",
-    max_new_tokens: int = 0,
+    agent: str,
+    max_new_tokens: int,
 ) -> Tensor:
     """Group-relative advantages [E] of the team's rewards, in float64.
 
@@ -113,6 +113,11 @@ def improve(
     advantages_E = advantages(
         episodes, settings.advantage, agent=agent, max_new_tokens=settings.max_new_tokens
     )
+    regularised = settings.objective.entropy or settings.objective.reference_kl
+    if not regularised and not bool((advantages_E != 0).any()):
+        # A zero gradient would still move the weights: by old momentum and weight decay.
+        event |= {"accepted": False, "scale": 0.0, "reason": "no group's rewards differ"}
+        return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
     learner.wake()
     anchor = learner.anchor(packed, reference=settings.objective.reference_kl > 0)
     objective = replace(settings.objective, beta=beta)
@@ -126,10 +131,11 @@ def improve(
         event["seconds"] = {"update": time.perf_counter() - started}
         beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
-    event |= learning
     event["mismatch"] = _mismatch(agent, episodes, anchor)
-    event["seconds"] = {"update": time.perf_counter() - started}
+    scoring = learning.pop("scoring")
+    event["seconds"] = {"score": scoring, "update": time.perf_counter() - started - scoring}
 
+    event |= learning
     started = time.perf_counter()
     search, measured, statistics = _enforce(learner, anchor, weights_E, episodes, settings)
     learner.rest()
@@ -175,13 +181,16 @@ def _ascend(
     """The epochs and mini-batches of one step; returns what the event says of them."""
     totals: dict[str, float] = {}
     norms: list[float] = []
+    scoring = 0.0
     count = anchor.packed.episodes
     for epoch in range(settings.epochs):
         order = list(range(count))
         key.rng("mini-batches", epoch).shuffle(order)
         for mini in _split(order, settings.mini_batches):
             metrics = learner.accumulate(anchor, mini, advantages_E, weights_E, objective)
+            before = time.perf_counter()
             learner.complete(anchor)
+            scoring += time.perf_counter() - before
             norms.append(learner.step())
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
@@ -190,6 +199,7 @@ def _ascend(
         "clip_fraction": totals["clipped"] / max(totals["clippable"], 1.0),
         "grad_norm": max(norms),
         "optimizer_steps": len(norms),
+        "scoring": scoring,
     }
 
 
