@@ -58,7 +58,7 @@ def schedules(_: argparse.Namespace) -> Iterator[Run]:
                 f"team.agents={team}",
                 f"protocol={{name: chain, rounds: {4 // count}}}",
                 f"schedule={schedule}",
-                "stages=6",
+                "stages=5",
             )
             for seed in SEEDS:
                 yield Run(f"{count} agents {schedule}", seed, "recipes/relay.yaml", overrides)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from satune.demonstrations import demonstrate
+from satune.protocols.catalog import load_protocol
 from satune.protocols.sequential import chain, round_robin
 from satune.tasks.catalog import take
 from satune.tasks.guess_number import GuessNumber
@@ -81,3 +82,15 @@ def test_a_task_without_an_expert_is_refused() -> None:
     with pytest.raises(UserError, match="task plain: has no expert") as caught:
         demonstrate(Plain(), chain, SEATS, none, 3, 0.0, 0)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_debater_has_not_seen_the_messages_of_its_own_moment() -> None:
+    seats = ["a", "b", "c"]
+    task = Relay()
+    seen = demonstrate(
+        task, load_protocol("debate", seats, rounds=2), seats,
+        lambda n: take(task, "train", n, 0), 3, 0.0, 0,
+    )  # fmt: skip
+    for conversation in seen:
+        kinds = [entry.kind for entry in conversation]
+        assert kinds == ["problem", "own", "foreign", "foreign", "own"]

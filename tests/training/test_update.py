@@ -253,3 +253,24 @@ def test_overlong_turns_are_charged_to_their_agent() -> None:
 
 def test_settings_default_to_the_paper() -> None:
     assert UpdateSettings().trust_region == TrustRegionSettings(delta=0.05, quantile=0.99)
+
+
+def test_a_batch_without_a_difference_in_reward_changes_nothing(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = tiny_world.training(recipe, tmp_path / "run", [])
+    learner = run.learners["ann"]
+    episodes = tuple(replace(e, grade=Grade(0.5)) for e in run.supply.batch(1, 1).episodes)
+    before = learner.weights()
+    outcome = improve(
+        learner,
+        "ann",
+        Experience(episodes, (0.0,) * len(episodes)),
+        run.settings.update,
+        beta=0.1,
+        cap=None,
+        key=Key(0, "train", 1, 1),
+    )
+    assert not outcome.accepted and outcome.event["reason"] == "no group's rewards differ"
+    assert all(torch.equal(before[name], now) for name, now in learner.weights().items())
+    assert learner.steps == 0
