@@ -214,7 +214,7 @@ def _train(
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)
         figure = plot_training(directory.path, directory.path / "training.png")
     if figure is None:
-        display.note("figures skipped: pip install 'satune[plots]'")
+        display.note("figures skipped: pip install 'satune\\[plots]'")
     return summary
 
 
