@@ -135,7 +135,7 @@ def perturb(learner: LocalLearner, size: float, seed: int = 0) -> None:
     learner.load_weights(
         {
             name: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype)
-            for name, w in learner.weights().items()
+            for name, w in learner.export().items()
         }
     )
 
@@ -229,7 +229,7 @@ def test_gradient_of_J_by_differences():
         anchor, range(N), REWARDS_E - BASELINE_E, weights_E, ObjectiveSettings("sat")
     )
     gradient = {n: -p.grad for n, p in team.policies["a"].trainable().items()}
-    start, step = learner.weights(), 1e-4
+    start, step = learner.export(), 1e-4
     reward = []
     for sign in (1, -1):
         learner.load_weights({n: w + sign * step * gradient[n] for n, w in start.items()})

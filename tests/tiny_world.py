@@ -111,7 +111,7 @@ def _timeless(value: Any) -> Any:
 
 
 def weights(trained: Training) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: learner.weights() for name, learner in trained.learners.items()}
+    return {name: learner.export() for name, learner in trained.learners.items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

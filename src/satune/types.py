@@ -252,6 +252,71 @@ class Engine(Protocol):
     def end(self, key: Key) -> None: ...
 
 
+class Learner(Protocol):
+    """What training talks to: one agent's parameters and optimiser, never the module itself.
+
+    ``agents.learner.LocalLearner`` says what each call takes and gives; tensors and the packed
+    experience are Any here, so that this module needs neither torch nor agents. ``steps`` counts
+    optimiser steps; a ``frozen`` learner is never updated.
+    """
+
+    frozen: bool
+    steps: int
+
+    def wake(self) -> None: ...
+
+    def rest(self) -> None: ...
+
+    def score(self, packed: Any) -> Any: ...
+
+    def anchor(self, packed: Any, *, reference: bool = False) -> Any: ...
+
+    def complete(self, anchor: Any) -> None: ...
+
+    def accumulate(
+        self,
+        anchor: Any,
+        episodes: Sequence[int],
+        advantages_E: Any,
+        weights_E: Any,
+        objective: Any,
+    ) -> dict[str, float]: ...
+
+    def step(self) -> float: ...
+
+    def drop_gradients(self) -> None: ...
+
+    def gradient(self, packed: Any, coefficients_T: Any) -> dict[str, Any]: ...
+
+    def measure(self, anchor: Any) -> Any: ...
+
+    def snapshot(self) -> Any: ...
+
+    def restore(self, snapshot: Any) -> None: ...
+
+    def interpolate(
+        self, anchor: Mapping[str, Any], target: Mapping[str, Any], scale: float
+    ) -> None: ...
+
+    def export(self) -> dict[str, Any]:
+        """The agent's own parameters by name, copied."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Any]) -> None: ...
+
+    def optimizer_state(self, *, copy: bool = False) -> dict[str, Any]: ...
+
+    def load_optimizer_state(self, state: Mapping[str, Any], steps: int) -> None: ...
+
+    def keep_reference(self, weights: Mapping[str, Any] | None = None) -> None: ...
+
+    @property
+    def reference_weights(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def device(self) -> str: ...
+
+
 Generate = Callable[[Sequence[Message], Sampling], Awaitable[Completion]]
 
 

@@ -69,7 +69,7 @@ def shake(learner: LocalLearner, size: float = 0.02, seed: int = 0) -> None:
     learner.load_weights(
         {
             n: w + (size * torch.randn(w.shape, generator=random, dtype=torch.float64)).to(w)
-            for n, w in learner.weights().items()
+            for n, w in learner.export().items()
         }
     )
 
@@ -136,7 +136,7 @@ def objective_gradient(
     dtype: torch.dtype, budget: int, objective: ObjectiveSettings, family: str = "qwen3"
 ) -> tuple[Tensor, dict[str, float]]:
     learner = learner_of(tiny_policy(family=family, dtype=dtype), micro_batch_tokens=budget)
-    learner.keep_reference({n: 1.1 * w for n, w in learner.weights().items()})
+    learner.keep_reference({n: 1.1 * w for n, w in learner.export().items()})
     packed = pack(TURNS)
     anchor = learner.anchor(packed, reference=objective.reference_kl > 0)
     learner.complete(anchor)
@@ -177,10 +177,10 @@ def test_terms_beside_the_objective_have_their_gradient():
     # By whole-vocabulary sums over each state: mean over tokens of w KL(new||anchor) and so on.
     learner = learner_of(tiny_policy(family="gpt_neox"))
     policy, packed = learner.policy, pack(TURNS)
-    learner.keep_reference({n: 1.05 * w for n, w in learner.weights().items()})
+    learner.keep_reference({n: 1.05 * w for n, w in learner.export().items()})
     anchor = learner.anchor(packed, reference=True)
     learner.complete(anchor)
-    start = learner.weights()
+    start = learner.export()
 
     def states(grad: bool = False) -> Tensor:
         rows = []
@@ -365,10 +365,10 @@ def test_gradient_disturbs_nothing():
     packed = pack(TURNS)
     anchor = learner.anchor(packed)
     learner.accumulate(anchor, range(6), ADVANTAGES_E, WEIGHTS_E, SAT)
-    weights, accumulated = learner.weights(), gradient_of(learner)
+    weights, accumulated = learner.export(), gradient_of(learner)
     coefficients_T = (WEIGHTS_E * ADVANTAGES_E)[packed.episode_T]
     found = learner.gradient(packed, coefficients_T)
-    assert same(learner.weights(), weights) and torch.equal(gradient_of(learner), accumulated)
+    assert same(learner.export(), weights) and torch.equal(gradient_of(learner), accumulated)
     # At the anchor, reinforce's gradient is -1/6 of the same sum.
     learner.drop_gradients()
     learner.accumulate(anchor, range(6), ADVANTAGES_E, WEIGHTS_E, ObjectiveSettings("reinforce"))
@@ -389,17 +389,17 @@ def test_the_first_step_is_adams():
     learner.wake()
     anchor = learner.anchor(pack(TURNS))
     learner.accumulate(anchor, range(6), 50 * ADVANTAGES_E, WEIGHTS_E, SAT)
-    gradient, before = gradient_of(learner), learner.weights()
+    gradient, before = gradient_of(learner), learner.export()
     norm = learner.step()
     assert norm == pytest.approx(float(gradient.norm())) and norm > 0.5
-    used = {n for n in before if not torch.equal(before[n], learner.weights()[n])}
+    used = {n for n in before if not torch.equal(before[n], learner.export()[n])}
     start = 0
     for name, w in before.items():
         g = (gradient[start : start + w.numel()] * 0.5 / norm).view_as(w)
         start += w.numel()
         if name in used:
             expected = w * (1 - 0.05 * 0.2) - 0.05 * g / (g.abs() + 1.0)
-            assert torch.allclose(learner.weights()[name], expected, rtol=0, atol=1e-12)
+            assert torch.allclose(learner.export()[name], expected, rtol=0, atol=1e-12)
     assert "model.embed_tokens.weight" in used and learner.steps == 1
     assert gradient_of(learner).norm() == 0
 
@@ -413,15 +413,15 @@ def test_revert_is_bit_exact():
     held = copy.deepcopy((snapshot.weights, snapshot.optimizer))
     assert snapshot.steps == 3 and len(snapshot.optimizer) > 0
     train(learner, packed, 2)
-    after = learner.weights()
+    after = learner.export()
     assert not same(after, held[0])
     assert same(snapshot.weights, held[0]) and same(snapshot.optimizer, held[1])
     learner.restore(snapshot)
-    assert same(learner.weights(), held[0]) and learner.steps == 3
+    assert same(learner.export(), held[0]) and learner.steps == 3
     assert same(learner.optimizer_state(), held[1])
     # The same steps again lead to the same place: nothing else remembers.
     train(learner, packed, 2)
-    assert same(learner.weights(), after)
+    assert same(learner.export(), after)
     learner.restore(snapshot)
     assert same(learner.optimizer_state(), held[1])
 
@@ -433,20 +433,20 @@ def test_revert_before_the_first_step_forgets_the_moments():
     train(learner, pack(TURNS), 1)
     learner.restore(snapshot)
     assert learner.optimizer_state() == {} and learner.steps == 0
-    assert same(learner.weights(), snapshot.weights)
+    assert same(learner.export(), snapshot.weights)
 
 
 def test_interpolation():
     learner = learner_of(lr=0.01)
     learner.wake()
-    start = learner.weights()
+    start = learner.export()
     train(learner, pack(TURNS), 2)
-    target, moments = learner.weights(), learner.optimizer_state(copy=True)
+    target, moments = learner.export(), learner.optimizer_state(copy=True)
     for scale, expected in ((0.0, start), (1.0, target)):
         learner.interpolate(start, target, scale)
-        assert same(learner.weights(), expected)
+        assert same(learner.export(), expected)
     learner.interpolate(start, target, 0.25)
-    for name, w in learner.weights().items():
+    for name, w in learner.export().items():
         assert torch.allclose(w, 0.75 * start[name] + 0.25 * target[name], rtol=0, atol=1e-15)
     assert same(learner.optimizer_state(), moments) and learner.steps == 2  # a shrink keeps them
 
@@ -472,7 +472,7 @@ def test_resting_changes_nothing(offload, dtype, tmp_path: Path):
                 learner.wake()
                 assert same(learner.optimizer_state(), moments)
                 learner.rest()
-        weights.append(learner.weights())
+        weights.append(learner.export())
         assert learner.steps == 6
     assert same(*weights)
     assert (tmp_path / "scratch").exists() == (offload == "disk")
@@ -489,7 +489,7 @@ def test_a_resting_snapshot_can_be_restored():
     for learner in (first, second):
         learner.wake()
         train(learner, packed, 2)
-    assert same(first.weights(), second.weights()) and first.steps == second.steps == 4
+    assert same(first.export(), second.export()) and first.steps == second.steps == 4
 
 
 def test_a_frozen_agent_has_no_optimiser_and_no_gradient():
@@ -501,13 +501,13 @@ def test_a_frozen_agent_has_no_optimiser_and_no_gradient():
 
 def test_reference_weights_are_the_beginnings():
     learner = learner_of(lr=0.01)
-    start = learner.weights()
+    start = learner.export()
     learner.keep_reference()
     learner.wake()
     train(learner, pack(TURNS), 1)
-    before = learner.weights()
+    before = learner.export()
     anchor = learner.anchor(pack(TURNS), reference=True)
-    assert same(learner.reference_weights, start) and same(learner.weights(), before)
+    assert same(learner.reference_weights, start) and same(learner.export(), before)
     learner.load_weights(start)
     at_start: Anchor = learner.anchor(pack(TURNS))
     learner.complete(at_start)
@@ -519,26 +519,26 @@ def test_reference_weights_are_the_beginnings():
 
 def test_a_loss_that_is_not_finite():
     learner = learner_of()
-    before = learner.weights()
+    before = learner.export()
     anchor = learner.anchor(pack(TURNS))
     advantages_E = ADVANTAGES_E.clone()
     advantages_E[3] = math.nan
     with pytest.raises(NonFinite, match="loss"):
         learner.accumulate(anchor, range(6), advantages_E, WEIGHTS_E, SAT)
-    assert same(learner.weights(), before)
+    assert same(learner.export(), before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite(value):
     learner = learner_of()
     learner.wake()
-    before = learner.weights()
+    before = learner.export()
     anchor = learner.anchor(pack(TURNS))
     learner.accumulate(anchor, range(6), ADVANTAGES_E, WEIGHTS_E, SAT)
     next(iter(learner.policy.trainable().values())).grad[0, 0] = value
     with pytest.raises(NonFinite, match="gradient"):
         learner.step()
-    assert same(learner.weights(), before) and learner.steps == 0
+    assert same(learner.export(), before) and learner.steps == 0
     assert learner.optimizer_state() == {} and gradient_of(learner).norm() == 0
 
 

@@ -143,7 +143,7 @@ def test_no_gain_is_predicted_for_an_agent_that_was_silent(run: Training) -> Non
 
 
 def test_predicting_leaves_no_trace(run: Training) -> None:
-    before = run.learners["ann"].weights()
+    before = run.learners["ann"].export()
     sweep_order(replace(run.settings, order="greedy"), run.learners, informative("ann"), 1)
-    assert tiny_world.same(run.learners["ann"].weights(), before)
+    assert tiny_world.same(run.learners["ann"].export(), before)
     assert all(p.grad is None for p in run.learners["ann"].policy.trainable().values())

@@ -83,12 +83,12 @@ def test_an_accepted_step_is_inside_delta_by_a_measurement_of_its_own(
     recipe: Path, tmp_path: Path, lr: str
 ) -> None:
     run, experience = fresh(recipe, tmp_path / "run", f"optimizer.lr={lr}")
-    before = run.learners["ann"].weights()
+    before = run.learners["ann"].export()
     outcome = step(run, experience, backtracks=20)
     assert outcome.accepted
     # The whole proposal's quantile is far below δ, about 2δ, and far above it.
     assert (outcome.event["scale"] < 1) == (lr != "1e-4")
-    kl_T = kl_by_hand(recipe, run.learners["ann"].weights(), before, own(experience))
+    kl_T = kl_by_hand(recipe, run.learners["ann"].export(), before, own(experience))
     # The .99-quantile is the smallest value that at least 99% of the states do not exceed.
     quantile = float(kl_T.sort().values[math.ceil(0.99 * len(kl_T)) - 1])
     recorded = outcome.event["kl"]
@@ -102,25 +102,25 @@ def test_an_accepted_step_is_inside_delta_by_a_measurement_of_its_own(
 
 def test_without_a_trust_region_a_large_step_stays_large(recipe: Path, tmp_path: Path) -> None:
     run, experience = fresh(recipe, tmp_path / "run", "optimizer.lr=3e-2")
-    before = run.learners["ann"].weights()
+    before = run.learners["ann"].export()
     outcome = step(run, experience, enabled=False)
     assert outcome.accepted and outcome.event["scale"] == 1.0
-    kl_T = kl_by_hand(recipe, run.learners["ann"].weights(), before, own(experience))
+    kl_T = kl_by_hand(recipe, run.learners["ann"].export(), before, own(experience))
     assert float(kl_T.quantile(0.99)) > 1.0
     assert outcome.event["kl"]["quantile"] > 1.0
 
 
 def test_a_shrunk_step_lies_on_the_line_from_the_anchor(recipe: Path, tmp_path: Path) -> None:
     whole, experience = fresh(recipe, tmp_path / "a", "optimizer.lr=3e-3")
-    anchor = whole.learners["ann"].weights()
+    anchor = whole.learners["ann"].export()
     step(whole, experience, enabled=False)
     shrunk, same_experience = fresh(recipe, tmp_path / "b", "optimizer.lr=3e-3")
     assert same_experience == experience
     outcome = step(shrunk, experience)
     scale = outcome.event["scale"]
     assert outcome.accepted and 0 < scale < 1
-    for name, found in shrunk.learners["ann"].weights().items():
-        target = whole.learners["ann"].weights()[name]
+    for name, found in shrunk.learners["ann"].export().items():
+        target = whole.learners["ann"].export()[name]
         wanted = anchor[name].double() + scale * (target.double() - anchor[name].double())
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
     # A shrink keeps the optimiser's moments, those of the whole proposal.
@@ -135,11 +135,11 @@ def test_what_cannot_be_brought_inside_is_reverted_bit_for_bit(
     learner = run.learners["ann"]
     # A first accepted step, so that there are moments to be restored.
     assert step(run, experience).accepted
-    before, moments, steps = learner.weights(), learner.optimizer_state(copy=True), learner.steps
+    before, moments, steps = learner.export(), learner.optimizer_state(copy=True), learner.steps
     assert moments and steps > 0
     outcome = step(run, experience, delta=1e-12, backtracks=2)
     assert not outcome.accepted
-    assert tiny_world.same(learner.weights(), before)
+    assert tiny_world.same(learner.export(), before)
     assert tiny_world.same(learner.optimizer_state(), moments)
     assert learner.steps == steps
     assert outcome.event["accepted"] is False and outcome.event["scale"] == 0.0
@@ -150,9 +150,9 @@ def test_what_cannot_be_brought_inside_is_reverted_bit_for_bit(
 
 def test_the_log_ratio_of_a_step_is_that_of_two_models(recipe: Path, tmp_path: Path) -> None:
     run, experience = fresh(recipe, tmp_path / "run")
-    before = run.learners["ann"].weights()
+    before = run.learners["ann"].export()
     outcome = step(run, experience)
-    after = run.learners["ann"].weights()
+    after = run.learners["ann"].export()
     wanted = []
     for episode in experience.episodes:
         turns = [turn for turn in episode.turns if turn.agent == "ann"]
@@ -181,11 +181,11 @@ def test_a_reward_that_is_not_a_number_reverts_and_says_so(recipe: Path, tmp_pat
     run, experience = fresh(recipe, tmp_path / "run")
     learner = run.learners["ann"]
     assert step(run, experience).accepted
-    before, moments, steps = learner.weights(), learner.optimizer_state(copy=True), learner.steps
+    before, moments, steps = learner.export(), learner.optimizer_state(copy=True), learner.steps
     outcome = step(run, damaged(experience, math.nan))
     assert not outcome.accepted and "not finite" in outcome.event["reason"]
     assert outcome.event["scale"] == 0.0 and "kl" not in outcome.event
-    assert tiny_world.same(learner.weights(), before)
+    assert tiny_world.same(learner.export(), before)
     assert tiny_world.same(learner.optimizer_state(), moments)
     assert learner.steps == steps
     # An overshoot without bound: beta doubles.
@@ -206,10 +206,10 @@ def test_a_rate_that_throws_the_weights_out_of_the_finite_is_reverted(
     recipe: Path, tmp_path: Path
 ) -> None:
     run, experience = fresh(recipe, tmp_path / "run", "optimizer.lr=1e30")
-    before = run.learners["ann"].weights()
+    before = run.learners["ann"].export()
     outcome = step(run, experience)
     assert not outcome.accepted and "not finite" in outcome.event["reason"]
-    assert tiny_world.same(run.learners["ann"].weights(), before)
+    assert tiny_world.same(run.learners["ann"].export(), before)
 
 
 def test_an_agent_that_said_nothing_is_left_alone(recipe: Path, tmp_path: Path) -> None:
@@ -217,10 +217,10 @@ def test_an_agent_that_said_nothing_is_left_alone(recipe: Path, tmp_path: Path) 
     silent = tuple(
         replace(e, turns=tuple(t for t in e.turns if t.agent != "ann")) for e in experience.episodes
     )
-    before = run.learners["ann"].weights()
+    before = run.learners["ann"].export()
     outcome = step(run, replace(experience, episodes=silent))
     assert (outcome.accepted, outcome.event["reason"]) == (False, "the agent wrote nothing")
-    assert tiny_world.same(run.learners["ann"].weights(), before)
+    assert tiny_world.same(run.learners["ann"].export(), before)
 
 
 # Advantages of a team's episodes
@@ -261,7 +261,7 @@ def test_a_batch_without_a_difference_in_reward_changes_nothing(
     run = tiny_world.training(recipe, tmp_path / "run", [])
     learner = run.learners["ann"]
     episodes = tuple(replace(e, grade=Grade(0.5)) for e in run.supply.batch(1, 1).episodes)
-    before = learner.weights()
+    before = learner.export()
     outcome = improve(
         learner,
         "ann",
@@ -272,5 +272,5 @@ def test_a_batch_without_a_difference_in_reward_changes_nothing(
         key=Key(0, "train", 1, 1),
     )
     assert not outcome.accepted and outcome.event["reason"] == "no group's rewards differ"
-    assert all(torch.equal(before[name], now) for name, now in learner.weights().items())
+    assert all(torch.equal(before[name], now) for name, now in learner.export().items())
     assert learner.steps == 0

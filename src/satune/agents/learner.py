@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.packing import MicroBatch, PackedTurns, micro_batches, padded_budget
 from satune.agents.policy import Policy
 from satune.agents.prefixes import states_of
@@ -32,50 +33,6 @@ class OptimizerSettings:
     micro_batch_tokens: int = 16384
     gradient_checkpointing: bool = False
     offload: str = "cpu"
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """An agent's parameters, and its optimiser's state, bit for bit."""
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    steps: int
-
-
-@dataclass(slots=True)
-class Anchor:
-    """The policy before the step on one experience: hidden states [T, H], log-probabilities [T].
-
-    Filled where asked for (``known_T``): the first mini-batch of a step is scored at the anchor
-    anyway, so its states are kept from there instead of computed twice.
-    """
-
-    snapshot: Snapshot
-    packed: PackedTurns
-    hidden_TH: Tensor | None
-    logprobs_T: Tensor
-    known_T: Tensor
-    reference_TH: Tensor | None = None
-    project: Any = None
-    reference_project: Any = None
-
-    def keep(self, tokens_T: Tensor, hidden_TH: Tensor, logprobs_T: Tensor) -> None:
-        if self.hidden_TH is None:
-            shape = (self.packed.tokens, hidden_TH.shape[-1])
-            self.hidden_TH = torch.empty(shape, dtype=hidden_TH.dtype)
-        self.hidden_TH[tokens_T] = hidden_TH.detach().cpu()
-        self.logprobs_T[tokens_T] = logprobs_T.detach().cpu().to(self.logprobs_T.dtype)
-        self.known_T[tokens_T] = True
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """The proposal against the anchor at every own token: exact KL both ways, log-probabilities."""
-
-    kl_T: Tensor
-    reverse_kl_T: Tensor
-    logprobs_T: Tensor
 
 
 class NonFinite(ArithmeticError):
@@ -107,6 +64,10 @@ class LocalLearner:
         self._parameters = self.policy.trainable()
         for parameter in self._parameters.values():
             parameter.requires_grad_(not self.frozen)
+
+    @property
+    def device(self) -> str:
+        return str(self.policy.device)
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -305,7 +266,7 @@ class LocalLearner:
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def weights(self) -> dict[str, Tensor]:
+    def export(self) -> dict[str, Tensor]:
         """The agent's own parameters, copied."""
         return {name: p.detach().clone() for name, p in self._parameters.items()}
 
@@ -315,7 +276,7 @@ class LocalLearner:
             parameter.copy_(weights[name])
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.weights(), self.optimizer_state(copy=True), self.steps)
+        return Snapshot(self.export(), self.optimizer_state(copy=True), self.steps)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Bit-exact return to a snapshot, optimiser included."""
@@ -336,7 +297,7 @@ class LocalLearner:
 
     def keep_reference(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """Hold the weights the run began with, on the CPU, for a reference KL."""
-        source = self.weights() if weights is None else weights
+        source = self.export() if weights is None else weights
         self._reference = {name: tensor.to("cpu", copy=True) for name, tensor in source.items()}
 
     @property
@@ -345,7 +306,7 @@ class LocalLearner:
 
     @torch.no_grad()
     def _reference_states(self, packed: PackedTurns, reference: Mapping[str, Tensor]) -> Tensor:
-        present = self.weights()
+        present = self.export()
         self.load_weights(reference)
         hidden: Tensor | None = None
         for batch in micro_batches(packed, self._budget, whole_episodes=False):

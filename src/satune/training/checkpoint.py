@@ -200,7 +200,7 @@ def _place(name: str) -> tuple[int, float]:
 
 def _tensors(learner: Any, part: str) -> dict[str, Tensor]:
     found: Mapping[str, Tensor] = {
-        "weights": learner.weights,
+        "weights": learner.export,
         "optimizer": learner.optimizer_state,
         "reference": lambda: learner.reference_weights or {},
     }[part]()

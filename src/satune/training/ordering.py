@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from satune.agents.learner import LocalLearner
 from satune.agents.packing import PackedTurns
 from satune.training.settings import TrainingSettings
 from satune.training.update import advantages, own_turns
-from satune.types import Episode, Key
+from satune.types import Episode, Key, Learner
 
 DAMPING = 1e-3
 """Added to the diagonal Fisher relative to its mean, where too few episodes leave zeros."""
@@ -20,7 +19,7 @@ DAMPING = 1e-3
 
 def sweep_order(
     settings: TrainingSettings,
-    learners: Mapping[str, LocalLearner],
+    learners: Mapping[str, Learner],
     episodes: Sequence[Episode],
     stage: int,
 ) -> tuple[list[str], dict[str, float]]:
@@ -54,7 +53,7 @@ def sweep_order(
 
 
 def predicted_gain(
-    learner: LocalLearner, packed: PackedTurns, advantages_E: Tensor, delta: float, key: Key
+    learner: Learner, packed: PackedTurns, advantages_E: Tensor, delta: float, key: Key
 ) -> float:
     """√(2δ max(0, ĝ₁ᵀF⁻¹ĝ₂)): what a natural-gradient step inside δ can gain (Theorem 4.7).
 

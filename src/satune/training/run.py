@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-from satune.agents.learner import LocalLearner
 from satune.core.trust_region import TrustRegionSettings
 from satune.training.checkpoint import Checkpoints
 from satune.training.interrupts import uninterrupted
@@ -19,7 +18,7 @@ from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Batch, Supply, needs_rollout
 from satune.training.settings import TrainingSettings
 from satune.training.update import Outcome
-from satune.types import Episode
+from satune.types import Episode, Learner
 
 
 class World(Protocol):
@@ -68,7 +67,7 @@ class Training:
     """State and collaborators of a run. ``published``: the version the engine has of each agent."""
 
     settings: TrainingSettings
-    learners: dict[str, LocalLearner]
+    learners: Mapping[str, Learner]
     seats: Mapping[str, list[str]]
     supply: Supply
     world: World

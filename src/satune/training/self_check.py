@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from satune.agents.learner import LocalLearner
 from satune.training.update import own_turns
-from satune.types import Episode, UserError
+from satune.types import Episode, Learner, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class Tolerance:
 
 
 def self_check(
-    learners: Mapping[str, LocalLearner], episodes: Sequence[Episode], tolerance: Tolerance
+    learners: Mapping[str, Learner], episodes: Sequence[Episode], tolerance: Tolerance
 ) -> dict[str, dict[str, float]]:
     """Hold learner against engine on episodes that the present weights wrote.
 

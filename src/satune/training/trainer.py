@@ -54,7 +54,7 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
         self_check=report,
         torch=torch.__version__,
         python=platform.python_version(),
-        device=str(next(iter(training.learners.values())).policy.device),
+        device=next(iter(training.learners.values())).device,
         threads=torch.get_num_threads(),
     )
     if training.evaluates_greedy:

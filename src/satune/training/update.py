@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from satune.agents.learner import Anchor, LocalLearner, Measurement, NonFinite
+from satune.agents.anchor import Anchor, Measurement
+from satune.agents.learner import NonFinite
 from satune.agents.packing import PackedTurns, pack
 from satune.core.advantages import group_advantages, overlong_penalty
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
 from satune.training.settings import AdvantageSettings, UpdateSettings
-from satune.types import Episode, Experience, Key
+from satune.types import Episode, Experience, Key, Learner
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def advantages(
 
 
 def improve(
-    learner: LocalLearner,
+    learner: Learner,
     agent: str,
     experience: Experience,
     settings: UpdateSettings,
@@ -170,7 +171,7 @@ def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings)
 
 
 def _ascend(
-    learner: LocalLearner,
+    learner: Learner,
     anchor: Anchor,
     advantages_E: Tensor,
     weights_E: Tensor,
@@ -210,7 +211,7 @@ def _split(order: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def _enforce(
-    learner: LocalLearner,
+    learner: Learner,
     anchor: Anchor,
     weights_E: Tensor,
     episodes: Sequence[Episode],
@@ -240,7 +241,7 @@ def _enforce(
             learner.restore(anchor.snapshot)
             return search, measured, statistics
         if proposal is None:
-            proposal = learner.weights()
+            proposal = learner.export()
         learner.interpolate(anchor.snapshot.weights, proposal, search.scale)
 
 
