@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,3 @@ def _cannot_load(spec: AgentSpec, model_id: str, error: Exception) -> str:
         f"agent {spec.name}: cannot load model {model_id!r} ({type(error).__name__}: {reason}); "
         "give a directory with config.json and safetensors weights, or a hub id that can be reached"
     )
-
-
-def bases_of(policies: Mapping[str, Policy]) -> dict[int, PeftModel]:
-    """The distinct shared bases behind policies with adapters."""
-    return {id(p.model): p.model for p in policies.values() if p.adapter}  # type: ignore[misc]
