@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 import tiny_world
-from satune.cli import main, shipped_recipe
+from satune.cli.common import shipped_recipe
+from satune.cli.main import main
 from satune.training.run_directory import RunDirectory
 
 Run = Callable[..., tuple[int, str, str]]
@@ -161,7 +162,7 @@ def test_quickstart_prints_one_json_object(
     )
     with open(small, "a") as file:
         file.write(f"# {tmp_path}\n")
-    monkeypatch.setattr("satune.cli.shipped_recipe", lambda given: small)
+    monkeypatch.setattr("satune.cli.train.shipped_recipe", lambda given: small)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     out = tmp_path / "run"
     code, stdout, _ = satune("quickstart", "--out", out, "--seed", "3", "--json")

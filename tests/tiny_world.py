@@ -130,7 +130,7 @@ def command(arguments: Sequence[str], log: str) -> None:
     import os
     import sys
 
-    from satune.cli import main
+    from satune.cli.main import main
 
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

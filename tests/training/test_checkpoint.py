@@ -16,7 +16,7 @@ import pytest
 from safetensors import SafetensorError
 
 import tiny_world
-from satune.cli import run_training
+from satune.cli.train import run_training
 from satune.config.load import load_recipe
 from satune.training import checkpoint as checkpoint_module
 from satune.training.interrupts import uninterrupted

@@ -1,14 +1,9 @@
-"""The commands. Results go to standard output, everything else to standard error."""
+"""``satune train`` and ``satune quickstart``."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime
@@ -19,51 +14,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from satune.types import UserError
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Train teams of language models, one agent at a time, inside measured trust regions.",
+from satune.cli.common import (
+    AsJson,
+    Interrupted,
+    Out,
+    Overrides,
+    RecipeFile,
+    quiet_libraries,
+    say,
+    shipped_recipe,
+    show_result,
 )
 
-RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value")
-]
-Out = Annotated[Path | None, typer.Option(help="the run's directory")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
-
-class Interrupted(Exception):
-    """Ctrl-C, with the command that goes on."""
-
-
-def main() -> None:
-    """Run a command; bad input ends with one line and exit code 2, ctrl-C with 130."""
-    try:
-        app()
-    except UserError as error:
-        _say(f"error: {error}")
-        sys.exit(2)
-    except Interrupted as interrupted:
-        _say(f"interrupted; go on with: {interrupted}" if str(interrupted) else "interrupted")
-        sys.exit(130)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # Nobody reads any more; writing the rest at exit would only raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def _say(line: str) -> None:
-    print(" ".join(line.split("\n")), file=sys.stderr)
-
-
-@app.command()
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -86,10 +49,9 @@ def train(
         checkpoint=resume_from,
         command=shlex.join(command),
     )
-    _result(summary, as_json, show_summary)
+    show_result(summary, as_json, show_summary)
 
 
-@app.command()
 def quickstart(
     out: Out = None,
     seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
@@ -107,42 +69,7 @@ def quickstart(
     summary = run_training(
         loaded, directory, resume=False, checkpoint=None, command=shlex.join(command)
     )
-    _result(summary, as_json, show_summary)
-
-
-@app.command()
-def describe(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """The resolved recipe, and what each agent needs, before anything is loaded."""
-    from satune.config.load import load_recipe
-    from satune.description import describe_recipe, show_description
-
-    loaded = load_recipe(shipped_recipe(recipe), overrides or [])
-    _result(describe_recipe(loaded), as_json, show_description)
-
-
-@app.command()
-def bench(
-    name: Annotated[str | None, typer.Argument(help="step or sampling; both if left out")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Speed against the peers, as ratios from one run (from a checkout of the repository)."""
-    folder = Path(__file__).parents[2] / "benchmarks"
-    scripts = {n: folder / f"{n}.py" for n in ("step", "sampling")}
-    if name is not None and name not in scripts:
-        raise UserError(f"bench: no benchmark {name!r}; there are: {', '.join(scripts)}")
-    chosen = {n: scripts[n] for n in ([name] if name else scripts)}
-    results: dict[str, Any] = {}
-    for each, script in chosen.items():
-        if not script.is_file():
-            raise UserError(f"bench: {script} is not there; run it from a clone of the repository")
-        command = [sys.executable, str(script), *(["--json"] if as_json else [])]
-        ended = subprocess.run(command, stdout=subprocess.PIPE if as_json else None, text=True)
-        if ended.returncode:
-            raise typer.Exit(ended.returncode)
-        if as_json:
-            results[each] = json.loads(ended.stdout)
-    if as_json:
-        print(json.dumps(results[name] if name else results))
+    show_result(summary, as_json, show_summary)
 
 
 def run_training(
@@ -159,7 +86,7 @@ def run_training(
         check_recipe_unchanged(directory, recipe)
         summary = json.loads(directory.summary.read_text())
         if summary["stages"] >= recipe.stages:
-            _say(f"{out}: the run is finished; its summary follows")
+            say(f"{out}: the run is finished; its summary follows")
             return summary
     console = Console(stderr=True)
     try:
@@ -218,31 +145,6 @@ def _train(
     return summary
 
 
-def shipped_recipe(given: str) -> Path:
-    """A recipe file, or one that ships by its name (``relay``)."""
-    path = Path(given)
-    if path.suffix or path.exists():
-        return path
-    roots = (
-        Path(__file__).parents[2] / "recipes",
-        Path(sysconfig.get_path("data")) / "share" / "satune" / "recipes",
-    )
-    for root in roots:
-        if (root / f"{given}.yaml").is_file():
-            return root / f"{given}.yaml"
-    return path
-
-
-def quiet_libraries() -> None:
-    """Progress is shown by satune; the libraries' own bars and warnings would cut through it."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("peft").setLevel(logging.ERROR)
-
-
 def show_summary(summary: dict[str, Any]) -> None:
     console = Console()
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
@@ -262,12 +164,3 @@ def show_summary(summary: dict[str, Any]) -> None:
         highlight=False,
     )
     console.print(f"the team: {summary['team']}", highlight=False, soft_wrap=True)
-
-
-def _result(value: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        from satune.training.run_directory import strict_json
-
-        print(strict_json(value))
-    else:
-        show(value)

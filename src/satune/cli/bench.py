@@ -1,0 +1,38 @@
+"""``satune bench``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from satune.cli.common import AsJson
+from satune.types import UserError
+
+
+def bench(
+    name: Annotated[str | None, typer.Argument(help="step or sampling; both if left out")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Speed against the peers, as ratios from one run (from a checkout of the repository)."""
+    folder = Path(__file__).parents[3] / "benchmarks"
+    scripts = {n: folder / f"{n}.py" for n in ("step", "sampling")}
+    if name is not None and name not in scripts:
+        raise UserError(f"bench: no benchmark {name!r}; there are: {', '.join(scripts)}")
+    chosen = {n: scripts[n] for n in ([name] if name else scripts)}
+    results: dict[str, Any] = {}
+    for each, script in chosen.items():
+        if not script.is_file():
+            raise UserError(f"bench: {script} is not there; run it from a clone of the repository")
+        command = [sys.executable, str(script), *(["--json"] if as_json else [])]
+        ended = subprocess.run(command, stdout=subprocess.PIPE if as_json else None, text=True)
+        if ended.returncode:
+            raise typer.Exit(ended.returncode)
+        if as_json:
+            results[each] = json.loads(ended.stdout)
+    if as_json:
+        print(json.dumps(results[name] if name else results))

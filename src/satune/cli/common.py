@@ -1,0 +1,64 @@
+"""What the commands share: their common options, how a recipe is found, how a result is shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value")
+]
+Out = Annotated[Path | None, typer.Option(help="the run's directory")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with the command that goes on."""
+
+
+def say(line: str) -> None:
+    print(" ".join(line.split("\n")), file=sys.stderr)
+
+
+def show_result(
+    value: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]
+) -> None:
+    if as_json:
+        from satune.training.run_directory import strict_json
+
+        print(strict_json(value))
+    else:
+        show(value)
+
+
+def shipped_recipe(given: str) -> Path:
+    """A recipe file, or one that ships by its name (``relay``)."""
+    path = Path(given)
+    if path.suffix or path.exists():
+        return path
+    roots = (
+        Path(__file__).parents[3] / "recipes",
+        Path(sysconfig.get_path("data")) / "share" / "satune" / "recipes",
+    )
+    for root in roots:
+        if (root / f"{given}.yaml").is_file():
+            return root / f"{given}.yaml"
+    return path
+
+
+def quiet_libraries() -> None:
+    """Progress is shown by satune; the libraries' own bars and warnings would cut through it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("peft").setLevel(logging.ERROR)
