@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.loading import AgentSpec, LoraSpec
@@ -15,8 +15,10 @@ from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
 from satune.agents.tiny_training import TinySettings
 from satune.agents.zoo import is_tiny, tiny_directory
+from satune.config.checks import decisions
 from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
+from satune.core.confidence import Spending
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.demonstrations import demonstrate
@@ -24,8 +26,9 @@ from satune.engines.local import LocalEngine
 from satune.evaluation import Evaluation, evaluate, mean_estimate
 from satune.protocols.catalog import load_protocol
 from satune.rollout import episode_from_row, episode_to_row, rollout_sync
-from satune.tasks.catalog import load_task, take
+from satune.tasks.catalog import draw, load_task, take
 from satune.team import Team, build_team
+from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints, tensor_errors
 from satune.training.run import State, Training, Watcher
 from satune.training.run_directory import RunDirectory
@@ -33,6 +36,7 @@ from satune.training.schedules import Supply
 from satune.training.self_check import Tolerance
 from satune.training.settings import (
     AdvantageSettings,
+    CertifySettings,
     ScheduleSettings,
     TrainingSettings,
     UpdateSettings,
@@ -258,11 +262,18 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
         update=update,
         schedule=ScheduleSettings(**recipe.schedule.model_dump()),
         order=recipe.order,
+        certify=certify_settings(recipe),
         deltas={name: a.delta for name, a in agents.items() if a.delta is not None},
         evaluate_every=recipe.evaluate.every,
         checkpoint_steps=recipe.checkpoint.every == "step",
         keep_checkpoints=recipe.checkpoint.keep,
     )
+
+
+def certify_settings(recipe: Recipe) -> CertifySettings:
+    declared = recipe.certify.decisions
+    count = {"open": None, "auto": decisions(recipe)}.get(str(declared), declared)
+    return CertifySettings(**{**recipe.certify.model_dump(), "decisions": count})
 
 
 def optimizer_settings(recipe: Recipe, agent: AgentSection) -> OptimizerSettings:
@@ -321,6 +332,23 @@ class LocalWorld:
             figures["difference"] = [gain.mean, gain.low, gain.high]
         return figures
 
+    @property
+    def certifies(self) -> Literal["fresh", "finite"]:
+        return "fresh" if getattr(self.cast.task, "fresh", False) else "finite"
+
+    def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
+        cast = self.cast
+        return rollout_sync(
+            draw(cast.task, "certify", problems, offset),
+            samples,
+            key,
+            seats=cast.team.seats_for(cast.recipe.rollout.max_new_tokens),
+            protocol=cast.protocol,
+            engine=cast.engine,
+            task=cast.task,
+            progress=lambda done, total: cast.progress(done, total, "certificate"),
+        )
+
     def to_row(self, episode: Episode) -> dict[str, Any]:
         return episode_to_row(episode)
 
@@ -337,6 +365,9 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
     settings = training_settings(recipe)
     save_recipe(recipe, directory.recipe)
     world = LocalWorld(cast, directory)
+    if settings.certify.problems:
+        # A task without problems for certificates is told now, not after the first step.
+        draw(cast.task, "certify", 1)
     resolved = recipe.team.resolved()
     learners = {
         name: LocalLearner(
@@ -358,6 +389,7 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         state=State(
             betas=dict.fromkeys(learners, recipe.trust_region.beta),
             versions=dict.fromkeys(learners, 0),
+            certify=CertifyState(Spending(settings.certify.confidence, settings.certify.decisions)),
         ),
         watch=watch,
         evaluates_greedy=recipe.evaluate.greedy,

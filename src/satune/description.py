@@ -86,9 +86,19 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "steps": steps,
             "rollouts": list(rollouts),
             "episodes": [episodes * count for count in rollouts],
+            "certify_episodes": _certify_episodes(recipe, steps),
         },
         "stages": recipe.stages,
     }
+
+
+def _certify_episodes(recipe: Recipe, steps: int) -> list[int]:
+    """The fewest and most episodes that a stage's certificates draw."""
+    certify = recipe.certify
+    windows = 1 if recipe.schedule.name == "simultaneous" else -(-steps // certify.every)
+    sides = 1 if certify.evidence == "pessimistic" else 2
+    one = certify.problems * certify.samples * sides * windows
+    return [one, one * (1 + certify.backtracks * (certify.accept == "certified"))]
 
 
 def _sizes(section: AgentSection) -> tuple[int, int] | None:
@@ -142,10 +152,13 @@ def show_description(description: dict[str, Any]) -> None:
     memory, stage = description["memory"], description["stage"]
     fewest, most = stage["episodes"]
     episodes = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    fewest, most = stage["certify_episodes"]
+    certified = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     console.print(
         f"memory: {_bytes(memory.get('together'))} for all weights and the largest step "
         "(activations and key-value cache come on top); "
-        f"a stage: {stage['steps']} steps, {episodes} episodes; "
+        f"a stage: {stage['steps']} steps, {episodes} episodes"
+        f"{f' and {certified} for certificates' if most else ''}; "
         f"{description['stages']} stages",
         highlight=False,
         soft_wrap=True,

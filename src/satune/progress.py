@@ -86,12 +86,19 @@ class Display:
             reason = "" if fields["accepted"] else f" ({fields['reason']})"
             self.note(
                 f"  stage {fields['stage']} step {fields['step']} {fields['agent']}: "
-                f"{moved}{verdict}{reason}"
+                f"{moved}{verdict}{reason}{_certified(fields)}"
             )
         elif kind == "stage":
             self.note(
                 f"stage {fields['stage']}: reward {fields['reward']:.3f}, {fields['seconds']:.1f} s"
             )
+
+
+def _certified(fields: Mapping[str, Any]) -> str:
+    found = fields.get("certificate", {}).get("statistical")
+    if found is None:
+        return ""
+    return f", reward {found['mean']:+.4f}, certified at least {found['lower']:+.4f}"
 
 
 def _interval(fields: Mapping[str, Any]) -> str:

@@ -48,6 +48,12 @@ def _scalars(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
         for name in ("mean", "quantile", "max", "violation_rate")
         if name in fields.get("kl", {})
     }
+    statistical = fields.get("certificate", {}).get("statistical", {})
+    found |= {
+        f"{agent}/certificate_{name}": statistical[name]
+        for name in ("mean", "lower")
+        if name in statistical
+    }
     for name in ("beta", "scale", "ess", "objective", "clip_fraction", "grad_norm"):
         if name in fields:
             found[f"{agent}/{name}"] = fields[name]

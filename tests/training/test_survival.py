@@ -15,6 +15,11 @@ VARIANTS = {
     "hybrid": ["schedule=hybrid", "schedule.ess=0.8"],
     "reuse": ["schedule=reuse", "order=random", "optimizer.offload=disk"],
     "stale": ["schedule=stale", "objective.reference_kl=0.1", "evaluate.every=3"],
+    "certified": [
+        "certify={problems: 3, samples: 2, every: 3, evidence: balance, accept: certified,"
+        " tolerance: 0.95, backtracks: 1}",
+        "optimizer.lr=3e-3",
+    ],
     "lora": ["schedule=fresh", "team.sharing=lora", "team.agents.bob.model=${ann}"],
 }
 STAGES = 8

@@ -153,6 +153,42 @@ def _overlong_buffer_fits(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _certificates_are_sound(recipe: Recipe) -> Iterator[Fault]:
+    certify = recipe.certify
+    if certify.accept == "certified" and certify.problems == 0:
+        yield (
+            "certify.accept",
+            "certified needs certificates, but certify.problems is 0; give the problems of one"
+            " (512 show a gain of a few hundredths)",
+        )
+    if certify.confidence >= 0.5:
+        yield (
+            "certify.confidence",
+            f"is the run's probability of a false claim, got {certify.confidence:g}; give a small"
+            " one such as 0.05",
+        )
+    needed = decisions(recipe)
+    declared = certify.decisions
+    if isinstance(declared, int) and certify.accept == "certified" and declared < needed:
+        yield (
+            "certify.decisions",
+            f"{declared} declared, but the gate may need {needed}, and refuses every change once"
+            " they are used up; give auto or a larger number",
+        )
+
+
+def decisions(recipe: Recipe) -> int:
+    """The most tests that a run of the recipe can come to."""
+    certify = recipe.certify
+    agents = recipe.team.resolved().agents.values()
+    steps = recipe.stages * sum(not agent.frozen for agent in agents)
+    if recipe.schedule.name == "simultaneous":
+        windows = recipe.stages
+    else:
+        windows = -(-steps // certify.every)
+    return max(1, windows) * (1 + certify.backtracks * (certify.accept == "certified"))
+
+
 CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _seats_name_agents,
     _every_agent_sits,
@@ -165,4 +201,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _sampling_is_the_policy,
     _batches_are_not_empty,
     _overlong_buffer_fits,
+    _certificates_are_sound,
 )

@@ -274,6 +274,23 @@ class EvaluateSection(Section):
     greedy: bool = True
 
 
+class CertifySection(Section):
+    """What a change of the team can claim, and whether the team keeps it (THEORY §5)."""
+
+    problems: Whole = 0
+    samples: Count = 8
+    every: Count = 1
+    evidence: Literal["fresh", "balance", "pessimistic"] = "fresh"
+    method: Literal["betting", "empirical_bernstein", "hoeffding"] = "betting"
+    clip: Annotated[float, Field(gt=1)] = 1.2
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    decisions: Count | Literal["auto", "open"] = "auto"
+    theory: bool = True
+    accept: Literal["trust_region", "certified"] = "trust_region"
+    tolerance: NotNegative = 0.02
+    backtracks: Whole = 2
+
+
 class EngineSection(Section):
     """What draws the completions. ``cache_tokens`` null leaves the bound to the engine."""
 
@@ -323,6 +340,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     stages: Count = 20
     evaluate: EvaluateSection = EvaluateSection()
+    certify: CertifySection = CertifySection()
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()

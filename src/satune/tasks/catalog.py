@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,7 @@ def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
     rows = list(task.problems(split))
     if not rows:
         raise UserError(f"task {task.name}: the split {split!r} holds no problems")
-    taken: list[Problem] = []
-    times: dict[str, int] = {}
+    chosen: list[Problem] = []
     epoch, order = -1, list(range(len(rows)))
     for position in range(offset, offset + n):
         if position // len(rows) != epoch:
@@ -87,7 +86,31 @@ def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
             order = list(range(len(rows)))
             seed = getattr(task, "seed", 0)
             Key(seed, "order", problem=split, sample=epoch).rng().shuffle(order)
-        problem = rows[order[position % len(rows)]]
+        chosen.append(rows[order[position % len(rows)]])
+    return _numbered(chosen)
+
+
+def draw(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
+    """``n`` independent draws of problems, from position ``offset`` of an endless sequence on.
+
+    A task that generates gives its stream, as ``take`` does; from a finite split problems are
+    drawn at random with replacement, so that their mean is the split's mean.
+    """
+    if getattr(task, "fresh", False):
+        return take(task, split, n, offset)
+    rows = list(task.problems(split))
+    if not rows:
+        raise UserError(f"task {task.name}: the split {split!r} holds no problems")
+    seed = getattr(task, "seed", 0)
+    keys = (Key(seed, "draw", problem=split, sample=i) for i in range(offset, offset + n))
+    return _numbered([key.rng().choice(rows) for key in keys])
+
+
+def _numbered(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, later ones of an id with "#2", "#3" and so on behind it."""
+    taken: list[Problem] = []
+    times: dict[str, int] = {}
+    for problem in problems:
         times[problem.id] = times.get(problem.id, 0) + 1
         if times[problem.id] > 1:
             problem = replace(problem, id=f"{problem.id}#{times[problem.id]}")

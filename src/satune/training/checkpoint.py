@@ -21,6 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from satune.agents.anchor import Snapshot
+from satune.core.confidence import Spending
+from satune.training.certification import CertifyState, Held
 from satune.training.run_directory import (
     disk_errors,
     read_lines,
@@ -34,7 +37,7 @@ from satune.types import Episode, UserError
 if TYPE_CHECKING:
     from satune.training.run import State, Training
 
-FORMAT = 1
+FORMAT = 2
 _WRITING = ".writing"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
@@ -84,6 +87,11 @@ class Checkpoints:
                         with tensor_errors(beside / relative):
                             save_file(tensors, beside / relative)
                         files[relative] = _identity(beside / relative)
+            for agent, before in state.certify.held.items():
+                relative = f"{agent}.held.safetensors"
+                with tensor_errors(beside / relative):
+                    save_file(_flat(before.snapshot), beside / relative)
+                files[relative] = _identity(beside / relative)
             if state.batch is not None:
                 rows = (training.world.to_row(e) for e in state.batch.episodes)
                 data = "".join(strict_json(row) + "\n" for row in rows)
@@ -207,6 +215,23 @@ def _tensors(learner: Any, part: str) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
+def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
+    parts = {"weights": snapshot.weights, "optimizer": snapshot.optimizer}
+    return {
+        f"{part}|{name}": tensor.detach().cpu().contiguous()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _snapshot(path: Path, steps: int) -> Snapshot:
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
+    for name, tensor in load_file(path).items():
+        part, inner = name.split("|", 1)
+        parts[part][inner] = tensor
+    return Snapshot(parts["weights"], parts["optimizer"], steps)
+
+
 @contextmanager
 def tensor_errors(path: Path) -> Iterator[None]:
     """``disk_errors`` for blocks that write safetensors, whose writer has errors of its own."""
@@ -251,6 +276,15 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
         "opening": state.opening,
         "totals": state.totals,
         "evaluations": state.evaluations,
+        "certify": {
+            "spending": state.certify.spending.to_dict(),
+            "offset": state.certify.offset,
+            "steps": state.certify.steps,
+            "held": {
+                name: {"version": held.version, "steps": held.snapshot.steps}
+                for name, held in state.certify.held.items()
+            },
+        },
     }
     if state.batch is not None:
         # repr of a float reads back to the same float, so JSON keeps log w bit for bit.
@@ -258,6 +292,7 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
             "log_weights": state.batch.log_weights,
             "drawn_before": state.batch.drawn_before,
             "reward": state.batch.reward,
+            "spent": state.batch.spent,
         }
     return {
         "format": FORMAT,
@@ -274,6 +309,16 @@ def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) 
     state: State = training.state
     for name in ("stage", "step", "order", "betas", "versions", "opening", "totals", "evaluations"):
         setattr(state, name, fields[name])
+    certify = fields["certify"]
+    state.certify = CertifyState(
+        Spending.from_dict(certify["spending"]),
+        certify["offset"],
+        certify["steps"],
+        {
+            name: Held(_snapshot(path / f"{name}.held.safetensors", held["steps"]), held["version"])
+            for name, held in certify["held"].items()
+        },
+    )
     batch = fields.get("batch")
     state.batch = None
     if batch is not None:
@@ -285,4 +330,5 @@ def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) 
             [float(w) for w in batch["log_weights"]],
             batch["drawn_before"],
             float(batch["reward"]),
+            batch["spent"],
         )

@@ -7,18 +7,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from satune.core.trust_region import TrustRegionSettings
+from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints
 from satune.training.interrupts import uninterrupted
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Batch, Supply, needs_rollout
 from satune.training.settings import TrainingSettings
 from satune.training.update import Outcome
-from satune.types import Episode, Learner
+from satune.types import Episode, Key, Learner
 
 
 class World(Protocol):
@@ -29,6 +30,16 @@ class World(Protocol):
     def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
         """Held-out figures of the team as it is: reward, interval, problems, per_problem; and the
         paired difference to ``before``, an earlier per_problem."""
+        ...
+
+    @property
+    def certifies(self) -> Literal["fresh", "finite"]:
+        """Whether problems for certificates are generated, or drawn from a finite set."""
+        ...
+
+    def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
+        """Episodes of the team as the engine has it, on problems that give no gradient: drawn
+        independently, the same ones for the same offset."""
         ...
 
     def to_row(self, episode: Episode) -> dict[str, Any]: ...
@@ -51,6 +62,7 @@ class State:
 
     betas: dict[str, float]
     versions: dict[str, int]
+    certify: CertifyState
     stage: int = 0
     step: int = 0
     order: list[str] = field(default_factory=list)
@@ -171,6 +183,8 @@ class Training:
         state = self.state
         state.stage, state.step, state.batch = state.stage + 1, 0, None
         seconds = time.perf_counter() - self._stage_started
+        if state.certify.held and self.settings.certify.problems:
+            state.opening["uncertified"] = list(state.certify.held)
         state.totals["seconds"] += seconds
         self.event(
             "stage",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from satune.core.certificates import Evidence
+from satune.core.confidence import Method
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 
@@ -46,6 +48,28 @@ class UpdateSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CertifySettings:
+    """Certificates and the gate (THEORY §5). ``problems`` 0: none. ``samples`` episodes a problem
+    and side; ``every`` how many steps a certificate covers; ``confidence`` the run's probability of
+    a false claim, split over ``decisions`` (None: an open sequence); ``clip`` pessimistic
+    evidence's c. With ``accept`` "certified" a change stays only if its lower bound is at least
+    -``tolerance``; else it is shrunk up to ``backtracks`` times, then reverted."""
+
+    problems: int = 0
+    samples: int = 8
+    every: int = 1
+    evidence: Evidence = "fresh"
+    method: Method = "betting"
+    clip: float = 1.2
+    confidence: float = 0.05
+    decisions: int | None = None
+    theory: bool = True
+    accept: Literal["trust_region", "certified"] = "trust_region"
+    tolerance: float = 0.02
+    backtracks: int = 2
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingSettings:
     """A whole run. ``problems`` × ``samples`` episodes a rollout; ``evaluate_every`` 0 evaluates
     before and after only; ``deltas`` are the agents' own trust regions."""
@@ -57,6 +81,7 @@ class TrainingSettings:
     update: UpdateSettings
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     order: OrderName = "static"
+    certify: CertifySettings = field(default_factory=CertifySettings)
     deltas: dict[str, float] = field(default_factory=dict)
     evaluate_every: int = 0
     checkpoint_steps: bool = True

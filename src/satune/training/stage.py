@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from satune.training.certification import judge
 from satune.training.ordering import sweep_order
 from satune.training.run import Training
 from satune.training.schedules import experience_for
@@ -40,6 +41,7 @@ def run_stage(training: Training) -> None:
             cap=settings.schedule.cap,
             key=Key(settings.seed, "train", stage, step),
         )
+        outcome = judge(training, agent, outcome, Key(settings.seed, "certify", stage, step))
 
         state.betas[agent] = outcome.beta
         state.batch.reweight(outcome.log_ratio_E)

@@ -84,6 +84,15 @@ def _finish(training: Training) -> dict[str, Any]:
         "updates_accepted": sum(state.versions.values()),
         "team": str(training.directory.team),
     }
+    certify = state.certify
+    if certify.spending.used:
+        summary["certificates"] = {
+            "tests": certify.spending.used,
+            "confidence_spent": certify.spending.spent,
+            "episodes": state.totals["certify_episodes"],
+            "tokens": state.totals["certify_tokens"],
+            "seconds": state.totals["certify_seconds"],
+        }
     if "difference" in sampled[-1]:
         summary["difference"] = sampled[-1]["difference"]
     if greedy:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from satune.agents.anchor import Anchor, Measurement
+from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.learner import NonFinite
 from satune.agents.packing import PackedTurns, pack
 from satune.core.advantages import group_advantages, overlong_penalty
@@ -30,12 +30,14 @@ from satune.types import Episode, Experience, Key, Learner
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step did. ``log_ratio_E`` is log r of the accepted update on each episode, 0 after a
-    revert; ``event`` the fields of the update event that are known here."""
+    revert; ``event`` the fields of the update event that are known here; ``before`` the agent
+    before the step (None where no step was tried)."""
 
     accepted: bool
     beta: float
     log_ratio_E: Tensor
     event: dict[str, Any]
+    before: Snapshot | None = None
 
 
 def own_turns(agent: str, episodes: Sequence[Episode]) -> PackedTurns:
@@ -161,7 +163,7 @@ def improve(
     first = search.first_statistic
     assert first is not None
     beta = _next_beta(beta, first, settings.trust_region)
-    return Outcome(accepted, beta, log_ratio_E, event)
+    return Outcome(accepted, beta, log_ratio_E, event, anchor.snapshot)
 
 
 def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings) -> float:
