@@ -1,6 +1,6 @@
 """Studies: sets of training runs over seeds, each a `satune train` command, and a table of them.
 
-    python benchmarks/study.py schedules --out runs/studies        # or: teams, trust_region, guess
+    python benchmarks/study.py schedules --out runs/studies        # or: teams, trust_region, guess, gate
     python benchmarks/study.py guess --data SECRETS.jsonl --official OFFICIAL.jsonl
 
 Runs that are already finished under --out are read, not repeated. Each run has one thread; two go
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,27 @@ def guess(arguments: argparse.Namespace) -> Iterator[Run]:
         yield Run("guess number", seed, "recipes/guess_number.yaml", data)
 
 
-STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess)}
+GATE = {
+    "default step": (),
+    "ten times the step, no region": ("optimizer.lr=1e-2", "trust_region.enabled=false"),
+}
+
+
+def gate(_: argparse.Namespace) -> Iterator[Run]:
+    """What the certified gate keeps and costs, at a sane step and at one far too large."""
+    watched = ("stages=6", "evaluate={problems: 2000, every: 1, greedy: false}")
+    certified = (
+        "certify={problems: 512, samples: 4, theory: false, accept: certified, tolerance: 0.02}"
+    )
+    for label, overrides in GATE.items():
+        for name, more in (("ungated", ()), ("gated", (certified,))):
+            for seed in range(5):
+                yield Run(
+                    f"{label}, {name}", seed, "recipes/relay.yaml", (*overrides, *watched, *more)
+                )
+
+
+STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess, gate)}
 
 
 def perform(run: Run, out: Path) -> dict[str, Any]:
@@ -144,6 +165,32 @@ def table(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gate_table(runs: Sequence[Run], out: Path) -> str:
+    """A Markdown table: a row a run, its held-out reward stage by stage and what the gate did."""
+    lines = [
+        "| run | seed | held-out reward after 0, 1, ... stages | worst stage | kept, shrunk, reverted"
+        " | certified gains | episodes: training, certificates | seconds: training, certificates |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        events = [json.loads(line) for line in open(run.directory(out) / "events.jsonl")]
+        rewards = [e["reward"] for e in events if e["event"] == "eval"]
+        updates = [e for e in events if e["event"] == "update"]
+        verdicts = [e["gate"]["verdict"] for e in updates if "gate" in e]
+        bounds = [e["certificate"]["statistical"] for e in updates if "certificate" in e]
+        counts = [verdicts.count(v) for v in ("kept", "shrunk", "reverted")] if verdicts else []
+        summary = json.loads((run.directory(out) / "summary.json").read_text())
+        costs = summary.get("certificates", {"episodes": 0, "seconds": 0.0})
+        worst = min(after - before for before, after in pairwise(rewards))
+        lines.append(
+            f"| {run.label} | {run.seed} | {' '.join(f'{r:.3f}' for r in rewards)} | {worst:+.3f} "
+            f"| {', '.join(map(str, counts)) or '-'} | {sum(b['positive'] for b in bounds)} "
+            f"| {summary['episodes']:,}, {costs['episodes']:,} "
+            f"| {summary['seconds'] - costs['seconds']:.0f}, {costs['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
@@ -155,7 +202,10 @@ def main() -> None:
     runs = list(STUDIES[arguments.study](arguments))
     with ThreadPoolExecutor(arguments.jobs) as pool:
         summaries = list(pool.map(lambda run: perform(run, arguments.out), runs))
-    print(table(runs, summaries))
+    if arguments.study == "gate":
+        print(gate_table(runs, arguments.out))
+    else:
+        print(table(runs, summaries))
 
 
 if __name__ == "__main__":

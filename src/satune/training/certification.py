@@ -230,7 +230,7 @@ def _test(training: Training, change: Change, key: Key, trial: Trial) -> Statist
     trial.certificate = {"statistical": certificate.to_dict()}
     if steps is not None:
         delta = max(training.region(name).delta for name in change.held)
-        trial.certificate["theory"] = [row.to_dict() for row in theory_rows(old, steps, delta)]
+        trial.certificate["theory"] = theory_rows(old, steps, delta)
     return certificate
 
 

@@ -6,18 +6,33 @@ moment in which an agent that changed speaks; agents that share one are one step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from satune.training.update import own_turns
+from satune.core.advantages import group_advantages
+from satune.core.bounds import penalty_paper, tv_from_kl
+from satune.core.horizon_bounds import (
+    largest_gain,
+    penalty_horizon,
+    penalty_one_turn,
+    penalty_sup_free,
+    prefix_tv,
+)
+from satune.core.theory import PAPER, SUP_FREE, theory_row
+from satune.training.update import groups, own_turns
 from satune.types import Episode
 
 if TYPE_CHECKING:
     from satune.training.certification import Change
+
+ONE_TURN, TURNS = "one own turn", "turns"
+PAPER_GAMMA = 0.99
+"""The paper's discount; its penalty has no form without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +41,11 @@ class OwnSteps:
 
     log_ratio_EH: Tensor
     kl_EH: Tensor
+
+    @property
+    def own(self) -> int:
+        """The most own steps of an episode."""
+        return self.kl_EH.shape[1]
 
 
 def measure_own_steps(change: Change, episodes: Sequence[Episode]) -> OwnSteps:
@@ -73,5 +93,52 @@ def _places(
     )
 
 
-def theory_rows(episodes, steps, delta):
-    return []
+def theory_rows(episodes: Sequence[Episode], steps: OwnSteps, delta: float) -> list[dict[str, Any]]:
+    """The bounds that episodes can speak to, a row each with the gain's standard error (THEORY §4).
+
+    The gain is the estimate of L = Σ_h (r_h - 1)(R - b) on the old team's episodes, b the mean
+    reward of the problem's other episodes (½ where there is none). Every row is a plug-in: an
+    estimate of what would have to be known exactly.
+    """
+    gain_P = _by_problem(_gains(episodes, steps), episodes)
+    gain, problems = float(gain_P.mean()), gain_P.numel()
+    kl_H = _by_problem(steps.kl_EH, episodes).mean(0)
+    penalties = {
+        SUP_FREE: penalty_sup_free(steps.log_ratio_EH),
+        PAPER: penalty_paper(PAPER_GAMMA, 1.0, delta),
+    }
+    if steps.own <= 1:
+        penalties[ONE_TURN] = penalty_one_turn(steps.own)
+    else:
+        # A supremum cannot be seen; the largest turn that was stands in for it.
+        tv_H = tv_from_kl(steps.kl_EH.amax(0))
+        penalties[TURNS] = penalty_horizon(tv_H, prefix_tv(mean_kl_H=kl_H))
+    most = float(largest_gain(kl_H.sum()))
+    error = float(gain_P.std()) / math.sqrt(problems) if problems > 1 else None
+    rows = [
+        theory_row(name, gain, float(penalty), plug_in=True, largest_gain=most)
+        for name, penalty in penalties.items()
+    ]
+    return [row.to_dict() | {"gain_standard_error": error} for row in rows]
+
+
+def _gains(episodes: Sequence[Episode], steps: OwnSteps) -> Tensor:
+    """Σ_h (r_h - 1)(R - b) of each episode [E]."""
+    rewards_E = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
+    group_E = groups(episodes)
+    if bool((torch.bincount(group_E) > 1).all()):
+        centred_E = group_advantages(
+            rewards_E, group_E, baseline="leave_one_out", normalise=False, clip=None
+        )
+    else:
+        centred_E = rewards_E - 0.5
+    return torch.expm1(steps.log_ratio_EH).sum(-1) * centred_E
+
+
+def _by_problem(values_E: Tensor, episodes: Sequence[Episode]) -> Tensor:
+    """Means over each problem's episodes, [E, ...] to [P, ...]."""
+    group_E = groups(episodes)
+    count_P = torch.bincount(group_E)
+    total_P = values_E.new_zeros(count_P.numel(), *values_E.shape[1:])
+    total_P.index_add_(0, group_E, values_E)
+    return total_P / count_P.reshape(-1, *[1] * (values_E.dim() - 1))

@@ -1,0 +1,348 @@
+"""Certificates and the gate inside a run: what they compare, what they keep, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_world
+from satune.core import confidence
+from satune.core.certificates import StatisticalCertificate
+from satune.training import certification
+from satune.training.certification import Change, Held, log_ratios
+from satune.training.run import Training
+from satune.training.self_check import Tolerance
+from satune.training.theory import measure_own_steps
+from satune.training.trainer import train
+from satune.types import Episode, Key, UserError
+
+TOLERANCE = Tolerance(1e-3, 1e-3)
+ON = "certify.problems=4"
+GATED = ["certify={problems: 4, samples: 2, accept: certified, tolerance: 0.1, backtracks: 1}"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_world.build(tmp_path_factory.mktemp("world"))
+
+
+GENERATED = '''
+from satune.tasks.relay import Relay
+from satune.types import Grade
+
+
+class Ordinal(Relay):
+    """Problems without end whose rewards differ between almost any two texts."""
+
+    def grade(self, problem, answer):
+        return Grade(sum(map(ord, answer or "")) % 7 / 6)
+'''
+
+
+def recorded(run: Training) -> list[tuple[dict[str, int], list[Episode]]]:
+    """What every draw for a certificate gave, with the versions that the engine had."""
+    drawn: list[tuple[dict[str, int], list[Episode]]] = []
+    certify = run.world.certify
+
+    def watched(*arguments: Any) -> list[Episode]:
+        episodes = certify(*arguments)
+        drawn.append((dict(run.world.cast.engine.versions), episodes))  # type: ignore[attr-defined]
+        return episodes
+
+    run.world.certify = watched  # type: ignore[method-assign]
+    return drawn
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> list[torch.Tensor]:
+    """Let the tests of the run come to these lower bounds one after the other, whatever the
+    evidence; gives the evidence of each."""
+    seen: list[torch.Tensor] = []
+    real = certification.certify
+
+    def certify(evidence_P: torch.Tensor, *rest: Any, **named: Any) -> StatisticalCertificate:
+        seen.append(evidence_P)
+        return replace(real(evidence_P, *rest, **named), lower=lowers[len(seen) - 1])
+
+    monkeypatch.setattr(certification, "certify", certify)
+    return seen
+
+
+def test_a_certificate_compares_the_proposal_with_the_team_before(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = tiny_world.training(recipe, tmp_path / "run", [ON, "certify.samples=3", "stages=1"])
+    drawn = recorded(run)
+    train(run, tolerance=TOLERANCE)
+    updates = tiny_world.events(tmp_path / "run", "update")
+    assert len(drawn) == 2 * len(updates) == 4
+    for step, update in enumerate(updates):
+        (new_versions, new), (old_versions, old) = drawn[2 * step : 2 * step + 2]
+        agent = update["agent"]
+        assert new_versions[agent] == old_versions[agent] + 1
+        assert [e.problem.id for e in new] == [e.problem.id for e in old]
+        assert all(len(side) == 12 for side in (new, old))
+        gain = sum(e.reward for e in new) / 12 - sum(e.reward for e in old) / 12
+        statistical = update["certificate"]["statistical"]
+        assert statistical["mean"] == pytest.approx(gain, abs=1e-12)
+        assert statistical["problems"] == 4 and statistical["samples"] == [3, 3]
+        assert statistical["held_out"] == "finite"
+        assert update["tokens"]["certify"] == sum(
+            turn.completion_tokens for e in [*new, *old] for turn in e.turns
+        )
+        assert update["gate"]["verdict"] == "kept"
+
+
+def test_its_problems_give_no_gradient_and_are_new_for_every_decision(
+    recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ordinal.py").write_text(GENERATED)
+    relay = [f"task={{name: '{tmp_path / 'ordinal.py'}:Ordinal', numbers: 3}}", ON, "stages=2"]
+    run = tiny_world.training(recipe, tmp_path / "run", relay)
+    drawn = recorded(run)
+    taught: set[str] = set()
+    draw = run.supply.draw
+
+    def watched(key: Key, offset: int, count: int) -> list[Episode]:
+        episodes = draw(key, offset, count)
+        taught.update(e.problem.text for e in episodes)
+        return episodes
+
+    run.supply.draw = watched
+    train(run, tolerance=TOLERANCE)
+    sides = [{e.problem.id for e in episodes} for _, episodes in drawn]
+    assert sides and all(len(side) == 4 for side in sides)
+    decisions = sides[::2]
+    assert decisions == sides[1::2]
+    assert len(set().union(*decisions)) == 4 * len(decisions)
+    assert not taught & {e.problem.text for _, episodes in drawn for e in episodes}
+
+
+def test_without_a_change_both_sides_are_the_same_to_the_token(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """The two sides share their uniforms; a step too small to change a token changes nothing."""
+    run = tiny_world.training(recipe, tmp_path / "run", [ON, "optimizer.lr=1e-12", "stages=1"])
+    drawn = recorded(run)
+    train(run, tolerance=TOLERANCE)
+    for (_, new), (_, old) in zip(drawn[::2], drawn[1::2], strict=True):
+        ids = [[t.completion_ids for e in side for t in e.turns] for side in (new, old)]
+        assert ids[0] == ids[1]
+    for update in tiny_world.events(tmp_path / "run", "update"):
+        assert update["certificate"]["statistical"]["mean"] == 0.0
+
+
+def test_a_refused_step_leaves_no_trace(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, [-0.5] * 8)
+    run = tiny_world.training(recipe, tmp_path / "run", GATED)
+    before = tiny_world.weights(run)
+    train(run, tolerance=TOLERANCE)
+    assert all(tiny_world.same(before[n], w) for n, w in tiny_world.weights(run).items())
+    assert all(not learner.optimizer_state() for learner in run.learners.values())
+    assert all(learner.steps == 0 for learner in run.learners.values())
+    assert run.state.versions == {"ann": 0, "bob": 0}
+    for update in tiny_world.events(tmp_path / "run", "update"):
+        assert not update["accepted"] and update["scale"] == 0.0
+        assert update["reason"].startswith("gate: lower bound -0.5")
+        assert [scale for scale, _ in update["gate"]["candidates"]] == [1.0, 0.25]
+    stage = tiny_world.events(tmp_path / "run", "stage")[0]
+    assert stage["certificate"]["lower"] == 0.0 and stage["certificate"]["decisions"] == 4
+    rewards = [e["reward"] for e in tiny_world.events(tmp_path / "run", "eval")]
+    assert rewards[1] == rewards[-1]
+
+
+def test_a_shrunk_step_is_a_quarter_of_the_proposal_and_keeps_the_moments(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_world.training(recipe, tmp_path / "whole", ["stages=1"])
+    before = tiny_world.weights(whole)
+    train(whole, tolerance=TOLERANCE)
+    judged(monkeypatch, [-0.5, 0.0, 0.0])
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "stages=1"])
+    train(run, tolerance=TOLERANCE)
+    for name, tensor in tiny_world.weights(run)["ann"].items():
+        start, target = before["ann"][name], tiny_world.weights(whole)["ann"][name]
+        assert torch.equal(tensor, start + 0.25 * (target - start))
+    first, second = tiny_world.events(tmp_path / "run", "update")
+    unshrunk = tiny_world.events(tmp_path / "whole", "update")[0]
+    assert first["accepted"] and first["gate"]["verdict"] == "shrunk"
+    assert first["scale"] == pytest.approx(0.25 * unshrunk["scale"], rel=1e-12)
+    moments = run.learners["ann"].optimizer_state()
+    assert moments and all(
+        torch.equal(moments[n], m) for n, m in whole.learners["ann"].optimizer_state().items()
+    )
+    # The second agent's experience was that of the unshrunk step: it is drawn anew.
+    assert [e["step"] for e in tiny_world.events(tmp_path / "run", "rollout")] == [1, 2]
+    assert second["ess"] == second["episodes"]
+
+
+def test_one_certificate_over_several_steps_takes_all_of_them_back(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, [-0.5] * 4)
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "certify.every=2"])
+    before = tiny_world.weights(run)
+    train(run, tolerance=TOLERANCE)
+    assert all(tiny_world.same(before[n], w) for n, w in tiny_world.weights(run).items())
+    first, second, *_ = tiny_world.events(tmp_path / "run", "update")
+    assert first["accepted"] and "certificate" not in first
+    assert not second["accepted"] and second["gate"]["agents"] == ["ann", "bob"]
+    # ann was published as version 1 and taken back as version 2; bob's was never taken.
+    assert run.state.versions == {"ann": 4, "bob": 0}
+    assert run.world.cast.engine.versions == run.state.versions  # type: ignore[attr-defined]
+
+
+def test_a_gate_without_decisions_left_refuses_and_says_why(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, [0.0])
+    run = tiny_world.training(recipe, tmp_path / "run", GATED)
+    run.state.certify.spending = confidence.Spending(0.05, 1)
+    train(run, tolerance=TOLERANCE)
+    verdicts = [e["gate"]["verdict"] for e in tiny_world.events(tmp_path / "run", "update")]
+    assert verdicts == ["kept", "reverted", "reverted", "reverted"]
+    last = tiny_world.events(tmp_path / "run", "update")[-1]
+    assert last["reason"] == "gate: the declared number of decisions is used up"
+    assert run.state.certify.spending.spent == 0.05
+
+
+@pytest.mark.parametrize("gate, needed", [("trust_region", 4), ("certified", 8)])
+def test_the_confidence_is_split_over_all_decisions_that_may_come(
+    recipe: Path, tmp_path: Path, gate: str, needed: int
+) -> None:
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, f"certify.accept={gate}"])
+    assert run.state.certify.spending.decisions == needed
+    open_ended = tiny_world.training(recipe, tmp_path / "open", [ON, "certify.decisions=open"])
+    assert open_ended.state.certify.spending.decisions is None
+
+
+@pytest.mark.parametrize("evidence", ["fresh", "balance", "pessimistic"])
+def test_a_run_that_goes_on_from_within_a_window_is_the_same(
+    recipe: Path, tmp_path: Path, evidence: str
+) -> None:
+    settings = f"certify={{problems: 3, samples: 2, every: 3, evidence: {evidence}}}"
+    overrides = [settings, "stages=3", "checkpoint.keep=9"]
+    whole = tiny_world.training(recipe, tmp_path / "whole", overrides)
+    train(whole, tolerance=TOLERANCE)
+    names = tiny_world.checkpoints(tmp_path / "whole", keep=9).names()
+    assert "stage-0001-step-1" in names and "stage-0002" in names
+    for name in ("stage-0001-step-1", "stage-0002"):
+        again = tiny_world.training(recipe, tmp_path / "whole", overrides, resume=True)
+        expected = tiny_world.events(tmp_path / "whole")
+        train(again, tolerance=TOLERANCE, checkpoint=name)
+        assert tiny_world.events(tmp_path / "whole") == expected
+        for agent, weights in tiny_world.weights(again).items():
+            assert tiny_world.same(weights, tiny_world.weights(whole)[agent])
+
+
+def changed(run: Training) -> Change:
+    """Both agents moved by a step that was not measured, large enough to matter."""
+    held, proposed = {}, {}
+    for name, learner in run.learners.items():
+        held[name] = Held(learner.snapshot(), 0)
+        moved = {n: w + 0.05 * torch.randn_like(w) for n, w in learner.export().items()}
+        learner.load_weights(moved)
+        proposed[name] = moved
+        run.world.publish(name, 1)
+    return Change(run.learners, held, proposed)
+
+
+@pytest.fixture
+def moved(recipe: Path, tmp_path: Path) -> tuple[Training, Change]:
+    run = tiny_world.training(recipe, tmp_path / "run")
+    torch.manual_seed(0)
+    return run, changed(run)
+
+
+def test_the_log_ratio_is_new_over_old_of_all_that_changed(
+    moved: tuple[Training, Change],
+) -> None:
+    run, change = moved
+    episodes = run.world.certify(Key(0, "certify"), 0, 3, 2)
+    written = [sum(p for t in e.turns for p in t.sampled_logprobs or ()) for e in episodes]
+    u_E = log_ratios(change, episodes)
+    with change.undone():
+        for name in run.learners:
+            run.world.publish(name, 0)
+        back = run.world.certify(Key(0, "certify"), 0, 3, 2)
+        # Under the old weights the proposal is what is undone: the same sum with its sign turned.
+        old = [
+            sum(
+                float(learner.score(certification.own_turns(name, [e])).sum())
+                for name, learner in run.learners.items()
+            )
+            for e in episodes
+        ]
+    assert u_E.tolist() == pytest.approx(
+        [new - before for new, before in zip(written, old, strict=True)], abs=1e-4
+    )
+    # E log(new/old) is a KL under new, minus one under old.
+    assert float(u_E.mean()) > 0.0 > float(log_ratios(change, back).mean())
+
+
+def test_own_steps_are_moments_and_their_ratios_add_up(moved: tuple[Training, Change]) -> None:
+    run, change = moved
+    episodes = run.world.certify(Key(0, "certify"), 0, 3, 2)
+    steps = measure_own_steps(change, episodes)
+    assert steps.log_ratio_EH.shape == (6, 2)
+    assert torch.allclose(steps.log_ratio_EH.sum(-1), log_ratios(change, episodes), atol=1e-4)
+    assert bool((steps.kl_EH > 0).all())
+    one = Change({"bob": run.learners["bob"]}, change.held, change.proposed)
+    assert measure_own_steps(one, episodes).own == 1
+
+
+def test_a_task_that_holds_nothing_out_is_told_before_the_first_step(
+    recipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no rows for 'certify'"):
+        tiny_world.training(
+            recipe,
+            tmp_path / "run",
+            [ON, "task.eval_fraction=0.0", f"evaluate.data={recipe.parent / 'rows.jsonl'}"],
+        )
+
+
+NOISE = '''
+import random
+coin = random.Random(0)
+def noise(prompts, completions, **columns):
+    """A reward that nothing can influence."""
+    return [float(coin.random() < 0.5) for _ in completions]
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evidence", ["fresh", "balance", "pessimistic"])
+def test_a_reward_of_noise_is_hardly_ever_certified(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evidence: str
+) -> None:
+    """200 steps, each tested at an error probability of 5% of its own."""
+    shares: Callable[[Any, int], float] = lambda spending, k: 0.05  # noqa: E731
+    monkeypatch.setattr(confidence.Spending, "share", shares)
+    (tmp_path / "noise.py").write_text(NOISE)
+    run = tiny_world.training(
+        recipe,
+        tmp_path / "run",
+        [
+            f"certify={{problems: 48, samples: 2, evidence: {evidence}, theory: false}}",
+            f"task.reward={tmp_path / 'noise.py'}:noise",
+            "stages=103",
+            "checkpoint.every=stage",
+        ],
+    )
+    train(run, tolerance=TOLERANCE)
+    certificates = [
+        e["certificate"]["statistical"]
+        for e in tiny_world.events(tmp_path / "run", "update")
+        if "certificate" in e  # a step without a change has none
+    ][:200]
+    assert len(certificates) == 200 and {c["alpha"] for c in certificates} == {0.05}
+    assert sum(c["positive"] for c in certificates) <= 10
+    # The bounds are no mere -1.
+    assert sorted(c["lower"] for c in certificates)[100] > -0.3
