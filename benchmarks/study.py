@@ -1,6 +1,6 @@
 """Studies: sets of training runs over seeds, each a `satune train` command, and a table of them.
 
-    python benchmarks/study.py schedules --out runs/studies        # or: teams, trust_region, guess, gate
+    python benchmarks/study.py schedules --out runs/studies  # or: teams, trust_region, guess, gate
     python benchmarks/study.py guess --data SECRETS.jsonl --official OFFICIAL.jsonl
 
 Runs that are already finished under --out are read, not repeated. Each run has one thread; two go
@@ -168,12 +168,14 @@ def table(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
 def gate_table(runs: Sequence[Run], out: Path) -> str:
     """A Markdown table: a row a run, its held-out reward stage by stage and what the gate did."""
     lines = [
-        "| run | seed | held-out reward after 0, 1, ... stages | worst stage | kept, shrunk, reverted"
-        " | certified gains | episodes: training, certificates | seconds: training, certificates |",
+        "| run | seed | held-out reward after 0, 1, ... stages | worst stage "
+        "| kept, shrunk, reverted | certified gains | episodes: training, certificates "
+        "| seconds: training, certificates |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
-        events = [json.loads(line) for line in open(run.directory(out) / "events.jsonl")]
+        lines_read = (run.directory(out) / "events.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines_read]
         rewards = [e["reward"] for e in events if e["event"] == "eval"]
         updates = [e for e in events if e["event"] == "update"]
         verdicts = [e["gate"]["verdict"] for e in updates if "gate" in e]
