@@ -1,10 +1,13 @@
-"""Evidence by hand, and what a certificate says."""
+"""Evidence by hand and by enumeration, and what a certificate says."""
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from satune.core.certificates import (
     balance_evidence,
@@ -123,3 +126,72 @@ def test_the_method_decides_and_the_others_stand_beside_it():
     for method, one in found.items():
         assert one.method == method and one.lower == getattr(one, method)
         assert one.betting == found["betting"].lower and one.hoeffding == found["hoeffding"].lower
+
+
+def conversation(seed: int, scale: float):
+    """Seat A says x, seat B says y, seat A says z; three words each, every path rewarded.
+
+    Returns a function from the agents that have changed to (rewards [27], old and new
+    probabilities [27], u [27]) of all conversations; old means no agent has changed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def policy(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        step = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return logits.log_softmax(-1), (logits + step).log_softmax(-1)
+
+    rewards = torch.rand(3, 3, 3, generator=generator, dtype=torch.float64)
+    first, reply, last = policy(3), policy(3, 3), policy(3, 3, 3)
+
+    def paths(changed: str):
+        a, b = int("A" in changed), int("B" in changed)
+        old = first[0][:, None, None] + reply[0][:, :, None] + last[0]
+        new = first[a][:, None, None] + reply[b][:, :, None] + last[a]
+        # Own tokens alone: those of an agent that has not changed cancel.
+        u = torch.zeros(3, 3, 3, dtype=torch.float64)
+        if a:
+            u = u + (first[1] - first[0])[:, None, None] + (last[1] - last[0])
+        if b:
+            u = u + (reply[1] - reply[0])[:, :, None]
+        return rewards.flatten(), old.exp().flatten(), new.exp().flatten(), u.flatten()
+
+    return paths
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([0.01, 0.3, 3.0]),
+    changed=st.sampled_from(["A", "B", "AB"]),
+    clip=st.sampled_from([1.0, 1.2, 3.0, 1e9]),
+)
+def test_evidence_is_unbiased_or_pessimistic_by_enumeration(seed, scale, changed, clip):
+    rewards, old, new, u = conversation(seed, scale)(changed)
+    gain = float((rewards * (new - old)).sum())
+    # Every pair of an old and a new conversation is a problem with one episode each.
+    left, right = torch.tensor(list(itertools.product(range(27), repeat=2))).T
+    weight = old[left] * new[right]
+    before, after = rewards[left, None], rewards[right, None]
+    fresh = fresh_evidence(before, after)
+    balance = balance_evidence(before, u[left, None], after, u[right, None])
+    assert float((weight * fresh).sum()) == pytest.approx(gain, abs=1e-12)
+    assert float((weight * balance).sum()) == pytest.approx(gain, abs=1e-12)
+    pessimistic = float((old * pessimistic_evidence(rewards[:, None], u[:, None], clip)).sum())
+    assert pessimistic <= gain + 1e-12
+    if clip > float(u.exp().max()):
+        assert pessimistic == pytest.approx(gain, abs=1e-12)
+    for values, kind in ((fresh, "fresh"), (balance, "balance")):
+        low, high = evidence_range(kind)
+        assert low <= float(values.min()) and float(values.max()) <= high
+
+
+def test_two_episodes_a_problem_are_unbiased_by_enumeration():
+    # Two old and one new conversation, 27^3 combinations: counts that differ change no mean.
+    rewards, old, new, u = conversation(3, 1.0)("AB")
+    gain = float((rewards * (new - old)).sum())
+    one, two, three = torch.tensor(list(itertools.product(range(27), repeat=3))).T
+    weight = old[one] * old[two] * new[three]
+    pair = torch.stack([one, two], -1)
+    balance = balance_evidence(rewards[pair], u[pair], rewards[three, None], u[three, None])
+    assert float((weight * balance).sum()) == pytest.approx(gain, abs=1e-12)

@@ -60,7 +60,8 @@ def betting_lower_bound(unit_RN: Tensor, alpha: float) -> Tensor:
 
     The end returned is the one whose capital has reached 1/alpha, hence not above the infimum; 0
     where not even m = 0 has. It lies below the row's largest value, but a row that starts high and
-    ends low can have a bound above its mean: the capital's maximum counts, not its last value.
+    ends low can have a bound above its mean: the capital's maximum counts, not its last value. Nor
+    does every row's bound rise with alpha: the rates depend on it.
     Raises: ValueError if a value is outside [0, 1], there is none, or alpha is not in (0, 1).
     """
     unit_RN, _ = _measured(unit_RN, 0.0, 1.0), _check_alpha(alpha)
