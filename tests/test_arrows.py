@@ -130,7 +130,7 @@ def test_the_check_sees_every_form_of_import(
     assert offences(path, package, room) == expected
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_parse(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.team.resolved().seats

@@ -321,7 +321,7 @@ class Recipe(Section):
     objective: Annotated[Objective, BeforeValidator(_objective)] = SatSection()
     trust_region: TrustRegionSection = TrustRegionSection()
     optimizer: OptimizerSection = OptimizerSection()
-    stages: Count = 20
+    stages: Whole = 20
     evaluate: EvaluateSection = EvaluateSection()
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
