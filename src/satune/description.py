@@ -129,7 +129,9 @@ def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
     if together is None:
         return f"{device}: not known here, the size of a model is missing"
     if together > _DEVICE:
-        return f"{device}: too small by {_bytes(together - _DEVICE)}"
+        whole = any(agent["trained_parameters"] == agent["parameters"] for agent in agents.values())
+        mend = "; adapters take less (team.sharing=lora)" if whole else ""
+        return f"{device}: too small by {_bytes(together - _DEVICE)}{mend}"
     caches = [agent["cache"]["token"] for agent in agents.values() if "cache" in agent]
     # Agents decode one after the other, but finished turns of all of them are kept.
     tokens = int((_DEVICE - together) / sum(caches)) if caches else 0
@@ -141,10 +143,7 @@ def show_description(description: dict[str, Any]) -> None:
     console = Console()
     console.print(yaml.safe_dump(description["recipe"], sort_keys=False), highlight=False)
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for column in (
-        "agent", "model", "seats", "parameters", "trained", "weights", "one step",
-        "cache a token", "a message",
-    ):  # fmt: skip
+    for column in ("agent", "model", "seats", "parameters", "trained", "weights", "one step"):
         table.add_column(column)
     for name, agent in description["agents"].items():
         memory = agent.get("memory", {})
@@ -157,8 +156,6 @@ def show_description(description: dict[str, Any]) -> None:
             _count(agent.get("trained_parameters")),
             _bytes(memory.get("weights")),
             _bytes(step if memory else None),
-            _bytes(agent.get("cache", {}).get("token")),
-            _bytes(agent.get("cache", {}).get("message")),
         )
     console.print(table)
     memory, stage = description["memory"], description["stage"]
@@ -172,6 +169,18 @@ def show_description(description: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    caches = [
+        f"{name} {_bytes(agent['cache']['token'])} ({_bytes(agent['cache']['message'])})"
+        for name, agent in description["agents"].items()
+        if "cache" in agent
+    ]
+    if caches:
+        longest = description["recipe"]["rollout"]["max_new_tokens"]
+        console.print(
+            f"key-value cache a token (a message of {longest:,}): {', '.join(caches)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(description["fit"], highlight=False, soft_wrap=True)
 
 
