@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str] | None] = {
     "progress": set(),
     "scalars": {"types"},
     "assembly": None,
+    "launch": None,
     "description": None,
     "quickstart": None,
     "cli": None,
@@ -130,7 +131,7 @@ def test_the_check_sees_every_form_of_import(
     assert offences(path, package, room) == expected
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_parse(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.team.resolved().seats

@@ -11,14 +11,9 @@ import pytest
 import yaml
 
 import tiny_world
-from satune.assembly import (
-    assemble,
-    load_tasks,
-    optimizer_settings,
-    tolerance_of,
-    training_settings,
-)
+from satune.assembly import assemble, load_tasks
 from satune.config.load import load_recipe
+from satune.launch import optimizer_settings, tolerance_of, training_settings
 from satune.training.self_check import Tolerance
 from satune.training.trainer import train
 from satune.types import UserError

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tiny_world
 from satune.cli.common import shipped_recipe
 from satune.cli.main import main
+from satune.config.load import load_recipe
 from satune.training.run_directory import RunDirectory
 
 Run = Callable[..., tuple[int, str, str]]
@@ -202,7 +205,16 @@ def test_describe_tells_sizes_without_loading(
     both = 4 * (ann["parameters"] + bob["parameters"])
     assert found["memory"]["together"] == both + 20 * bob["parameters"]
     # hybrid: between one rollout a stage and one an agent, of 3 problems × 4 samples.
-    assert found["stage"] == {"steps": 2, "rollouts": [1, 2], "episodes": [12, 24]}
+    assert found["stage"] == {
+        "steps": 2,
+        "rollouts": [1, 2],
+        "episodes": [12, 24],
+        "certify_episodes": [0, 0],
+    }
+    # Two steps, each tested once or twice, 5 problems × 3 samples on two sides.
+    gated = "certify={problems: 5, samples: 3, accept: certified, backtracks: 1}"
+    code, stdout, _ = satune("describe", recipe, gated, "--json")
+    assert json.loads(stdout)["stage"]["certify_episodes"] == [60, 120]
 
 
 def test_describe_leaves_out_what_it_cannot_know(satune: Run, recipe: Path) -> None:
@@ -215,6 +227,67 @@ def test_describe_leaves_out_what_it_cannot_know(satune: Run, recipe: Path) -> N
     assert found["memory"] == {}
     code, stdout, _ = satune("describe", recipe, hub)
     assert code == 0 and "memory: not known here" in stdout
+
+
+def test_describe_knows_published_models(satune: Run, recipe: Path) -> None:
+    hub = "team.agents.bob.model=Qwen/Qwen3-4B"
+    code, stdout, _ = satune("describe", recipe, hub, "rollout.max_new_tokens=100", "--json")
+    found = json.loads(stdout)
+    assert code == 0
+    bob = found["agents"]["bob"]
+    assert bob["parameters"] == 4_022_468_096
+    # Two x 36 layers x 8 heads x 128 numbers of 4 bytes.
+    assert bob["cache"] == {"token": 4 * 73_728, "message": 100 * 4 * 73_728}
+    # 24 bytes a parameter: weights, gradients, two moments, anchor and proposal, 4 bytes each.
+    short = found["memory"]["together"] - 80e9
+    assert short == pytest.approx(24 * 4_022_468_096 - 80e9, rel=1e-3)
+    assert found["fit"] == (
+        f"one device of 80 GB: too small by {short / 2**30:.1f} GiB;"
+        " adapters take less (team.sharing=lora)"
+    )
+
+    wanted = ("team.sharing=lora", "team.dtype=bfloat16", "team.agents.ann.model=Qwen/Qwen3-4B")
+    _, stdout, _ = satune("describe", recipe, hub, *wanted, "--json")
+    found = json.loads(stdout)
+    # Under adapters the base is held once and in bfloat16, and so are keys and values.
+    assert [agent["cache"]["token"] for agent in found["agents"].values()] == [2 * 73_728] * 2
+    left = 80 * 10**9 - found["memory"]["together"]
+    tokens = left // (2 * 2 * 73_728)
+    assert found["fit"] == (
+        f"one device of 80 GB: fits, {left / 2**30:.1f} GiB left for activations,"
+        f" or the cache of {tokens:,} tokens of every agent"
+    )
+    _, stdout, _ = satune("describe", recipe, hub, *wanted)
+    line = "key-value cache a token (a message of 6): ann 144.0 KiB (864.0 KiB), bob 144.0 KiB"
+    assert found["fit"] in stdout and line in stdout
+
+
+def test_no_stages_write_the_team_as_it_came(satune: Run, recipe: Path, tmp_path: Path) -> None:
+    _, stdout, _ = satune("describe", recipe, "stages=0", "--json")
+    found = json.loads(stdout)
+    assert found["memory"]["largest_step"] == 0 and found["stage"]["steps"] == 0
+    assert not found["agents"]["ann"]["trained"]
+    out = tmp_path / "run"
+    code, stdout, _ = satune("train", recipe, "stages=0", "--out", out, "--json")
+    assert code == 0
+    summary = json.loads(stdout)
+    assert summary["stages"] == summary["updates_accepted"] == 0
+    assert summary["reward_before"] == summary["reward_after"]
+    assert (out / "team" / "manifest.json").is_file()
+    assert not list((out / "checkpoints").glob("*/state.json"))
+    model = Path(load_recipe(recipe).team.agents["ann"].model)
+    before = load_file(model / "model.safetensors")
+    after = load_file(out / "team" / "ann" / "model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    again = satune("train", recipe, "stages=0", "--out", out, "--resume", "--json")
+    assert (again[0], json.loads(again[1])) == (0, summary)
+
+
+def test_shipped_recipes_by_name(satune: Run) -> None:
+    code, stdout, _ = satune("describe", "table1/sat_3x_qwen3_4b", "--json")
+    assert code == 0 and "base" not in json.loads(stdout)["recipe"]
+    line = refused(satune("describe", "table1/sat_3x_qwen3_8b"))
+    assert "no recipe ships by that name; did you mean table1/sat_3x_qwen3_4b?" in line
 
 
 def test_describe_counts_adapters(satune: Run, recipe: Path) -> None:

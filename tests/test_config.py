@@ -155,8 +155,8 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
         ("log: {tensorboard: 'yes'}", "log.tensorboard: expected true or false, got 'yes'"),
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
         ("gae: {gamma: 0.99}", "gae: unknown key; the keys here are seed, team, task, protocol,"
-         " rollout, schedule, order, objective, trust_region, optimizer, stages, evaluate, engine,"
-         " checkpoint, log, tiny"),
+         " rollout, schedule, order, objective, trust_region, optimizer, stages, evaluate,"
+         " certify, engine, checkpoint, log, tiny"),
         ("objective: {name: sat, clipp: 0.1}",
          "objective.clipp: unknown key; did you mean objective.clip?"),
         ("objective: {name: dapo, clip_hi: 0.3}",

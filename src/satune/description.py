@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from satune.agents.architectures import cached_numbers, configuration, skeleton
 from satune.agents.zoo import is_tiny, tiny_model
 from satune.config.load import recipe_text
 from satune.config.schema import AgentSection, Recipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_DEVICE = 80 * 10**9
+"""What a common accelerator holds; the description says whether that is enough."""
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """The effective recipe; per agent its size and memory in bytes; the episodes of a stage.
 
     Memory counts weights, gradients, AdamW's two moments (resident for one agent at a time) and the
-    two copies a step keeps (anchor and proposal); activations and the key-value cache depend on
-    lengths and are not in it. Sizes that cannot be read without the hub are absent.
+    two copies a step keeps (anchor and proposal). ``cache`` holds an agent's key-value cache in
+    bytes: a token, and a message of ``max_new_tokens``. It grows with the conversations that are
+    decoded at once and, like activations, is in no sum. Sizes that cannot be told are absent: of
+    models that are neither here nor among the published ones that ``agents.architectures`` lists.
     """
     resolved = recipe.team.resolved()
     master = 8 if recipe.team.dtype == "float64" else 4
@@ -38,11 +40,11 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "seats": [seat for seat, agent in resolved.seats.items() if agent == name],
             "temperature": section.temperature,
             "delta": section.delta or recipe.trust_region.delta,
-            "trained": not section.frozen,
+            "trained": not section.frozen and recipe.stages > 0,
         }
         sizes = _sizes(section)
         if sizes is not None:
-            parameters, adapter = sizes
+            parameters, adapter, numbers = sizes
             shared = recipe.team.sharing == "lora" and section.model in counted
             counted.add(section.model)
             base_bytes = (
@@ -50,7 +52,8 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
                 if shared
                 else parameters * (_BYTES[recipe.team.dtype] if section.lora else master)
             )
-            trained = 0 if section.frozen else (adapter if section.lora else parameters)
+            still = section.frozen or recipe.stages == 0
+            trained = 0 if still else (adapter if section.lora else parameters)
             entry["parameters"] = parameters
             entry["trained_parameters"] = trained
             entry["memory"] = {
@@ -60,6 +63,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
                 "anchor_and_proposal": 2 * trained * master,
             }
             total += entry["memory"]["weights"]
+            if numbers is not None:
+                # Keys and values have the weights' precision, under autocast too.
+                token = numbers * (_BYTES[recipe.team.dtype] if section.lora else master)
+                entry["cache"] = {"token": token, "message": token * recipe.rollout.max_new_tokens}
         agents[name] = entry
     steps = sum(agent["trained"] for agent in agents.values())
     updates = max(
@@ -74,14 +81,16 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     known = all("memory" in agent for agent in agents.values())
     rollouts = {"fresh": (steps, steps), "hybrid": (1, steps)}.get(recipe.schedule.name, (1, 1))
     episodes = recipe.rollout.problems * recipe.rollout.samples
+    memory = (
+        {"all_weights": total, "largest_step": updates, "together": total + updates}
+        if known
+        else {}
+    )
     return {
         "recipe": yaml.safe_load(recipe_text(recipe)),
         "agents": agents,
-        "memory": (
-            {"all_weights": total, "largest_step": updates, "together": total + updates}
-            if known
-            else {}
-        ),
+        "memory": memory,
+        "fit": _fit(memory, agents),
         "stage": {
             "steps": steps,
             "rollouts": list(rollouts),
@@ -101,22 +110,15 @@ def _certify_episodes(recipe: Recipe, steps: int) -> list[int]:
     return [one, one * (1 + certify.backtracks * (certify.accept == "certified"))]
 
 
-def _sizes(section: AgentSection) -> tuple[int, int] | None:
-    """(parameters, adapter parameters) of a model, from its configuration alone."""
+def _sizes(section: AgentSection) -> tuple[int, int, int | None] | None:
+    """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
     if is_tiny(section.model):
         model: Any = tiny_model(section.model, 0)
     else:
-        path = Path(section.model)
-        if not path.is_dir():
+        config = configuration(section.model)
+        if config is None:
             return None
-        if (path / "adapter_config.json").is_file():
-            config = json.loads((path / "adapter_config.json").read_text())
-            path = Path(config["base_model_name_or_path"])
-        if not (path / "config.json").is_file():
-            return None
-        # accelerate's empty weights would untie tied embeddings and count them twice.
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        model = skeleton(config)
     parameters = sum(p.numel() for p in model.parameters())
     adapter = 0
     if section.lora is not None:
@@ -127,7 +129,24 @@ def _sizes(section: AgentSection) -> tuple[int, int] | None:
                 continue
             if wanted == ("all-linear",) or name.rsplit(".", 1)[-1] in wanted:
                 adapter += section.lora.rank * (module.in_features + module.out_features)
-    return parameters, adapter
+    return parameters, adapter, cached_numbers(model.config)
+
+
+def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
+    """One line: whether weights and the largest step fit one device, and what that leaves."""
+    together = memory.get("together")
+    device = f"one device of {_DEVICE // 10**9} GB"
+    if together is None:
+        return f"{device}: not known here, the size of a model is missing"
+    if together > _DEVICE:
+        whole = any(agent["trained_parameters"] == agent["parameters"] for agent in agents.values())
+        mend = "; adapters take less (team.sharing=lora)" if whole else ""
+        return f"{device}: too small by {_bytes(together - _DEVICE)}{mend}"
+    caches = [agent["cache"]["token"] for agent in agents.values() if "cache" in agent]
+    # Agents decode one after the other, but finished turns of all of them are kept.
+    tokens = int((_DEVICE - together) / sum(caches)) if caches else 0
+    room = f", or the cache of {tokens:,} tokens of every agent" if caches else ""
+    return f"{device}: fits, {_bytes(_DEVICE - together)} left for activations{room}"
 
 
 def show_description(description: dict[str, Any]) -> None:
@@ -163,6 +182,19 @@ def show_description(description: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    caches = [
+        f"{name} {_bytes(agent['cache']['token'])} ({_bytes(agent['cache']['message'])})"
+        for name, agent in description["agents"].items()
+        if "cache" in agent
+    ]
+    if caches:
+        longest = description["recipe"]["rollout"]["max_new_tokens"]
+        console.print(
+            f"key-value cache a token (a message of {longest:,}): {', '.join(caches)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(description["fit"], highlight=False, soft_wrap=True)
 
 
 def _count(number: int | None) -> str:

@@ -102,7 +102,7 @@ class Team:
         self, policy: Policy, beside: Path, directory: Path, bases: dict[str, str]
     ) -> str:
         """A base that lies in a local directory goes along; one from the hub keeps its id."""
-        source = str(policy.config._name_or_path)
+        source = str(policy.causal_lm.config._name_or_path)
         if not Path(source).is_dir():
             return source
         if source not in bases:

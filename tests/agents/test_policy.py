@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from satune.agents.policy import Policy
+from satune.engines.rows import _masks_by_layer
 from satune.types import UserError
 from tiny_models import EOS, Letters, tiny_lm, tiny_policy
 
@@ -169,3 +172,36 @@ def test_checkpointing_lasts_for_its_block():
         assert policy.causal_lm.is_gradient_checkpointing and policy.model.training
         raise RuntimeError("inside")
     assert not policy.causal_lm.is_gradient_checkpointing and not policy.model.training
+
+
+def test_a_model_that_reads_pictures_keeps_its_windows() -> None:
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={
+            "model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "sliding_window": 4, "vocab_size": 64, "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=4, image_token_index=63, boi_token_index=62, eoi_token_index=61,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    policy = Policy("seer", model, None, 1.0)
+    assert policy.context_limit == 512 and not policy.attends_to_everything
+    ids, places = torch.arange(1, 13)[None], torch.arange(12)
+    causal = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    masks = _masks_by_layer(policy.config, causal, places, places[None])
+    with torch.no_grad():
+        own = policy.hidden(ids)
+        engines = policy.hidden(ids, attention_mask=masks, position_ids=places[None])
+        without = policy.hidden(ids, attention_mask=causal, position_ids=places[None])
+    assert torch.allclose(own, engines, atol=1e-6)
+    # The windows matter from the fifth token on, or the test would not see them.
+    assert torch.allclose(own[:, :4], without[:, :4], atol=1e-6)
+    assert not torch.allclose(own[:, 4:], without[:, 4:], atol=1e-3)

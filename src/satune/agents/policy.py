@@ -51,7 +51,8 @@ class Policy:
         self.causal_lm: Any = model.get_base_model() if adapter else model  # type: ignore[operator]
         self.backbone: nn.Module = self.causal_lm.base_model
         self.head: nn.Module = self.causal_lm.get_output_embeddings()
-        self.config = self.causal_lm.config
+        # A model that reads pictures too has a config of its own for what it does with text.
+        self.config = self.causal_lm.config.get_text_config()
         self._adjust = _logit_adjustment(self.config)
         # Dropout would make the scored policy another one than the sampled.
         for module in model.modules():

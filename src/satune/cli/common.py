@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from satune.types import UserError
+
 RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value")
@@ -40,18 +42,23 @@ def show_result(
 
 
 def shipped_recipe(given: str) -> Path:
-    """A recipe file, or one that ships by its name (``relay``)."""
+    """A recipe file, or one that ships by its name (``relay``, ``table1/sat-3x-qwen3-4b``)."""
     path = Path(given)
-    if path.suffix or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.exists():
         return path
-    roots = (
+    names: list[str] = []
+    for root in (
         Path(__file__).parents[3] / "recipes",
         Path(sysconfig.get_path("data")) / "share" / "satune" / "recipes",
-    )
-    for root in roots:
+    ):
         if (root / f"{given}.yaml").is_file():
             return root / f"{given}.yaml"
-    return path
+        names += [str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml")]
+    from satune.config.checks import nearest
+
+    near = nearest(given, sorted(names))
+    mend = f"did you mean {near}?" if near else f"the folder {root} holds them"
+    raise UserError(f"{given}: no such file, and no recipe ships by that name; {mend}")
 
 
 def quiet_libraries() -> None:

@@ -81,7 +81,7 @@ def run_training(
 
     directory = RunDirectory(out)
     if resume and directory.finished and checkpoint is None:
-        from satune.assembly import check_recipe_unchanged
+        from satune.launch import check_recipe_unchanged
 
         check_recipe_unchanged(directory, recipe)
         summary = json.loads(directory.summary.read_text())
@@ -103,7 +103,8 @@ def _train(
     import torch
 
     from satune.agents.zoo import is_tiny
-    from satune.assembly import assemble, check_recipe_unchanged, start_training, tolerance_of
+    from satune.assembly import assemble
+    from satune.launch import check_recipe_unchanged, start_training, tolerance_of
     from satune.report.plots import plot_training
     from satune.scalars import scalar_writer
     from satune.training.checkpoint import Checkpoints, tensor_errors

@@ -2,7 +2,8 @@
 
     recipe = load_recipe("recipes/relay.yaml", ["seed=3", "rollout.problems=32"])
 
-Paths inside a recipe are relative to the working directory, like those on the command line.
+Paths inside a recipe are relative to the working directory, like those on the command line; only
+``base`` is relative to the file that names it.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from satune.config import yaml12
+from satune.config.bases import NAMED, merge, origin, read_layers
 from satune.config.checks import Fault, faults, nearest
 from satune.config.schema import Recipe
 from satune.training.run_directory import write_atomically
 from satune.types import UserError
 
-_SHORT = ("task", "protocol", "schedule", "objective")
-"""Sections that may be given by their name alone."""
-
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the file ``path`` with ``overrides`` ("dotted.key=value", YAML) applied.
+    """The recipe in the file ``path``, over its base if it names one, with ``overrides``
+    ("dotted.key=value", YAML) applied.
 
     A template given as a file is read, so that the recipe stands by itself. Raises ``UserError``,
     one line, for a file that is missing or damaged, a key that is not known or has the wrong
     type, and keys that do not go together. Several faults: the first, and how many more.
     """
-    data = _read(Path(path))
+    layers = read_layers(Path(path), _read)
+    data = merge(layers)
     overridden = [_override(data, text) for text in overrides]
 
     def refuse(found: list[Fault]) -> UserError:
         key, message = found[0]
         ours = any(f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overridden)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        where = "command line" if ours else str(path)
+        where = "command line" if ours else str(origin(layers, key))
         return UserError(_one_line(f"{where}: {key}: {message}{more}"))
 
     try:
@@ -134,12 +135,14 @@ def _override(data: dict[str, Any], text: str) -> str:
         raise UserError(
             _one_line(f"command line: {dotted}: '{written}' is not YAML{_damage(error)}; quote it")
         ) from None
+    if dotted == "base":
+        raise UserError("command line: base: only a file builds on another; override its keys")
     place: Any = data
     for depth, key in enumerate(keys[:-1]):
         inner = place.get(key)
         if inner is None:
             inner = {}
-        elif isinstance(inner, str) and depth == 0 and key in _SHORT:
+        elif isinstance(inner, str) and depth == 0 and key in NAMED:
             inner = {"name": inner}
         elif not isinstance(inner, dict):
             at = ".".join(keys[: depth + 1])

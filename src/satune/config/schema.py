@@ -338,7 +338,7 @@ class Recipe(Section):
     objective: Annotated[Objective, BeforeValidator(_objective)] = SatSection()
     trust_region: TrustRegionSection = TrustRegionSection()
     optimizer: OptimizerSection = OptimizerSection()
-    stages: Count = 20
+    stages: Whole = 20
     evaluate: EvaluateSection = EvaluateSection()
     certify: CertifySection = CertifySection()
     engine: EngineSection = EngineSection()

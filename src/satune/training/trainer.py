@@ -18,7 +18,8 @@ CHECK_PROBLEMS = 4
 def train(
     training: Training, *, tolerance: Tolerance, checkpoint: str | None = None
 ) -> dict[str, Any]:
-    """Run to the last stage and return the summary, which is also written.
+    """Run to the last stage and return the summary, which is also written. With no stages at all
+    the team is evaluated once and saved as it came.
 
     ``tolerance`` is the self-check's; ``checkpoint`` names one to go on from. Raises
     UserError for a failed self-check or a disk that refuses; the last good checkpoint then stays.
@@ -60,13 +61,15 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
     if training.evaluates_greedy:
         training.evaluate(greedy=True)
     training.evaluate(greedy=False)
-    training.save("stage-0000")
+    if training.settings.stages:
+        training.save("stage-0000")
 
 
 def _finish(training: Training) -> dict[str, Any]:
-    if training.evaluates_greedy:
-        training.evaluate(greedy=True)
-    training.evaluate(greedy=False)
+    if training.settings.stages:
+        if training.evaluates_greedy:
+            training.evaluate(greedy=True)
+        training.evaluate(greedy=False)
     training.world.save_team()
     state = training.state
     sampled = [e for e in state.evaluations if not e["greedy"]]
