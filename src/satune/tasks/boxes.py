@@ -18,7 +18,7 @@ _WRAPPER = re.compile(
     r"\\(?:textbf|mathbf|textrm|mathrm|textit|text|mbox|bf|rm|boldsymbol)\s*\{([^{}]*)\}"
 )
 _NUMBER = re.compile(r"([+-]?)\s*([0-9]*)(?:\.([0-9]*))?")
-_BASED = re.compile(r"([0-9A-Za-z]+)\s*_\s*\{?\s*\(?\s*([0-9]+)\s*\)?\s*\}?")
+_BASED = re.compile(r"([0-9A-Za-z]+)_\{?\(?([0-9]+)\)?\}?")
 _SPACES = re.compile(r"(?:\s|\\[,;:! ]|~)+")
 _SIGNS = str.maketrans({"−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
 _THOUGHT_ENDS = "</think>"
@@ -77,14 +77,15 @@ def as_decimal(text: str) -> Fraction | None:
 
 def same_plainly(a: str, b: str) -> bool | None:
     """Whether two answers are equal, where that needs no mathematics: the same text (spaces
-    aside), two plain numbers, which are compared exactly, or two numerals with their bases, of which
+    aside), two plain numbers, which are compared exactly, or two numerals with their bases, where
     both must agree (math-verify would drop the bases). None: it needs some."""
     left, right = tidy(a), tidy(b)
-    if _SPACES.sub("", left) == _SPACES.sub("", right):
+    dense = _SPACES.sub("", left), _SPACES.sub("", right)
+    if dense[0] == dense[1]:
         return bool(left)
     if not left or not right:
         return False
-    based, other = _BASED.fullmatch(left), _BASED.fullmatch(right)
+    based, other = _BASED.fullmatch(dense[0]), _BASED.fullmatch(dense[1])
     if based and other:
         return based.groups() == other.groups()
     first, second = as_decimal(left), as_decimal(right)

@@ -1,4 +1,4 @@
-r"""Mathematics with a final answer in ``\boxed{}``: AIME 2024 and 2025, MATH-500, and training rows.
+r"""Mathematics with a final answer in ``\boxed{}``: AIME 2024 and 2025, MATH-500, training rows.
 
 The last box of a message is the answer. Plain numbers are compared exactly and at once; anything
 else goes to math-verify in a worker process with a time limit.

@@ -16,7 +16,7 @@ from typing import Any
 from satune.types import UserError
 
 STEP_SECONDS = 2
-"""Limit of math-verify itself on each parse and each comparison; ordinary ones take milliseconds."""
+"""Limit of math-verify itself on each parse and comparison; ordinary ones take milliseconds."""
 
 CALL_SECONDS = 10.0
 """Limit of a whole call, for what a signal cannot interrupt; then the process is replaced."""
