@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from satune.tasks import maths_equality
-from satune.tasks.boxes import as_decimal, last_box, same_plainly
+from satune.tasks.boxes import as_decimal, last_box, same_plainly, tidy
 from satune.tasks.catalog import load_task
 from satune.tasks.maths import Aime24, Math500, Maths, damaged
 from satune.types import Problem, UserError
@@ -405,7 +405,7 @@ def check_extractors(count: int, seed: int) -> None:
         found = last_box(text)
         if found is not None:
             same_plainly(gold, found)
-            assert same_plainly(found, found) is True or not found.strip("$., ;")
+            assert same_plainly(found, found) is bool(tidy(found))
         assert time.process_time() - started < 1.0, text
 
 
@@ -431,7 +431,7 @@ def test_a_hundred_thousand_texts_are_read_without_harm():
 
 @pytest.mark.slow
 def test_thousands_of_texts_are_graded_without_harm(task):
-    check_grader(task, 4000, seed=4)
+    check_grader(task, 20_000, seed=4)
 
 
 LONG = [
@@ -456,7 +456,7 @@ LONG = [
 @pytest.mark.parametrize("index", range(len(LONG)))
 def test_long_texts_take_less_than_a_second(task, index):
     started = time.process_time()
-    grade = task.grade(Problem.of("p", "?", "7"), LONG[index])
+    grade = task.grade(Problem.of("p", "?", "8"), LONG[index])
     assert time.process_time() - started < 1.0
     assert grade.score == 0.0
 

@@ -250,6 +250,16 @@ def test_an_interrupted_call_leaves_no_answer_behind(served):
         assert workers.call("echo", "fresh") == "fresh"
 
 
+def test_an_interrupted_map_does_not_wait_for_its_calls(served):
+    with Workers(served.build, 2, 30.0) as workers:
+        threading.Timer(0.6, lambda: os.kill(os.getpid(), 2)).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            workers.map([("sleep", 20.0)] * 4)
+        assert time.monotonic() - started < 5.0
+        assert workers.map([("echo", 1), ("echo", 2)]) == [1, 2]
+
+
 def test_pools_need_a_process_and_time(served):
     with pytest.raises(UserError, match="both must be > 0"):
         Workers(served.build, 0, 1.0)

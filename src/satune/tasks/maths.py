@@ -90,7 +90,7 @@ class Maths:
     def equal(self, a: str, b: str) -> bool:
         """Whether two extracted answers are the same in value, whichever comes first. Answers that
         cannot be compared (too long, out of time) are equal only as texts."""
-        return self._same(a, b, symmetric=True)[0]
+        return a == b or self._same(a, b, symmetric=True)[0]
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:
         r"""1 if the message's last box equals the reference, else 0."""

@@ -133,6 +133,8 @@ class Workers:
             except BaseException:
                 for future in futures:
                     future.cancel()
+                # Nobody waits for the calls under way any more; leaving would wait for them.
+                _end_all(self._living)
                 raise
 
     def close(self) -> None:
@@ -264,7 +266,6 @@ def serve(descriptor: int) -> None:
 def _end_all(processes: set[_Process]) -> None:
     for process in list(processes):
         process.end()
-    processes.clear()
 
 
 def _said(error: BaseException) -> str:
