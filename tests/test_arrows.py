@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str] | None] = {
     "training": TRAINING,
     "swap": TRAINING,
     "evaluation": {"types", "loading", "conversation", "rollout"},
+    "grading": {"types", "loading", "tasks", "conversation", "evaluation"},
     "report": set(),
     "config": None,
     "progress": set(),

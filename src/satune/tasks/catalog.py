@@ -11,6 +11,7 @@ from typing import Any
 
 from satune.loading import check_options, load_object, nearest
 from satune.tasks.guess_number import GuessNumber
+from satune.tasks.maths import Aime24, Aime25, Math500, Maths
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
 from satune.types import Key, Problem, Task, UserError
@@ -19,6 +20,10 @@ TASKS: dict[str, Callable[..., Task]] = {
     "relay": Relay,
     "guess_number": GuessNumber,
     "rows": Rows,
+    "maths": Maths,
+    "aime24": Aime24,
+    "aime25": Aime25,
+    "math500": Math500,
 }
 
 _PARTS = ("name", "problems", "extract", "equal", "grade")

@@ -138,7 +138,14 @@ def _from_datasets(source: str, directory: Path | None) -> list[tuple[str, Row]]
             raise UserError(f"{source}: several splits; give one: {', '.join(sorted(loaded))}")
     else:
         name, _, split = source.partition(":")
-        loaded = datasets.load_dataset(name, split=split or "train")
+        try:
+            loaded = datasets.load_dataset(name, split=split or "train")
+        except (OSError, ValueError) as error:
+            # No network, no such data set, no such split: the library says which.
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"{source}: the data set cannot be had ({said}); give data: a JSONL or Parquet file"
+            ) from error
     return [(f"{source}, row {i}", dict(row)) for i, row in enumerate(loaded, 1)]
 
 
