@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import collections
 import itertools
-import json
+import marshal
 import math
 import os
 import re
@@ -112,10 +112,13 @@ def check(
     or wrote is left. Raises OSError if no process can be started, RuntimeError where the system
     offers neither limits that bind nor a filter of system calls.
     """
-    job = {"code": code, "inputs": inputs, "seconds": seconds, "memory": memory}
+    named = [name for name in _MODULES if re.search(rf"\b{name}\b", code)]
+    job = {
+        "code": code, "inputs": inputs, "seconds": seconds, "memory": memory, "modules": named,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="satune-sandbox-") as directory:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(WORKER)],
+            [sys.executable, "-I", "-S", "-B", "-W", "ignore", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -124,14 +127,14 @@ def check(
             start_new_session=True,
         )
         try:
-            told, _ = process.communicate(json.dumps(job).encode(), timeout=seconds + _GRACE)
+            told, _ = process.communicate(marshal.dumps(job), timeout=seconds + _GRACE)
         except subprocess.TimeoutExpired:
             told = b""
         finally:
             _end(process)
     if not told:
         return Verdict(False, f"stopped after {seconds:g} s")
-    outcome = json.loads(told)
+    outcome = marshal.loads(told)
     if outcome["said"] == "unsafe":
         raise RuntimeError(
             "the sandbox has no hold on the code here: run satune as another user than root, or on "
