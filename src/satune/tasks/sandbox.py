@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,7 @@ _NAMES = frozenset(
 _INNER = frozenset(
     name for m in _MODULES.values() for name, v in vars(m).items() if isinstance(v, ModuleType)
 )
+_TUPLES = frozenset({"_asdict", "_fields", "_make", "_replace"})  # public, of named tuples
 _ESCAPES = ("f_", "tb_", "gi_", "cr_", "ag_", "co_", "func_")
 
 
@@ -87,14 +89,14 @@ def _fault(node: ast.AST) -> str | None:
         public = getattr(module, "__all__", None) or dir(module)
         hidden = [a.name for a in node.names if a.name != "*" and a.name not in public]
         return f"import of {node.module}.{hidden[0]}" if hidden else None
-    if isinstance(node, ast.Name) and (node.id in _NAMES or node.id.startswith("__")):
-        return f"use of {node.id}"
-    if isinstance(node, ast.Attribute):
-        name = node.attr
-        if name.startswith(("_", *_ESCAPES)) or name in _INNER:
+    attributes = [node.attr] if isinstance(node, ast.Attribute) else []
+    attributes += node.kwd_attrs if isinstance(node, ast.MatchClass) else []
+    for name in attributes:
+        if name in _INNER or (name.startswith(("_", *_ESCAPES)) and name not in _TUPLES):
             return f"attribute {name}"
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name.startswith("__"):
-        return f"definition of {node.name}"
+    for name in _spelt(node):
+        if name in _NAMES or name.startswith("__"):
+            return f"use of {name}"
     if isinstance(node, (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)):
         return "asynchronous code"
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and "__" in node.value:
@@ -102,9 +104,17 @@ def _fault(node: ast.AST) -> str | None:
     return None
 
 
-def check(
-    code: str, inputs: str, *, seconds: float = SECONDS, memory: int = MEMORY
-) -> Verdict:
+def _spelt(node: ast.AST) -> Iterator[str]:
+    """Every name in a node: variables, arguments, definitions, aliases, global statements."""
+    if isinstance(node, (ast.Constant, ast.Attribute)):
+        return
+    for _, value in ast.iter_fields(node):
+        for item in value if isinstance(value, list) else (value,):
+            if isinstance(item, str):
+                yield item
+
+
+def check(code: str, inputs: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> Verdict:
     """Run ``code``, which defines ``inputs_check`` and ``constraint_list``, on ``inputs``, the text
     of a literal; ``seconds`` of wall time, ``memory`` bytes of address space.
 
