@@ -70,7 +70,8 @@ ROWS = {
         "    except OSError:\n        pass\nos['_exit'](0)"
     ),
     "flooded verdict": hostile(
-        "while True:\n  for fd in range(3, 64):\n    try:\n      os['write'](fd, b'holds\\n' * 9999)\n"
+        "while True:\n  for fd in range(3, 64):\n    try:\n"
+        "      os['write'](fd, b'holds\\n' * 9999)\n"
         "    except OSError:\n      pass"
     ),
     "deletion hook": hostile(
@@ -83,7 +84,8 @@ ROWS = {
         "r = load('resource')\nr.setrlimit(r.RLIMIT_NOFILE, (99, 99))\n"
     ),
     "yes that never ends": FORMAT
-    + "class Y:\n    def __bool__(self):\n        while True: pass\nconstraint_list = [lambda i: Y()]",
+    + "class Y:\n    def __bool__(self):\n        while True: pass\n"
+    + "constraint_list = [lambda inputs: Y()]",
     "list that never ends": "import itertools\n" + FORMAT
     + "constraint_list = itertools.repeat(lambda inputs: True)",
     "format that raises": "def inputs_check(inputs): raise ValueError('no')\nconstraint_list = []",

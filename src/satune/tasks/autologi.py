@@ -1,9 +1,10 @@
 """AutoLogi: open-ended logic puzzles whose answers are checked by the row's own code.
 
-Graded as the benchmark's own evaluation does (8188zq/AutoLogi): the answer is the literal in the last
-fenced block, else the last dictionary, else the last list; it counts if the row's ``inputs_check``
-and every function of its ``constraint_list`` say yes within 20 seconds. What that code prints, to
-either stream, is of no account here, while there it spoils the answer.
+Graded as the benchmark's own evaluation does (8188zq/AutoLogi): the answer is the literal in the
+last fenced block, else the last dictionary, else the last list; it counts if the row's
+``inputs_check`` and every function of its ``constraint_list`` say yes within 20 seconds. What that
+code prints, to either stream, is of no account here, while there it spoils the answer; and there
+the words true and false become Python's inside strings too.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _CODE = ("Inputs_Check_code", "Constraint_List_code")
 class AutoLogi:
     """The rows of ``data`` (``idx``, ``prompt``, ``code``, ``lang``; ``id`` if the file has one).
 
-    ``lang`` keeps the rows of one language ("en", "cn"). ``eval_fraction`` of the rows, chosen by the
-    hash of their ids, form the split "eval", the rest "train", everything "all". ``seconds`` (wall
-    time) and ``memory`` (MiB) bound one check; see ``sandbox``.
+    ``lang`` keeps the rows of one language ("en", "cn"). ``eval_fraction`` of the rows, chosen by
+    the hash of their ids, form the split "eval", the rest "train", everything "all". ``seconds``
+    (wall time) and ``memory`` (MiB) bound one check; see ``sandbox``.
 
     Raises UserError for a bad option or a bad row (file and line).
     """
@@ -86,7 +87,7 @@ class AutoLogi:
             return None
 
     def equal(self, a: str, b: str) -> bool:
-        """Whether two extracted answers have one value: the order of a dictionary's keys is none."""
+        """Whether two extracted answers have one value, in whatever order their keys stand."""
         return a == b or _value(a) == _value(b)
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:

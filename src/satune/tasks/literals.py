@@ -6,6 +6,7 @@ Nothing here runs what it reads, and whatever the text is, reading it takes a bo
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -28,8 +29,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def find_literal(text: str) -> str | None:
-    """The text where the answer stands: the last closed fenced block, else the last balanced braces,
-    else the last balanced brackets; None if there is none of them."""
+    """The text where the answer stands: the last closed fenced block, else the last balanced
+    braces, else the last balanced brackets; None if there is none of them."""
     block = _last_block(text)
     if block is not None:
         return block
@@ -67,10 +68,8 @@ def _forms(text: str) -> list[str]:
     left, equals, right = forms[2].partition("=")
     if equals and left.strip().isidentifier():
         forms.append(right.strip())
-    try:
+    with contextlib.suppress(ValueError, RecursionError):  # not JSON: the other forms decide
         forms.append(repr(json.loads(text)))  # escapes that JSON alone reads, such as \\/
-    except (ValueError, RecursionError):
-        pass  # not JSON either: the other forms decide
     return forms
 
 
@@ -89,7 +88,7 @@ def _last_block(text: str) -> str | None:
 
 
 def _last_balanced(text: str, closer: str) -> str | None:
-    """The outermost balanced pair that closes last; an opener that is never closed hides nothing."""
+    """The outermost balanced pair that closes last; an opener never closed hides nothing."""
     open_at: list[int] = []
     found = None
     for match in _BRACKETS[closer].finditer(text):

@@ -1,7 +1,7 @@
-"""Check code from data, run in a process of its own that can read, write, start and reach nothing.
+"""Check code from data, run in a process of its own that can open, start and reach nothing.
 
-``screen`` looks at the code before it runs and refuses what no check needs; ``check`` runs it in the
-sandbox that ``sandbox_worker`` describes. Neither relies on the other.
+``screen`` looks at the code before it runs and refuses what no check needs; ``check`` runs it in
+the sandbox that ``sandbox_worker`` describes. Neither relies on the other.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def check(code: str, inputs: str, *, seconds: float = SECONDS, memory: int = MEM
     """Run ``code``, which defines ``inputs_check`` and ``constraint_list``, on ``inputs``, the text
     of a literal; ``seconds`` of wall time, ``memory`` bytes of address space.
 
-    Whatever the code does, this returns within ``seconds`` and a little, and nothing that it started
-    or wrote is left. Raises OSError if no process can be started, RuntimeError where the system
+    Whatever the code does, this returns within ``seconds`` and a little, and nothing that it
+    started or wrote is left. Raises OSError if no process can be started, RuntimeError where the system
     offers neither limits that bind nor a filter of system calls.
     """
     named = [name for name in _MODULES if re.search(rf"\b{name}\b", code)]

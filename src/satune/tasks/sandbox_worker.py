@@ -1,14 +1,17 @@
 """The program that ``sandbox.check`` starts: runs a row's check code where it can do no harm.
 
-Two processes. The keeper (this program as started) reads the job, enters namespaces of its own where
-the system allows, forks the runner, waits for its verdict or the end of its time, and kills it. The
-runner gives up every right it can, and only then touches the row's code. With a process namespace
-the runner is its first process, so that with it the kernel ends whatever it may have started.
+Two processes. The keeper (this program as started) reads the job, enters namespaces of its own
+where the system allows, forks the runner, waits for its verdict or the end of its time, and kills
+it. The runner gives up every right it can, and only then touches the row's code. With a process
+namespace the runner is its first process, and with it the kernel ends whatever it has started.
 
 No file can be opened and no socket or process made once the code runs, each by more than one means:
-limits of 0 on descriptors, processes and file sizes; and, on Linux for x86-64 and ARM, a filter that
-refuses every system call but those for memory, time and the verdict. Standard library only; run as a
-file by an isolated interpreter, never imported by satune.
+limits of 0 on descriptors, processes and file sizes; and, on Linux for x86-64 and ARM, a filter
+that refuses every system call but those for memory, time and the verdict. On other systems the
+limits alone hold: code that gets past the screen could still make, rename or delete directory
+entries that the user may. The verdict travels by a pipe of its own, each line after a number drawn
+for this one run; code that digs the number out of the interpreter's frames could as well have said
+yes. Standard library only; run as a file by an isolated interpreter, never imported by satune.
 """
 
 # Each import costs every grade its time: only what is needed, re and collections only if asked for.
