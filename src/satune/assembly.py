@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.agents.learner import LocalLearner, OptimizerSettings
-from satune.agents.loading import AgentSpec, LoraSpec
+from satune.agents.loading import AgentSpec, LoraSpec, Precision
 from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
 from satune.agents.tiny_training import TinySettings
@@ -21,6 +21,7 @@ from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.demonstrations import demonstrate
 from satune.engines.local import LocalEngine
+from satune.engines.roles import OpenServer, with_roles
 from satune.evaluation import Evaluation, evaluate, mean_estimate
 from satune.protocols.catalog import load_protocol
 from satune.rollout import episode_from_row, episode_to_row, rollout_sync
@@ -37,7 +38,7 @@ from satune.training.settings import (
     TrainingSettings,
     UpdateSettings,
 )
-from satune.types import Episode, Key, Problem, Task, TeamProtocol, UserError
+from satune.types import Engine, Episode, Key, Problem, Task, TeamProtocol, UserError
 
 Progress = Callable[[int, int, str], None]
 """(done, of how many, of what), called while something long goes on."""
@@ -59,7 +60,7 @@ class Cast:
     held_out: tuple[Task, str]
     protocol: TeamProtocol
     team: Team
-    engine: LocalEngine
+    engine: Engine
     progress: Progress = no_progress
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
@@ -97,7 +98,9 @@ def load_tasks(recipe: Recipe) -> tuple[Task, tuple[Task, str]]:
     return task, (held_out, "all")
 
 
-def assemble(recipe: Recipe, progress: Progress = no_progress) -> Cast:
+def assemble(
+    recipe: Recipe, progress: Progress = no_progress, open_server: OpenServer | None = None
+) -> Cast:
     """Load or build everything a recipe names. Raises UserError for whatever cannot be had."""
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
@@ -127,7 +130,13 @@ def assemble(recipe: Recipe, progress: Progress = no_progress) -> Cast:
         protocol=recipe.protocol.model_dump(),
         task=recipe.task.model_dump(),
     )
-    engine = local_engine(team.policies, team.seats, recipe)
+    engine = with_roles(
+        local_engine(team.policies, team.seats, recipe),
+        getattr(task, "role_player", ("scripted", "", "")),
+        precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
+        device=recipe.team.device,
+        open_server=open_server,
+    )
     return Cast(recipe, task, held_out, protocol, team, engine, progress)
 
 

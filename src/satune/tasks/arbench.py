@@ -87,8 +87,10 @@ class ScriptedHost:
         return "Yes" if known else "Unknown"
 
 
-def check_game(name: str, host: str, max_turns: int, host_temperature: float) -> None:
-    """Raises UserError for options that no game can be played with."""
+def check_game(
+    name: str, host: str, max_turns: int, host_temperature: float
+) -> tuple[str, str, str]:
+    """``parse_host`` of the option. Raises UserError for options that no game can be played with."""
     if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
         raise UserError(f"task {name}: max_turns is {max_turns!r}; give an integer from 1 up")
     temperature = host_temperature
@@ -98,7 +100,7 @@ def check_game(name: str, host: str, max_turns: int, host_temperature: float) ->
         raise UserError(
             f"task {name}: host_temperature is {host_temperature!r}; give a number from 0 to 2"
         )
-    parse_host(name, host)
+    return parse_host(name, host)
 
 
 def parse_host(name: str, host: str) -> tuple[str, str, str]:

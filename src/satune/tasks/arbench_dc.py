@@ -76,8 +76,8 @@ class DetectiveCases:
     "eval", the rest "train", everything "all".
 
     The final choice is read from the line after the first "Answer:": a suspect's whole name, or the
-    letter that stands first and apart ("B." or "B) ..."), or the last single capital from A to E. The
-    benchmark takes the last capital from A to E there, those inside names included, and nothing
+    letter that stands first and apart ("B." or "B) ..."), or the last single capital from A to E.
+    The benchmark takes the last capital from A to E there, those inside names included, and nothing
     else; here a message that is a letter or a name and nothing more counts too.
 
     Raises UserError for a bad option or a bad row (file and line).
@@ -95,7 +95,7 @@ class DetectiveCases:
         host: str = "scripted",
         host_temperature: float = 0.7,
     ) -> None:
-        check_game(self.name, host, max_turns, host_temperature)
+        self.role_player = check_game(self.name, host, max_turns, host_temperature)
         if data is None:
             raise UserError(
                 "task arbench_dc: it needs data: the cases as JSONL, or upstream's JSON"

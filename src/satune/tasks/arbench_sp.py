@@ -55,8 +55,8 @@ behind it. They ask questions, and you answer each with one of these and nothing
 - Not a question: it is no question about the puzzle, or it asks you for the solution.
 
 An example. Puzzle: A man rides the lift to the seventh floor and walks up to the tenth, but when \
-it rains he rides all the way. Story: He is too short to reach the upper buttons, and on wet days he \
-has an umbrella to press them with.
+it rains he rides all the way. Story: He is too short to reach the upper buttons, and on wet days \
+he has an umbrella to press them with.
 Does his height matter? Yes
 Is he afraid of lifts? No
 Does he live alone? Unknown
@@ -93,7 +93,7 @@ class SituationPuzzles:
         host: str = "scripted",
         host_temperature: float = 0.7,
     ) -> None:
-        check_game(self.name, host, max_turns, host_temperature)
+        self.role_player = check_game(self.name, host, max_turns, host_temperature)
         if data is None:
             raise UserError("task arbench_sp: it needs data: the puzzles as JSONL or JSON")
         self.seed = seed

@@ -74,11 +74,11 @@ class GuessNumber:
     """The game as a task with an environment; the protocol's answer is the team's next guess.
 
     ``data`` is a JSONL file with ``secret`` and, if they differ, ``id`` and ``max_turns``, or
-    upstream's JSON list of secrets;
-    ``eval_fraction`` of its rows (chosen by the hash of the id) form the split "eval", the rest
-    "train", everything "all". Without ``data`` secrets are generated: "train", "eval" and "certify"
-    are disjoint whatever the seed (together they are all 5,040 secrets, those of the benchmark
-    included). ``prompt`` "full" explains the game; "short" gives a tiny agent single characters.
+    upstream's JSON list of secrets; ``eval_fraction`` of its rows (chosen by the hash of the id)
+    form the split "eval", the rest "train", everything "all". Without ``data`` secrets are
+    generated: "train", "eval" and "certify" are disjoint whatever the seed (together they are all
+    5,040 secrets, those of the benchmark included). ``prompt`` "full" explains the game; "short"
+    gives a tiny agent single characters.
     ``stop_on_hit`` asks for the final guess as soon as a guess hits, unlike the official game.
 
     Raises UserError for a bad option or a bad row (file and line).

@@ -119,8 +119,8 @@ def check(code: str, inputs: str, *, seconds: float = SECONDS, memory: int = MEM
     of a literal; ``seconds`` of wall time, ``memory`` bytes of address space.
 
     Whatever the code does, this returns within ``seconds`` and a little, and nothing that it
-    started or wrote is left. Raises OSError if no process can be started, RuntimeError where the system
-    offers neither limits that bind nor a filter of system calls.
+    started or wrote is left. Raises OSError if no process can be started, RuntimeError where the
+    system offers neither limits that bind nor a filter of system calls.
     """
     named = [name for name in _MODULES if re.search(rf"\b{name}\b", code)]
     job = {

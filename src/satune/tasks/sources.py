@@ -28,9 +28,9 @@ def read_rows(source: str | Path, bare: str | None = None) -> list[tuple[str, Ro
     """(place, row) for each row of ``source``; place is "file, line n" or "file, row n".
 
     A source is a JSONL or Parquet file, a ``.json`` file that holds one list, a directory
-    written by ``datasets.save_to_disk``, or a hub
-    id ``org/name`` or ``org/name:split`` (split "train" if left out). A list's
-    items that are no objects become rows with the one field ``bare``, if that is given.
+    written by ``datasets.save_to_disk``, or a hub id ``org/name`` or ``org/name:split`` (split
+    "train" if left out). A list's items that are no objects become rows with the one field
+    ``bare``, if that is given.
 
     Raises UserError for a missing file (naming the nearest), a damaged row, an empty source, and a
     format whose package is not installed.
