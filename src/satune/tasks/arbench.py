@@ -90,7 +90,7 @@ class ScriptedHost:
 def check_game(
     name: str, host: str, max_turns: int, host_temperature: float
 ) -> tuple[str, str, str]:
-    """``parse_host`` of the option. Raises UserError for options that no game can be played with."""
+    """``parse_host`` of the option. Raises UserError for options that no game allows."""
     if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
         raise UserError(f"task {name}: max_turns is {max_turns!r}; give an integer from 1 up")
     temperature = host_temperature

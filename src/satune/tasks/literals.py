@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import warnings
 from typing import Any
 
 LONGEST = 20_000
@@ -18,13 +19,16 @@ DEEPEST = 50
 """Brackets inside brackets that are read."""
 
 _FENCE = "```"
-_INFO = re.compile(r"[ \t]*\w*[ \t\r]*\n")
+_INFO = re.compile(r"[ \t]*+\w*+[ \t\r]*+\n")
+_LONGEST_INFO = 80
 _BRACKETS = {"}": re.compile(r"[{}]"), "]": re.compile(r"[\[\]]")}
 _COMMENT = re.compile(r"//[^\n]*")
 _WORDS = {"true": "True", "false": "False", "null": "None"}
-# A string is passed over whole, so that no word inside one is touched.
-_JSON_WORD = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"|\b(?:true|false|null)\b")
-_STRING = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"")
+# A string is passed over whole, so that no word inside one is touched; one that is never closed
+# ends with its line. Possessive repeats: no text is gone over twice.
+_TEXT = r"'(?:[^'\\\n]|\\.)*+'?|\"(?:[^\"\\\n]|\\.)*+\"?"
+_STRING = re.compile(_TEXT)
+_JSON_WORD = re.compile(rf"{_TEXT}|\b(?:true|false|null)\b")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -51,7 +55,9 @@ def read_literal(text: str) -> Any:
         if _depth(form) > DEEPEST:
             raise ValueError(f"deeper than {DEEPEST} brackets")
         try:
-            value = ast.literal_eval(form)
+            with warnings.catch_warnings():  # an escape that Python does not know is no concern
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(form)
             repr(value)  # an integer may be longer than can be written in decimal
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             continue
@@ -69,16 +75,17 @@ def _forms(text: str) -> list[str]:
     if equals and left.strip().isidentifier():
         forms.append(right.strip())
     with contextlib.suppress(ValueError, RecursionError):  # not JSON: the other forms decide
-        forms.append(repr(json.loads(text)))  # escapes that JSON alone reads, such as \\/
+        forms.append(repr(json.loads(text)))
     return forms
 
 
 def _last_block(text: str) -> str | None:
     found, at = None, 0
     while (start := text.find(_FENCE, at)) >= 0:
-        info = _INFO.match(text, start + len(_FENCE))
+        after = start + len(_FENCE)
+        info = _INFO.match(text, after, after + _LONGEST_INFO)
         if info is None:
-            at = start + len(_FENCE)
+            at = after
             continue
         end = text.find(_FENCE, info.end())
         if end < 0:
