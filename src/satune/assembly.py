@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from satune.agents.loading import AgentSpec, LoraSpec
+from satune.agents.loading import AgentSpec, LoraSpec, Precision
 from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
 from satune.agents.tiny_training import TinySettings
@@ -17,12 +17,13 @@ from satune.agents.zoo import is_tiny, tiny_directory
 from satune.config.schema import AgentSection, Recipe
 from satune.demonstrations import demonstrate
 from satune.engines.local import LocalEngine
+from satune.engines.roles import OpenServer, with_roles
 from satune.evaluation import Evaluation, evaluate
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take
 from satune.team import Team, build_team
 from satune.training.checkpoint import tensor_errors
-from satune.types import Key, Problem, Task, TeamProtocol
+from satune.types import Engine, Key, Problem, Task, TeamProtocol
 
 Progress = Callable[[int, int, str], None]
 """(done, of how many, of what), called while something long goes on."""
@@ -44,7 +45,7 @@ class Cast:
     held_out: tuple[Task, str]
     protocol: TeamProtocol
     team: Team
-    engine: LocalEngine
+    engine: Engine
     progress: Progress = no_progress
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
@@ -82,7 +83,9 @@ def load_tasks(recipe: Recipe) -> tuple[Task, tuple[Task, str]]:
     return task, (held_out, "all")
 
 
-def assemble(recipe: Recipe, progress: Progress = no_progress) -> Cast:
+def assemble(
+    recipe: Recipe, progress: Progress = no_progress, open_server: OpenServer | None = None
+) -> Cast:
     """Load or build everything a recipe names. Raises UserError for whatever cannot be had."""
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
@@ -112,7 +115,13 @@ def assemble(recipe: Recipe, progress: Progress = no_progress) -> Cast:
         protocol=recipe.protocol.model_dump(),
         task=recipe.task.model_dump(),
     )
-    engine = local_engine(team.policies, team.seats, recipe)
+    engine = with_roles(
+        local_engine(team.policies, team.seats, recipe),
+        getattr(task, "role_player", ("scripted", "", "")),
+        precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
+        device=recipe.team.device,
+        open_server=open_server,
+    )
     return Cast(recipe, task, held_out, protocol, team, engine, progress)
 
 

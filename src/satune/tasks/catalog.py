@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from satune.loading import check_options, load_object, nearest
-from satune.tasks.guess_number import GuessNumber
+from satune.tasks.arbench_dc import DetectiveCases
+from satune.tasks.arbench_sp import SituationPuzzles
+from satune.tasks.autologi import AutoLogi
+from satune.tasks.guess_number import ArbenchGN, GuessNumber
 from satune.tasks.maths import Aime24, Aime25, Math500, Maths
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
@@ -24,6 +27,10 @@ TASKS: dict[str, Callable[..., Task]] = {
     "aime24": Aime24,
     "aime25": Aime25,
     "math500": Math500,
+    "arbench_dc": DetectiveCases,
+    "arbench_gn": ArbenchGN,
+    "arbench_sp": SituationPuzzles,
+    "autologi": AutoLogi,
 }
 
 _PARTS = ("name", "problems", "extract", "equal", "grade")

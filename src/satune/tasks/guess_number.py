@@ -73,11 +73,12 @@ def _tenth(secret: str) -> int:
 class GuessNumber:
     """The game as a task with an environment; the protocol's answer is the team's next guess.
 
-    ``data`` is a JSONL file with ``secret`` and, if they differ, ``id`` and ``max_turns``;
-    ``eval_fraction`` of its rows (chosen by the hash of the id) form the split "eval", the rest
-    "train", everything "all". Without ``data`` secrets are generated: "train", "eval" and "certify"
-    are disjoint whatever the seed (together they are all 5,040 secrets, those of the benchmark
-    included). ``prompt`` "full" explains the game; "short" gives a tiny agent single characters.
+    ``data`` is a JSONL file with ``secret`` and, if they differ, ``id`` and ``max_turns``, or
+    upstream's JSON list of secrets; ``eval_fraction`` of its rows (chosen by the hash of the id)
+    form the split "eval", the rest "train", everything "all". Without ``data`` secrets are
+    generated: "train", "eval" and "certify" are disjoint whatever the seed (together they are all
+    5,040 secrets, those of the benchmark included). ``prompt`` "full" explains the game; "short"
+    gives a tiny agent single characters.
     ``stop_on_hit`` asks for the final guess as soon as a guess hits, unlike the official game.
 
     Raises UserError for a bad option or a bad row (file and line).
@@ -107,7 +108,9 @@ class GuessNumber:
         self._kept: list[Problem] = []
         self._held: list[Problem] = []
         if data is not None:
-            rows = [self._from_row(i, *row) for i, row in enumerate(read_rows(data), 1)]
+            rows = [
+                self._from_row(i, *row) for i, row in enumerate(read_rows(data, bare="secret"), 1)
+            ]
             check_unique([(place, problem.id) for place, problem in rows])
             problems = [problem for _, problem in rows]
             fraction = check_fraction(self.name, eval_fraction)
@@ -221,6 +224,12 @@ class GuessNumber:
     def _problem(self, identity: str, secret: str, max_turns: int) -> Problem:
         text = "G" if self.prompt == "short" else _FULL_PROMPT.format(max_turns=max_turns)
         return Problem.of(identity, text, secret, max_turns=max_turns, fresh=self.fresh)
+
+
+class ArbenchGN(GuessNumber):
+    """GuessNumber under its benchmark's name; the defaults are the official game's."""
+
+    name = "arbench_gn"
 
 
 class Game:

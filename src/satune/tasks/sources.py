@@ -24,11 +24,13 @@ _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+)?")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def read_rows(source: str | Path) -> list[tuple[str, Row]]:
+def read_rows(source: str | Path, bare: str | None = None) -> list[tuple[str, Row]]:
     """(place, row) for each row of ``source``; place is "file, line n" or "file, row n".
 
-    A source is a JSONL or Parquet file, a directory written by ``datasets.save_to_disk``, or a hub
-    id ``org/name`` or ``org/name:split`` (split "train" if left out).
+    A source is a JSONL or Parquet file, a ``.json`` file that holds one list, a directory
+    written by ``datasets.save_to_disk``, or a hub id ``org/name`` or ``org/name:split`` (split
+    "train" if left out). A list's items that are no objects become rows with the one field
+    ``bare``, if that is given.
 
     Raises UserError for a missing file (naming the nearest), a damaged row, an empty source, and a
     format whose package is not installed.
@@ -42,7 +44,9 @@ def read_rows(source: str | Path) -> list[tuple[str, Row]]:
         table = _extra("pyarrow.parquet", path).read_table(path)
         rows = [(f"{source}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
     elif path.is_file():
-        rows = _from_jsonl(path)
+        content = path.read_bytes()
+        listed = path.suffix == ".json" and content.lstrip()[:1] == b"["
+        rows = _from_list(path, content, bare) if listed else _from_jsonl(path, content)
     elif path.suffix not in _SUFFIXES and _HUB.fullmatch(str(source)) and not path.parent.is_dir():
         rows = _from_datasets(str(source), None)
     else:
@@ -109,10 +113,27 @@ def check_fraction(task: str, fraction: float) -> float:
     return float(fraction)
 
 
-def _from_jsonl(path: Path) -> list[tuple[str, Row]]:
+def _from_list(path: Path, content: bytes, bare: str | None) -> list[tuple[str, Row]]:
+    try:
+        items = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line}: not a whole JSON list ({error}); mend the file") from error
+    rows = []
+    for number, item in enumerate(items, 1):
+        place = f"{path}, row {number}"
+        if not isinstance(item, dict):
+            if bare is None or isinstance(item, list):
+                raise UserError(f"{place}: it is no JSON object; give a list of objects")
+            item = {bare: item}
+        rows.append((place, item))
+    return rows
+
+
+def _from_jsonl(path: Path, content: bytes) -> list[tuple[str, Row]]:
     rows = []
     # Bytes: a file cut in the middle of a character is then damaged in one line only.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

@@ -1,0 +1,126 @@
+"""Who speaks for the roles of an environment (suspects, a puzzle's host) beside a team's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from satune.agents.loading import AgentSpec, Precision, load_policies
+from satune.agents.policy import Policy
+from satune.engines.local import LocalEngine
+from satune.types import Completion, Engine, Key, Message, Prompt, Sampling, UserError
+
+_ROLE = "environment"
+
+OpenServer = Callable[[str, str], Engine]
+"""(address, model) to an engine over an OpenAI-compatible server."""
+
+
+def with_roles(
+    team: Engine,
+    player: tuple[str, str, str],
+    *,
+    precision: Precision,
+    device: str,
+    open_server: OpenServer | None = None,
+) -> Engine:
+    """``team``, and beside it the engine that ``player`` names: ("scripted", "", ""), ("model",
+    path or hub id, "") or ("server", address, model).
+
+    Raises UserError for a model that cannot be loaded, and for a server where none can be opened.
+    """
+    kind, where, served = player
+    if kind == "scripted":
+        return team
+    if kind == "server":
+        if open_server is None:
+            raise UserError(f"task.host: {where} cannot be asked here; give model:PATH_OR_ID")
+        return WithRoles(team, open_server(where, served))
+    spec = AgentSpec("host", where)
+    policies = load_policies([spec], shared_base=False, precision=precision, device=device, seed=0)
+    return WithRoles(team, LocalRole(policies["host"]))
+
+
+class WithRoles:
+    """An engine that sends what an environment asks for to ``roles`` and all else to ``team``.
+
+    ``roles`` is told of no conversation's begin or end: it answers as soon as it is asked, while a
+    local engine for the team waits until every conversation is back at it.
+    """
+
+    def __init__(self, team: Engine, roles: Engine) -> None:
+        self.team = team
+        self.roles = roles
+
+    async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
+        chosen = self.roles if key.purpose == _ROLE else self.team
+        return await chosen.generate(seat, prompt, sampling, key)
+
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+        self.team.publish(agent, version, weights)
+
+    def begin(self, key: Key) -> None:
+        self.team.begin(key)
+
+    def end(self, key: Key) -> None:
+        self.team.end(key)
+
+
+class LocalRole:
+    """A model in this process that answers prompts of messages, rendered by its own chat template.
+
+    Where the context is full, the oldest question and answer after the instructions go first.
+
+    Raises UserError for a tokenizer without a chat template, and for a prompt that does not fit
+    even so.
+    """
+
+    def __init__(self, policy: Policy, *, max_rows: int = 256) -> None:
+        if not policy.tokenizer.chat_template:
+            raise UserError("task.host: the model's tokenizer has no chat template; give another")
+        self._policy = policy
+        self._engine = LocalEngine({_ROLE: policy}, {_ROLE: _ROLE}, max_rows=max_rows)
+        probe: list[Message] = [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": "b"},
+        ]
+        try:
+            self._takes_system = "a" in self._render(probe)
+        except TemplateError:  # some templates refuse a system message; its text then leads
+            self._takes_system = False
+
+    async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
+        messages = list(prompt.messages)
+        room = self._policy.context_limit - sampling.max_new_tokens
+        while len(ids := self._ids(messages)) > room:
+            if len(messages) < 4:
+                raise UserError(
+                    f"task.host: {len(ids)} tokens of a prompt and {sampling.max_new_tokens} new "
+                    f"ones exceed its context of {self._policy.context_limit}; take another model"
+                )
+            del messages[1:3]
+        ready = Prompt(tuple(messages), ids)
+        return await self._engine.generate(_ROLE, ready, sampling, key)
+
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+        raise AssertionError("a role is not trained")
+
+    def begin(self, key: Key) -> None: ...
+
+    def end(self, key: Key) -> None: ...
+
+    def _ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        if not self._takes_system and messages[0]["role"] == "system" and len(messages) > 1:
+            led = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            messages = [{"role": "user", "content": led}, *messages[2:]]
+        encoded = self._policy.tokenizer(self._render(messages), add_special_tokens=False)
+        return tuple(encoded["input_ids"])
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        text = self._policy.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        assert isinstance(text, str)
+        return text

@@ -1,0 +1,154 @@
+"""What the AR-Bench games (tmlr-group/AR-Bench) share: the roles that are not players, the score.
+
+A role answers questions: a suspect of a detective case, the host of a situation puzzle. Who plays
+it is the option ``host`` of a task:
+
+- ``scripted``: fixed rules over the row. For tests and dry runs; no figure of the benchmark.
+- ``model:PATH_OR_ID``: a Hugging Face model in this process.
+- ``http://ADDRESS/v1#MODEL`` (or https): any OpenAI-compatible server.
+
+The last two speak through the ``generate`` that an environment is given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from satune.types import Generate, Message, Sampling, UserError
+
+MAX_TURNS = 25
+LONGEST_QUESTION = 2000
+"""Characters of a question that a model is shown."""
+HOST_TOKENS = 512
+"""At most so many tokens of a role's answer; the prompts ask for one sentence or one word."""
+
+_SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
+_WORD = re.compile(r"[^\W_]{4,}")
+
+
+class Role(Protocol):
+    """Somebody who can be asked something in the course of one conversation."""
+
+    async def answer(self, question: str) -> str: ...
+
+
+class ModelRole:
+    """A role played by a model from its instructions. ``remembers``: it sees what it was asked and
+    said before; otherwise each question stands alone."""
+
+    def __init__(
+        self, instructions: str, generate: Generate, sampling: Sampling, remembers: bool
+    ) -> None:
+        self._messages: list[Message] = [{"role": "system", "content": instructions}]
+        self._generate = generate
+        self._sampling = sampling
+        self._remembers = remembers
+
+    async def answer(self, question: str) -> str:
+        asked: list[Message] = [
+            *self._messages,
+            {"role": "user", "content": question[:LONGEST_QUESTION]},
+        ]
+        completion = await self._generate(asked, self._sampling)
+        said = without_thoughts(completion.text)
+        if self._remembers:
+            self._messages = [*asked, {"role": "assistant", "content": said}]
+        return said
+
+
+class ScriptedSuspect:
+    """Answers with the sentence of the story that shares most words with the question, the first of
+    them if several do."""
+
+    def __init__(self, story: str) -> None:
+        self._sentences = [s.strip() for s in _SENTENCE.findall(story) if s.strip()] or ["..."]
+        self._words = [words_of(sentence) for sentence in self._sentences]
+
+    async def answer(self, question: str) -> str:
+        asked = words_of(question)
+        best = max(range(len(self._words)), key=lambda i: len(asked & self._words[i]))
+        return self._sentences[best]
+
+
+class ScriptedHost:
+    """Answers "Yes" to a key question of the row, and to a question whose words of four letters or
+    more all stand in the puzzle or its solution; "Unknown" to others."""
+
+    def __init__(self, key_questions: Sequence[str], surface: str, bottom: str) -> None:
+        self._keys = {plain(question) for question in key_questions}
+        self._words = words_of(f"{surface} {bottom}")
+
+    async def answer(self, question: str) -> str:
+        asked = words_of(question)
+        known = plain(question) in self._keys or (bool(asked) and asked <= self._words)
+        return "Yes" if known else "Unknown"
+
+
+def check_game(
+    name: str, host: str, max_turns: int, host_temperature: float
+) -> tuple[str, str, str]:
+    """``parse_host`` of the option. Raises UserError for options that no game allows."""
+    if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
+        raise UserError(f"task {name}: max_turns is {max_turns!r}; give an integer from 1 up")
+    temperature = host_temperature
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        temperature = -1.0
+    if not 0.0 <= temperature <= 2.0:
+        raise UserError(
+            f"task {name}: host_temperature is {host_temperature!r}; give a number from 0 to 2"
+        )
+    return parse_host(name, host)
+
+
+def parse_host(name: str, host: str) -> tuple[str, str, str]:
+    """(kind, address or model, served model) of the option ``host``; kind is "scripted", "model" or
+    "server".
+
+    Raises UserError for any other form.
+    """
+    if host == "scripted":
+        return "scripted", "", ""
+    if isinstance(host, str) and host.startswith("model:") and host[6:]:
+        return "model", host[6:], ""
+    if isinstance(host, str) and host.startswith(("http://", "https://")):
+        address, _, model = host.partition("#")
+        if model and len(address.partition("//")[2]) > 0:
+            return "server", address, model
+    raise UserError(
+        f"task {name}: host is {host!r}; give scripted, model:PATH_OR_ID or http://ADDRESS/v1#MODEL"
+    )
+
+
+def f1_score(prediction: Sequence[str], reference: Sequence[str]) -> float:
+    """2PR/(P+R) over the items that both have, each as often as both have it; 0 if there are none.
+
+    Given two strings the items are characters, given lists of words they are words. Written as
+    2·common/(sum of lengths), which is the same and exactly 1 for equals.
+    """
+    common = sum((Counter(prediction) & Counter(reference)).values())
+    return 2.0 * common / (len(prediction) + len(reference)) if common else 0.0
+
+
+def without_thoughts(text: str) -> str:
+    """A message without ``<think>`` blocks, one that was cut off or has no beginning included."""
+    if "<think>" not in text and "</think>" not in text:
+        return text
+    kept, at = [], 0
+    while (start := text.find("<think>", at)) >= 0 and (end := text.find("</think>", start)) >= 0:
+        kept.append(text[at:start])
+        at = end + len("</think>")
+    said = "".join(kept) + text[at:]
+    return said.rpartition("</think>")[2].partition("<think>")[0].strip()
+
+
+def plain(text: str) -> str:
+    """Letters and digits alone, in lower case, one space between words."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def words_of(text: str) -> set[str]:
+    """The words of four letters or more, in lower case."""
+    return set(_WORD.findall(text.casefold()))
