@@ -22,6 +22,10 @@ REACH = (
     "load = sys.modules['_frozen_importlib']._gcd_import\n"
 )
 
+LIBC = (
+    "libc = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == 'CDLL'][0](None)\n"
+)
+
 
 def hostile(body: str, reach: bool = True) -> str:
     """Check code whose one constraint does ``body`` and then says yes."""
@@ -57,7 +61,10 @@ ROWS = {
     "import of os": "import os\n" + hostile("os.getcwd()", reach=False),
     "import of subprocess": hostile("import subprocess", reach=False),
     "environment": hostile("assert 'SATUNE_SECRET' in os['environ']"),
-    "network": hostile("load('_socket').socket()"),
+    # Modules that are not loaded cannot be any more; the C library is there and needs none.
+    "module for the network": hostile("load('_socket').socket()"),
+    "network": hostile(LIBC + "assert libc.socket(2, 1, 0) >= 0"),
+    "fork by the C library": hostile(LIBC + "assert libc.fork() >= 0"),
     "signal to its keeper": hostile("os['kill'](os['getppid'](), 9)\nos['kill'](-1, 9)"),
     "huge output": hostile("while True: print('x' * 100000)", reach=False),
     "exit": hostile("raise SystemExit(0)", reach=False),
