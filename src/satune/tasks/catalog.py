@@ -15,8 +15,10 @@ from satune.tasks.arbench_sp import SituationPuzzles
 from satune.tasks.autologi import AutoLogi
 from satune.tasks.guess_number import ArbenchGN, GuessNumber
 from satune.tasks.maths import Aime24, Aime25, Math500, Maths
+from satune.tasks.planbench import Blocks, Logistics
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
+from satune.tasks.zebralogic import ZebraLogic
 from satune.types import Key, Problem, Task, UserError
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -31,6 +33,9 @@ TASKS: dict[str, Callable[..., Task]] = {
     "arbench_gn": ArbenchGN,
     "arbench_sp": SituationPuzzles,
     "autologi": AutoLogi,
+    "planbench_bw": Blocks,
+    "planbench_logistics": Logistics,
+    "zebralogic": ZebraLogic,
 }
 
 _PARTS = ("name", "problems", "extract", "equal", "grade")

@@ -20,7 +20,7 @@ from satune.types import UserError
 Row = dict[str, Any]
 _T = TypeVar("_T")
 
-_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+)?")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)?(:[\w.\[\]%-]+)?")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -28,8 +28,8 @@ def read_rows(source: str | Path, bare: str | None = None) -> list[tuple[str, Ro
     """(place, row) for each row of ``source``; place is "file, line n" or "file, row n".
 
     A source is a JSONL or Parquet file, a ``.json`` file that holds one list, a directory
-    written by ``datasets.save_to_disk``, or a hub id ``org/name`` or ``org/name:split`` (split
-    "train" if left out). A list's items that are no objects become rows with the one field
+    written by ``datasets.save_to_disk``, or a hub id ``org/name[/subset][:split]`` (split "train"
+    if left out). A list's items that are no objects become rows with the one field
     ``bare``, if that is given.
 
     Raises UserError for a missing file (naming the nearest), a damaged row, an empty source, and a
@@ -160,7 +160,10 @@ def _from_datasets(source: str, directory: Path | None) -> list[tuple[str, Row]]
     else:
         name, _, split = source.partition(":")
         try:
-            loaded = datasets.load_dataset(name, split=split or "train")
+            organisation, short, *subset = name.split("/")
+            loaded = datasets.load_dataset(
+                f"{organisation}/{short}", *subset, split=split or "train"
+            )
         except (OSError, ValueError) as error:
             # No network, no such data set, no such split: the library says which.
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
