@@ -21,13 +21,14 @@ ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
     "loading": {"types"},
+    "lines": {"types"},
     "core": set(),
     "lab": {"core"},
     "agents": {"types", "loading", "core"},
     "team": {"types", "loading", "agents"},
     "protocols": {"types", "loading"},
     "tasks": {"types", "loading"},
-    "engines": {"types", "loading", "agents"},
+    "engines": {"types", "loading", "lines", "agents"},
     "conversation": {"types", "loading"},
     "rollout": {"types", "loading", "conversation"},
     "demonstrations": {"types", "loading", "conversation", "rollout"},
@@ -48,6 +49,7 @@ OUTSIDE: dict[str, set[str]] = {
     # rooms that hold to few packages beside the standard library
     "types": set(),
     "loading": set(),
+    "lines": set(),
     "core": {"torch", "scipy"},
     "lab": {"numpy", "scipy", "torch"},
     "protocols": set(),
