@@ -40,6 +40,8 @@ ARROWS: dict[str, set[str] | None] = {
     "progress": set(),
     "scalars": {"types"},
     "assembly": None,
+    "candidates": None,
+    "examination": None,
     "description": None,
     "quickstart": None,
     "cli": None,
