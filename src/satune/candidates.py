@@ -36,6 +36,8 @@ class Candidate:
     engine: Engine
     identity: dict[str, Any]
     protocol: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+    """Keys of a protocol that were given for this evaluation."""
     task: dict[str, Any] = field(default_factory=dict)
     held_out: str | None = None
     seed: int = 0
@@ -158,7 +160,8 @@ def _of_directory(place: Path, keys: dict[str, Any]) -> Candidate:
         team.seats_for(limit),
         _engine(team, section),
         {"team": _fingerprint(directory)},
-        protocol={**team.protocol, **keys["protocol"]},
+        protocol=dict(team.protocol),
+        asked=keys["protocol"],
         task={**team.task, **keys["task"]},
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
@@ -183,7 +186,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
         team.seats_for(_room(team)),
         _engine(team, section),
         {"model": _fingerprint(Path(given)) if local else given, "seats": copies},
-        protocol=keys["protocol"],
+        asked=keys["protocol"],
         task=keys["task"],
         conversations=2 * section.max_rows,
     )

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist, fmean, stdev
 
 from satune.conversation import plurality
-from satune.rollout import Keep, Progress, rollout
+from satune.rollout import Progress, rollout
 from satune.types import Engine, Episode, Key, Problem, Seat, Task, TeamProtocol, UserError
 
 Z_95 = NormalDist().inv_cdf(0.975)
@@ -152,15 +152,12 @@ async def evaluate_async(
     progress: Progress | None = None,
     concurrency: int | None = None,
     per_seat: bool = False,
-    finished: Mapping[tuple[str, int], Episode] | None = None,
-    keep: Keep | None = None,
 ) -> Evaluation:
     """Play ``samples`` episodes of each problem and score them.
 
     ``per_seat`` also grades each seat's last message by itself (a seat that said nothing scores
     0); not in an environment, where a message is no answer. Raises UserError for no problems, for
-    ``per_seat`` in an environment, and as ``rollout``, which also says what ``finished`` and
-    ``keep`` are.
+    ``per_seat`` in an environment, and as ``rollout``.
     """
     if not problems:
         raise UserError("evaluation: there are no problems; give at least one")
@@ -176,8 +173,6 @@ async def evaluate_async(
         task=task,
         progress=progress,
         concurrency=concurrency,
-        finished=finished,
-        keep=keep,
     )
     names = [seat.name for seat in seats] if per_seat else []
     return summarise(episodes, samples, task, names)

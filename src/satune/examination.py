@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from satune.candidates import Candidate, file_identity
-from satune.evaluation import Evaluation, Scores, evaluate_async
+from satune.evaluation import Evaluation, Scores, summarise
 from satune.lines import JsonLines
 from satune.protocols.catalog import load_protocol
-from satune.rollout import episode_from_row, episode_to_row
+from satune.rollout import episode_from_row, episode_to_row, rollout
 from satune.tasks.catalog import load_task, take
 from satune.training.run_directory import disk_errors, write_atomically
 from satune.types import Episode, Key, Problem, Seat, Task, Turn, UserError
@@ -56,10 +56,20 @@ class Wanted:
             raise UserError(f"--temperature: is {self.temperature}; give 0 (greedy) or more")
 
 
+def start(out: Path) -> None:
+    """Refuse a directory with contents that an evaluation would mix with (UserError)."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        begun = (out / "settings.json").is_file()
+        if not begun and any(path.name != "answers.jsonl" for path in out.iterdir()):
+            raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")
+
+
 async def examine(
     candidate: Candidate, wanted: Wanted, out: Path, progress: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
-    """Play what is not in ``out`` yet, and give the report, which is written there too.
+    """Play what is not in ``out`` yet (``start`` came first), and give the report, which is written
+    there too.
 
     Raises UserError for what cannot be had, and for an ``out`` that holds another evaluation.
     """
@@ -91,8 +101,7 @@ async def examine(
     for row in file.read():
         episode = episode_from_row(row)
         finished.setdefault((episode.problem.id, episode.sample), episode)
-    acting = getattr(task, "environment", None) is not None
-    evaluation = await evaluate_async(
+    episodes = await rollout(
         problems,
         samples,
         Key(seed, "evaluate"),
@@ -102,13 +111,16 @@ async def examine(
         task=task,
         progress=lambda done, total: progress(done, total, named["name"]),
         concurrency=wanted.concurrency or candidate.conversations,
-        per_seat=not acting,
         finished=finished,
         keep=lambda episode: file.append(episode_to_row(_without_ids(episode))),
     )
+    # In an environment a message is no answer, and a seat that never spoke has nothing to grade.
+    acting = getattr(task, "environment", None) is not None
+    spoke = {turn.seat for episode in episodes for turn in episode.turns}
+    graded = [] if acting else [seat.name for seat in seats if seat.name in spoke]
     report = {
         "benchmark": named["name"],
-        **figures(evaluation, [seat.name for seat in seats]),
+        **figures(summarise(episodes, samples, task, graded)),
         "protocol": protocol,
         "split": split,
         "seed": seed,
@@ -119,14 +131,15 @@ async def examine(
     return report
 
 
-def figures(evaluation: Evaluation, seats: Sequence[str]) -> dict[str, Any]:
+def figures(evaluation: Evaluation) -> dict[str, Any]:
     """The rows of a report, each with what it cost a problem.
 
     All rows come from the same K conversations a problem. ``team`` and each of ``seats`` have K
-    answers, a seat's being its last message; ``pooled`` has the seats' last messages together, n·K
-    of them; ``oracle`` takes the best of each conversation. ``budget`` says beside each row how
-    many answers it chose from, how many conversations were played for them, and the tokens read
-    and written in those (seats: by that seat; null where the server did not count).
+    answers, a seat's being its last message (one that never spoke has no row); ``pooled`` has the
+    seats' last messages together, n·K of them; ``oracle`` takes the best of each conversation.
+    ``budget`` says beside each row how many answers it chose from, how many conversations were
+    played for them, and the tokens read and written in those (seats: by that seat; null where the
+    server did not count).
     """
     episodes = evaluation.episodes
     turns = [turn for episode in episodes for turn in episode.turns]
@@ -146,7 +159,7 @@ def figures(evaluation: Evaluation, seats: Sequence[str]) -> dict[str, Any]:
                     "conversations": k,
                     **_tokens([turn for turn in turns if turn.seat == name]),
                 }
-                for name in seats
+                for name in dict.fromkeys(turn.seat for turn in turns)
             },
         },
     }
@@ -154,7 +167,7 @@ def figures(evaluation: Evaluation, seats: Sequence[str]) -> dict[str, Any]:
         report["pooled"] = _row(evaluation.pooled)
         report["oracle"] = _row(evaluation.oracle)
         for name in ("pooled", "oracle"):
-            report["budget"][name] = {"answers": len(seats) * k, **whole}
+            report["budget"][name] = {"answers": len(evaluation.seats) * k, **whole}
     report["cut_by_length"] = sum(t.finish_reason == "length" for t in turns) / max(1, len(turns))
     report["environment_tokens"] = sum(episode.environment_tokens for episode in episodes)
     report["per_problem"] = [
@@ -218,10 +231,11 @@ def _problems(task: Task, split: str, limit: int | None) -> list[Problem]:
 
 
 def _protocol(candidate: Candidate, wanted: Wanted, seats: Sequence[Seat]) -> dict[str, Any]:
-    own = candidate.protocol
-    name = wanted.protocol or own.get("name") or ("solo" if len(seats) == 1 else "vote")
+    own, asked = candidate.protocol, candidate.asked
+    usual = "solo" if len(seats) == 1 else "vote"
+    name = wanted.protocol or asked.get("name") or own.get("name") or usual
     kept = own if own.get("name", name) == name else {}
-    return {**kept, "name": name, **(wanted.protocol_options or {})}
+    return {**kept, **asked, "name": name, **(wanted.protocol_options or {})}
 
 
 def _hold_against(out: Path, settings: dict[str, Any]) -> None:
@@ -229,10 +243,6 @@ def _hold_against(out: Path, settings: dict[str, Any]) -> None:
     path = out / "settings.json"
     now = json.loads(json.dumps(settings))
     if not path.is_file():
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-            if any(p.name != "answers.jsonl" for p in out.iterdir()):
-                raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")
         write_atomically(path, json.dumps(now, indent=1) + "\n")
         return
     try:

@@ -62,7 +62,7 @@ def evaluate(
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
     from satune.candidates import ENVIRONMENT, Routed, local_candidate, served_candidate
     from satune.config.load import override
-    from satune.examination import Wanted, examine
+    from satune.examination import Wanted, examine, start
     from satune.progress import Display
 
     if greedy and temperature is not None:
@@ -125,25 +125,25 @@ def evaluate(
 
     from rich.console import Console
 
-    with Display(Console(stderr=True)) as display:
-
-        async def play() -> dict[str, Any]:
-            candidate, engine = candidate_of(display)
-            try:
-                return await examine(candidate, wanted, directory, display.progress)
-            finally:
-                if engine is not None:
-                    await engine.close()
-                    if engine.repeated or engine.reused:
-                        display.note(
-                            f"{engine.requests} requests, {engine.repeated} of them repetitions; "
-                            f"{engine.reused} answers were on file"
-                        )
-
+    async def play(candidate: Any, engine: Any, display: Display) -> dict[str, Any]:
         try:
-            report = asyncio.run(play())
+            return await examine(candidate, wanted, directory, display.progress)
+        finally:
+            if engine is not None:
+                await engine.close()
+
+    start(directory)
+    with Display(Console(stderr=True)) as display:
+        try:
+            candidate, engine = candidate_of(display)
+            report = asyncio.run(play(candidate, engine, display))
         except KeyboardInterrupt:
             raise Interrupted(shlex.join(command) if directory.is_dir() else "") from None
+        if engine is not None and (engine.repeated or engine.reused):
+            display.note(
+                f"{engine.requests} requests, {engine.repeated} of them repetitions; "
+                f"{engine.reused} answers were on file"
+            )
     show_result({**report, "out": str(directory)}, as_json, show_report)
 
 
@@ -170,32 +170,32 @@ def show_report(report: dict[str, Any]) -> None:
     k = report["k"]
     table = Table(header_style="bold", box=None, pad_edge=False)
     table.add_column("")
-    for column in ("avg", "95% interval", "pass", "majority", "answers", "read", "written"):
-        table.add_column(column, justify="right")
+    for column in ("avg", "95%", "pass", "majority", "answers", "read + written"):
+        table.add_column(column, justify="right", no_wrap=True)
     rows = [("team", report["team"], report["budget"]["team"])]
     rows += [
-        (f"{name}, its last message", row, report["budget"]["seats"][name])
+        (f"seat {name}", row, report["budget"]["seats"][name])
         for name, row in report["seats"].items()
     ]
     if "pooled" in report:
-        rows.append(("all seats' messages", report["pooled"], report["budget"]["pooled"]))
-        rows.append(("best seat (oracle)", report["oracle"], report["budget"]["oracle"]))
+        rows.append(("all messages", report["pooled"], report["budget"]["pooled"]))
+        rows.append(("oracle", report["oracle"], report["budget"]["oracle"]))
     for label, row, budget in rows:
         interval = row["interval"]
         table.add_row(
             label,
             f"{row['avg_at_k']:.3f}",
-            f"[{interval[0]:.3f}, {interval[1]:.3f}]".replace("[", r"\[") if interval else "",
+            f"{interval[0]:.3f}-{interval[1]:.3f}" if interval else "",
             f"{row['pass_at_k']:.3f}",
             f"{row['majority']:.3f}" if "majority" in row else "",
             str(budget["answers"]),
-            _count(budget["prompt_tokens"]),
-            _count(budget["completion_tokens"]),
+            f"{_count(budget['prompt_tokens'])} + {_count(budget['completion_tokens'])}",
         )
     console.print(table)
     console.print(
         f"{report['benchmark']}: {report['problems']} problems, {k} conversations each "
-        f"({report['protocol']['name']}); answers are a problem's, tokens all",
+        f"({report['protocol']['name']}). A seat's answer is its last message, the oracle takes "
+        "the best seat's; answers are counted a problem, tokens in all.",
         highlight=False,
         soft_wrap=True,
     )
@@ -203,4 +203,9 @@ def show_report(report: dict[str, Any]) -> None:
 
 
 def _count(tokens: int | None) -> str:
-    return "not counted" if tokens is None else f"{tokens:,}"
+    if tokens is None:
+        return "unknown"
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= limit:
+            return f"{tokens / limit:.1f}{suffix}"
+    return str(tokens)
