@@ -159,7 +159,8 @@ def show(row: dict[str, Any]) -> None:
         print(
             f"{row['task']}: {row['grades']:,} grades in {row['seconds']:.2f} s "
             f"({row['grades_per_second']:,.0f}/s); the check alone against {row['peer']} on "
-            f"{row['plans']} plans: ratio {row['ratio']:,.0f} (least of a plan {row['smallest_ratio']:,.0f})"
+            f"{row['plans']} plans: ratio {row['ratio']:,.0f} "
+            f"(least of a plan {row['smallest_ratio']:,.0f})"
         )
         return
     print(

@@ -32,17 +32,15 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Scores [problem][sample] of a team, and of each seat's last message if they were asked for.
+class Scores:
+    """Scores [problem][sample] of one contestant, and its majority's score per problem.
 
-    ``majority_P`` scores, per problem, the answer that most of its samples gave.
+    ``majority_P`` scores the answer that most of a problem's samples gave (ties to the earliest;
+    none of them an answer: 0).
     """
 
-    problem_ids: tuple[str, ...]
     scores_PK: tuple[tuple[float, ...], ...]
-    majority_P: tuple[float, ...]
-    seats: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
-    episodes: tuple[Episode, ...] = ()
+    majority_P: tuple[float, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -52,6 +50,48 @@ class Evaluation:
     def avg_at_k(self) -> float:
         """Mean over problems of the mean score of their samples."""
         return fmean(fmean(row) for row in self.scores_PK)
+
+    @property
+    def majority(self) -> float:
+        """Mean over problems of the majority answer's score."""
+        return fmean(self.majority_P)
+
+    def estimate(self) -> Estimate:
+        """``avg_at_k`` with its 95% interval, by problem."""
+        return mean_estimate([fmean(row) for row in self.scores_PK], 0.0, 1.0)
+
+    def pass_at_k(self, k: int) -> float:
+        """Mean over problems of the chance that one of ``k`` samples is fully right (score 1)."""
+        return fmean(pass_at_k(len(row), sum(s >= 1.0 for s in row), k) for row in self.scores_PK)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores [problem][sample] of a team, and of each seat's last message if they were asked for.
+
+    ``majority_P`` scores, per problem, the answer that most of its samples gave. ``pooled`` holds
+    the last messages of all seats together, n·K of them for K conversations of n seats.
+    """
+
+    problem_ids: tuple[str, ...]
+    scores_PK: tuple[tuple[float, ...], ...]
+    majority_P: tuple[float, ...]
+    seats: dict[str, Scores] = field(default_factory=dict)
+    pooled: Scores | None = None
+    episodes: tuple[Episode, ...] = ()
+
+    @property
+    def team(self) -> Scores:
+        return Scores(self.scores_PK, self.majority_P)
+
+    @property
+    def samples(self) -> int:
+        return self.team.samples
+
+    @property
+    def avg_at_k(self) -> float:
+        """Mean over problems of the mean score of their samples."""
+        return self.team.avg_at_k
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -64,7 +104,21 @@ class Evaluation:
     @property
     def majority(self) -> float:
         """Mean over problems of the majority answer's score."""
-        return fmean(self.majority_P)
+        return self.team.majority
+
+    @property
+    def oracle(self) -> Scores | None:
+        """Of each conversation the best of its seats' last messages: what a perfect choice among
+        them would score. It has no majority. None if seats were not graded."""
+        if not self.seats:
+            return None
+        each = [scores.scores_PK for scores in self.seats.values()]
+        return Scores(
+            tuple(
+                tuple(max(of_sample) for of_sample in zip(*of_problem, strict=True))
+                for of_problem in zip(*each, strict=True)
+            )
+        )
 
     @property
     def tokens(self) -> int:
@@ -73,17 +127,17 @@ class Evaluation:
 
     def estimate(self) -> Estimate:
         """``avg_at_k`` with its interval."""
-        return mean_estimate([fmean(row) for row in self.scores_PK], 0.0, 1.0)
+        return self.team.estimate()
 
     def pass_at_k(self, k: int) -> float:
         """Mean over problems of the chance that one of ``k`` samples is fully right (score 1)."""
-        return fmean(pass_at_k(len(row), sum(s >= 1.0 for s in row), k) for row in self.scores_PK)
+        return self.team.pass_at_k(k)
 
     def seat(self, name: str) -> Estimate:
         """A seat's own ``avg_at_k``. Raises UserError if seats were not graded."""
         if name not in self.seats:
             raise UserError(f"evaluation: seat {name!r} was not graded; ask for per_seat")
-        return mean_estimate([fmean(row) for row in self.seats[name]], 0.0, 1.0)
+        return self.seats[name].estimate()
 
 
 async def evaluate_async(
@@ -157,20 +211,53 @@ def evaluate(
 def summarise(
     episodes: Sequence[Episode], samples: int, task: Task, seats: Sequence[str] = ()
 ) -> Evaluation:
-    """The evaluation of whole groups of ``samples`` episodes, as ``rollout`` orders them."""
+    """The evaluation of whole groups of ``samples`` episodes, as ``rollout`` orders them, with rows
+    for ``seats``: each one's last message, graded as if it were the answer."""
     groups = [episodes[i : i + samples] for i in range(0, len(episodes), samples)]
-    majority = []
-    for group in groups:
-        winner = plurality([episode.answer or "" for episode in group], task)
-        majority.append(0.0 if winner is None else group[winner].reward)
+    # Grading may start a process, and a team's answer is mostly some seat's last message.
+    graded = {(e.problem.id, e.answer): e.reward for e in episodes}
+
+    def score(problem: Problem, text: str | None) -> float:
+        at = (problem.id, text)
+        if at not in graded:
+            graded[at] = task.grade(problem, text).score
+        return graded[at]
+
+    def of(texts_PK: Sequence[Sequence[str | None]]) -> Scores:
+        return voted(
+            [
+                [score(group[0].problem, text) for text in texts]
+                for group, texts in zip(groups, texts_PK, strict=True)
+            ],
+            texts_PK,
+        )
+
+    def voted(
+        scores_PK: Sequence[Sequence[float]], texts_PK: Sequence[Sequence[str | None]]
+    ) -> Scores:
+        winners = [plurality([text or "" for text in texts], task) for texts in texts_PK]
+        return Scores(
+            tuple(map(tuple, scores_PK)),
+            tuple(
+                0.0 if winner is None else scores[winner]
+                for winner, scores in zip(winners, scores_PK, strict=True)
+            ),
+        )
+
+    last = {seat: [[_last(e, seat) for e in group] for group in groups] for seat in seats}
+    # By conversation, then by seat: a tie goes to the earliest conversation.
+    pooled = [[_last(e, seat) for e in group for seat in seats] for group in groups]
+    # In an environment the reward is the game's, and the same last action may earn another.
+    team = voted(
+        [[episode.reward for episode in group] for group in groups],
+        [[episode.answer for episode in group] for group in groups],
+    )
     return Evaluation(
         problem_ids=tuple(group[0].problem.id for group in groups),
-        scores_PK=tuple(tuple(episode.reward for episode in group) for group in groups),
-        majority_P=tuple(majority),
-        seats={
-            seat: tuple(tuple(_last_score(e, seat, task) for e in group) for group in groups)
-            for seat in seats
-        },
+        scores_PK=team.scores_PK,
+        majority_P=team.majority_P,
+        seats={seat: of(texts) for seat, texts in last.items()},
+        pooled=of(pooled) if seats else None,
         episodes=tuple(episodes),
     )
 
@@ -217,6 +304,6 @@ def greedy(seats: Sequence[Seat]) -> list[Seat]:
     return [replace(s, sampling=replace(s.sampling, temperature=0.0)) for s in seats]
 
 
-def _last_score(episode: Episode, seat: str, task: Task) -> float:
-    said = [turn.text for turn in episode.turns if turn.seat == seat]
-    return task.grade(episode.problem, said[-1] if said else None).score
+def _last(episode: Episode, seat: str) -> str | None:
+    """The seat's last message in a conversation; None if it said nothing."""
+    return next((turn.text for turn in reversed(episode.turns) if turn.seat == seat), None)

@@ -30,6 +30,7 @@ from satune.types import (
 __all__ = ["Talk", "episode_from_row", "episode_to_row", "play", "rollout", "rollout_sync"]
 
 Progress = Callable[[int, int], None]
+Keep = Callable[[Episode], None]
 Row = dict[str, Any]
 
 
@@ -71,12 +72,17 @@ async def rollout(
     task: Task,
     progress: Progress | None = None,
     concurrency: int | None = None,
+    finished: Mapping[tuple[str, int], Episode] | None = None,
+    keep: Keep | None = None,
 ) -> list[Episode]:
     """``samples`` episodes of each problem, ordered by problem, then by sample.
 
     ``progress(done, total)`` is called after each episode. Unless ``concurrency`` bounds how many
     conversations are open at a time, the engine has been told of every one before the first
     starts: a local engine waits for all open ones before it decodes a batch.
+
+    ``finished`` holds episodes of an earlier call by problem id and sample, which are not played
+    again; ``keep`` is given each one that is played, as soon as it has ended.
 
     The first failure cancels the rest and is raised as it is. Raises UserError for two problems
     with one id, for ``samples`` or ``concurrency`` below 1, and as ``play``.
@@ -92,10 +98,12 @@ async def rollout(
             raise UserError(f"rollout: two problems have the id {problem.id!r}; make ids unique")
         seen.add(problem.id)
 
-    jobs = [(p, key.at(problem=p.id, sample=i)) for p in problems for i in range(samples)]
+    wanted = [(p, key.at(problem=p.id, sample=i)) for p in problems for i in range(samples)]
+    had = finished or {}
+    jobs = [(p, k) for p, k in wanted if (p.id, k.sample) not in had]
     gate = asyncio.Semaphore(concurrency) if concurrency is not None else None
     open_keys: dict[Key, None] = {}
-    done = 0
+    done = len(wanted) - len(jobs)
 
     def begin(job_key: Key) -> None:
         engine.begin(job_key)
@@ -112,8 +120,10 @@ async def rollout(
         finally:
             end(job_key)
         done += 1
+        if keep is not None:
+            keep(episode)
         if progress is not None:
-            progress(done, len(jobs))
+            progress(done, len(wanted))
         return episode
 
     async def gated(problem: Problem, job_key: Key, gate: asyncio.Semaphore) -> Episode:
@@ -123,15 +133,18 @@ async def rollout(
 
     try:
         if gate is not None:
-            return await together([gated(p, k, gate) for p, k in jobs])
-        for _, job_key in jobs:
-            begin(job_key)
-        return await together([one(p, k) for p, k in jobs])
+            played = await together([gated(p, k, gate) for p, k in jobs])
+        else:
+            for _, job_key in jobs:
+                begin(job_key)
+            played = await together([one(p, k) for p, k in jobs])
     finally:
         # Begun but never started: a later begin failed, or the task was cancelled before its first
         # step and so never reached its own finally.
         for job_key in list(open_keys):
             end(job_key)
+    news = {(episode.problem.id, episode.sample): episode for episode in played}
+    return [had.get((p.id, k.sample)) or news[p.id, k.sample] for p, k in wanted]
 
 
 def rollout_sync(

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from satune.agents.rendering import (
+from satune.agents.messages import (
     CONTINUE,
-    ChatRenderer,
     TemplateSettings,
     without_thoughts,
 )
+from satune.agents.rendering import ChatRenderer
 from satune.agents.zoo import tiny_tokenizer
 from satune.types import Completion, Entry, UserError, text_part
 

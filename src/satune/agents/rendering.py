@@ -7,52 +7,24 @@ growing sequence, which a KV cache can follow and which training scores without 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from satune.types import Completion, Entry, Message, Prompt, UserError, text_part
+from satune.agents.messages import (
+    MessageBuilder,
+    TemplateSettings,
+    Transcript,
+    own_message,
+    user_message,
+)
+from satune.types import Completion, Entry, Message, Prompt, UserError
 
-CONTINUE = "continue"
-"""What a seat is told between two messages of its own, since chat templates want roles to
-alternate and an empty message is shown differently by each of them."""
-
-_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _HISTORIES = (("3+4",), ("a b", "c", "d"), ("1", "x y.", "22", "z", "3\n4", "w", "v"))
 _REPLIES = (("7", "a: 8"), ("one\ntwo", "b"), ("12", "x\ny"))
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateSettings:
-    """How an agent's chat template is used.
-
-    ``enable_thinking`` is handed to the template (None: its own default). ``chat`` is Jinja text
-    that takes the place of the tokenizer's template, or gives one to a base model that has none.
-    ``show_thoughts`` leaves other seats' ``<think>`` blocks in what this agent reads; ``names``
-    puts "seat: " before other seats' messages.
-    """
-
-    enable_thinking: bool | None = None
-    chat: str | None = None
-    show_thoughts: bool = False
-    names: bool = True
-
-
-def without_thoughts(text: str) -> str:
-    """``text`` without ``<think>`` blocks.
-
-    A block that never closes was cut by the length limit and is thought to its end; one that never
-    opens was opened by the template and is thought from the start.
-    """
-    if "<think>" not in text and "</think>" not in text:
-        return text
-    text = _THOUGHT.sub("", text)
-    return text.rsplit("</think>", 1)[-1].split("<think>", 1)[0].strip()
 
 
 def _is_plain(text: str) -> bool:
@@ -60,7 +32,7 @@ def _is_plain(text: str) -> bool:
     return bool(text) and "<" not in text and text == text.strip()
 
 
-class ChatRenderer:
+class ChatRenderer(MessageBuilder):
     """Renders for one agent: its tokenizer, its chat template, its context (types.Renderer).
 
     ``append_only`` tells whether the template passed the probe made here: what it writes after a
@@ -88,8 +60,8 @@ class ChatRenderer:
                 f"template.chat: the tokenizer of {tokenizer.name_or_path or 'this agent'} has no "
                 "chat template; give one as Jinja text"
             )
+        super().__init__(template)
         self.tokenizer = tokenizer
-        self.template = template
         self.context_limit = context_limit
         self.encode = lru_cache(maxsize=65536)(self._encode)
         self._special = {
@@ -130,15 +102,16 @@ class ChatRenderer:
         heads: set[tuple[str, ...] | None] = set()
         tails: set[tuple[str, ...] | None] = set()
         for content in ("7 eight", "3+4", "p\nq"):
-            around = self.render([_user(content)]).split(content)
+            around = self.render([user_message(content)]).split(content)
             heads.add(tuple(around) if len(around) == 2 else None)
         for history in _HISTORIES:
             messages = [
-                _user(text) if at % 2 == 0 else _own(text) for at, text in enumerate(history)
+                user_message(text) if at % 2 == 0 else own_message(text)
+                for at, text in enumerate(history)
             ]
             prompt = self.render(messages)
             for own, reply in _REPLIES:
-                whole = self.render([*messages, _own(own), _user(reply)])
+                whole = self.render([*messages, own_message(own), user_message(reply)])
                 start = prompt + own
                 around = whole[len(start) :].split(reply) if whole.startswith(start) else []
                 tails.add(tuple(around) if len(around) == 2 else None)
@@ -148,7 +121,7 @@ class ChatRenderer:
         """The text of a conversation that is one user message so far."""
         if self._head is not None and isinstance(content, str) and _is_plain(content):
             return self._head[0] + content + self._head[1]
-        return self.render([_user(content)])
+        return self.render([user_message(content)])
 
     def tail(self, content: Any) -> str:
         """What follows a plain own message when a user message answers it (append_only)."""
@@ -156,56 +129,14 @@ class ChatRenderer:
         if isinstance(content, str) and _is_plain(content):
             return self._tail[0] + content + self._tail[1]
         # The probe showed that nothing earlier matters, so the shortest history serves.
-        short = [_user("1")]
+        short = [user_message("1")]
         start = self.render(short) + "2"
-        return self.render([*short, _own("2"), _user(content)])[len(start) :]
-
-    def message(self, entry: Entry) -> str | list[Any]:
-        """One user-side entry as message content: text, or parts where not all are text."""
-        if entry.kind == "problem":
-            if all(part.get("type") == "text" for part in entry.parts):
-                return "".join(part["text"] for part in entry.parts)
-            return list(entry.parts)
-        if entry.kind == "foreign":
-            shown = entry.text if self.template.show_thoughts else without_thoughts(entry.text)
-            return f"{entry.seat}: {shown}" if self.template.names else shown
-        return entry.text
-
-    def content(self, entries: Sequence[Entry]) -> str | list[Any]:
-        """User-side entries merged into one message; with none, the seat is told to go on."""
-        items = [self.message(entry) for entry in entries] or [CONTINUE]
-        if all(isinstance(item, str) for item in items):
-            return "\n".join(items)  # type: ignore[arg-type]
-        parts: list[Any] = []
-        for at, item in enumerate(items):
-            parts += [text_part("\n")] if at else []
-            parts += [text_part(item)] if isinstance(item, str) else item
-        return parts
-
-    def messages(self, entries: Sequence[Entry]) -> list[Message]:
-        """Entries as chat messages whose roles alternate, user first and last."""
-        messages: list[Message] = []
-        waiting: list[Entry] = []
-        for entry in entries:
-            if entry.kind == "own":
-                messages += [_user(self.content(waiting)), _own(entry.text)]
-                waiting = []
-            else:
-                waiting.append(entry)
-        return [*messages, _user(self.content(waiting))]
+        return self.render([*short, own_message("2"), user_message(content)])[len(start) :]
 
     def suffix_ids(self, suffix: str, completion_ids: Sequence[int]) -> tuple[int, ...]:
         """The ids of what follows a completion, without the end token where that was sampled."""
         end = self._special.get(completion_ids[-1]) if completion_ids else None
         return self.encode(suffix.removeprefix(end) if end else suffix)
-
-
-def _user(content: Any) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _own(text: str) -> Message:
-    return {"role": "assistant", "content": text}
 
 
 def _only(found: set[Any]) -> tuple[str, str] | None:
@@ -222,8 +153,7 @@ class ChatView:
     def __init__(self, renderer: ChatRenderer, seat: str) -> None:
         self._renderer = renderer
         self._seat = seat
-        self._seen = 0
-        self._entries: list[Entry] = []
+        self._transcript = Transcript()
         self._dropped: set[int] = set()
         self._messages: list[Message] = []
         self._text = ""
@@ -247,12 +177,7 @@ class ChatView:
         Raises:
             UserError: the prompt does not fit the context even so.
         """
-        new = list(entries[self._seen :])
-        if self._seen:
-            # The own message answers the last prompt, whatever was written at the same moment.
-            new.sort(key=lambda entry: entry.kind != "own")
-        self._seen = len(entries)
-        self._entries += new
+        new = self._transcript.extend(entries)
         if not self._extend(new):
             self._anew()
         while len(self._ids) + max_new_tokens > self._renderer.context_limit:
@@ -269,7 +194,7 @@ class ChatView:
         if own.kind != "own" or own.text != completion.text or any(e.kind == "own" for e in rest):
             return False
         content = renderer.content(rest)
-        messages = [*self._messages, _own(own.text), _user(content)]
+        messages = [*self._messages, own_message(own.text), user_message(content)]
         start = self._text + own.text
         if renderer.append_only and _is_plain(own.text):
             suffix = renderer.tail(content)
@@ -284,7 +209,9 @@ class ChatView:
         return True
 
     def _anew(self) -> None:
-        kept = [entry for at, entry in enumerate(self._entries) if at not in self._dropped]
+        kept = [
+            entry for at, entry in enumerate(self._transcript.entries) if at not in self._dropped
+        ]
         self._messages = self._renderer.messages(kept)
         if len(self._messages) == 1:
             self._text = self._renderer.head(self._messages[0]["content"])
@@ -293,7 +220,9 @@ class ChatView:
         self._ids = self._renderer.encode(self._text)
 
     def _drop_oldest(self, max_new_tokens: int) -> None:
-        foreign = [at for at, entry in enumerate(self._entries) if entry.kind == "foreign"][:-1]
+        foreign = [
+            at for at, entry in enumerate(self._transcript.entries) if entry.kind == "foreign"
+        ][:-1]
         left = [at for at in foreign if at not in self._dropped]
         if not left:
             raise UserError(

@@ -41,23 +41,32 @@ def show_result(
         show(value)
 
 
-def shipped_recipe(given: str) -> Path:
-    """A recipe file, or one that ships by its name (``relay``, ``table1/sat-3x-qwen3-4b``)."""
+def find_recipe(given: str) -> Path | None:
+    """``shipped_recipe``, None where there is no such recipe."""
     path = Path(given)
     if path.suffix in (".yaml", ".yml") or path.exists():
         return path
-    names: list[str] = []
-    for root in (
-        Path(__file__).parents[3] / "recipes",
-        Path(sysconfig.get_path("data")) / "share" / "satune" / "recipes",
-    ):
-        if (root / f"{given}.yaml").is_file():
-            return root / f"{given}.yaml"
-        names += [str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml")]
+    found = (root / f"{given}.yaml" for root in _recipe_folders())
+    return next((path for path in found if path.is_file()), None)
+
+
+def _recipe_folders() -> list[Path]:
+    """In a checkout of the repository, and where an installed package has them."""
+    installed = Path(sysconfig.get_path("data")) / "share" / "satune" / "recipes"
+    return [Path(__file__).parents[3] / "recipes", installed]
+
+
+def shipped_recipe(given: str) -> Path:
+    """A recipe file, or one that ships by its name (``relay``, ``table1/sat-3x-qwen3-4b``)."""
+    path = find_recipe(given)
+    if path is not None:
+        return path
     from satune.config.checks import nearest
 
+    roots = _recipe_folders()
+    names = [str(p.relative_to(r).with_suffix("")) for r in roots for p in r.rglob("*.yaml")]
     near = nearest(given, sorted(names))
-    mend = f"did you mean {near}?" if near else f"the folder {root} holds them"
+    mend = f"did you mean {near}?" if near else f"the folder {roots[-1]} holds them"
     raise UserError(f"{given}: no such file, and no recipe ships by that name; {mend}")
 
 

@@ -10,6 +10,7 @@ import typer
 from satune.cli.bench import bench
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
+from satune.cli.eval import evaluate
 from satune.cli.grade import grade
 from satune.cli.train import quickstart, train
 from satune.types import UserError
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 for command in (quickstart, train, describe, grade, bench):
     app.command()(command)
+app.command(name="eval")(evaluate)
 
 
 def main() -> None:

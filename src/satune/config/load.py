@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     layers = read_layers(Path(path), _read)
     data = merge(layers)
-    overridden = [_override(data, text) for text in overrides]
+    overridden = [override(data, text) for text in overrides]
 
     def refuse(found: list[Fault]) -> UserError:
         key, message = found[0]
@@ -120,7 +120,7 @@ def _damage(error: yaml.YAMLError) -> str:
     return f", line {mark.line + 1}: {problem}" if mark else f": {problem}"
 
 
-def _override(data: dict[str, Any], text: str) -> str:
+def override(data: dict[str, Any], text: str) -> str:
     """Apply one override to ``data`` in place and give its dotted key."""
     dotted, equals, written = text.partition("=")
     dotted = dotted.strip()
