@@ -25,6 +25,7 @@ from satune.evaluation import Evaluation, evaluate, mean_estimate
 from satune.protocols.catalog import load_protocol
 from satune.rollout import episode_from_row, episode_to_row, rollout_sync
 from satune.tasks.catalog import load_task, take
+from satune.tasks.contamination import Without, note, training_overlaps
 from satune.team import Team, build_team
 from satune.training.checkpoint import Checkpoints, tensor_errors
 from satune.training.run import State, Training, Watcher
@@ -94,7 +95,16 @@ def load_tasks(recipe: Recipe) -> tuple[Task, tuple[Task, str]]:
     if recipe.evaluate.data is None:
         return task, (task, "eval")
     held_out = load_task(section.name, recipe.evaluate.data, recipe.seed, None, **section.options)
+    if recipe.evaluate.drop_overlap:
+        task = Without(task, training_overlaps(task, held_out))
     return task, (held_out, "all")
+
+
+def overlap_note(task: Task, held_out: tuple[Task, str]) -> str:
+    """One line if problems that are trained on are also evaluated on, or were left out for it."""
+    if isinstance(task, Without):
+        return note(task.left_out, dropped=True)
+    return "" if held_out[0] is task else note(training_overlaps(task, held_out[0]), dropped=False)
 
 
 def assemble(recipe: Recipe, progress: Progress = no_progress) -> Cast:

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from satune.agents.zoo import is_tiny, tiny_model
+from satune.assembly import load_tasks, overlap_note
 from satune.config.load import recipe_text
 from satune.config.schema import AgentSection, Recipe
 
@@ -88,7 +89,17 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "episodes": [episodes * count for count in rollouts],
         },
         "stages": recipe.stages,
+        **_overlap(recipe),
     }
+
+
+def _overlap(recipe: Recipe) -> dict[str, str]:
+    """What training and evaluation data share, if both are files (a hub's are not fetched here)."""
+    files = (recipe.task.data, recipe.evaluate.data)
+    if not all(file is not None and Path(file).is_file() for file in files):
+        return {}
+    line = overlap_note(*load_tasks(recipe))
+    return {"overlap": line} if line else {}
 
 
 def _sizes(section: AgentSection) -> tuple[int, int] | None:
@@ -150,6 +161,8 @@ def show_description(description: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if "overlap" in description:
+        console.print(description["overlap"], highlight=False, soft_wrap=True)
 
 
 def _count(number: int | None) -> str:

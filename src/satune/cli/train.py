@@ -103,7 +103,13 @@ def _train(
     import torch
 
     from satune.agents.zoo import is_tiny
-    from satune.assembly import assemble, check_recipe_unchanged, start_training, tolerance_of
+    from satune.assembly import (
+        assemble,
+        check_recipe_unchanged,
+        overlap_note,
+        start_training,
+        tolerance_of,
+    )
     from satune.report.plots import plot_training
     from satune.scalars import scalar_writer
     from satune.training.checkpoint import Checkpoints, tensor_errors
@@ -122,6 +128,9 @@ def _train(
         torch.set_num_threads(1)
     with ExitStack() as stack:
         cast = assemble(recipe, display.progress)
+        overlap = overlap_note(cast.task, cast.held_out)
+        if overlap:
+            display.note(overlap)
         # Whatever is written from here on lies in the run's directory.
         stack.enter_context(tensor_errors(directory.path))
         if resume and name is None:
