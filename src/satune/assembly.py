@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from satune.agents.loading import AgentSpec, LoraSpec, Precision
 from satune.agents.policy import Policy
@@ -21,6 +21,7 @@ from satune.engines.roles import OpenServer, with_roles
 from satune.evaluation import Evaluation, evaluate
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take
+from satune.tasks.contamination import Without, note, training_overlaps
 from satune.team import Team, build_team
 from satune.training.checkpoint import tensor_errors
 from satune.types import Engine, Key, Problem, Task, TeamProtocol
@@ -80,7 +81,16 @@ def load_tasks(recipe: Recipe) -> tuple[Task, tuple[Task, str]]:
     if recipe.evaluate.data is None:
         return task, (task, "eval")
     held_out = load_task(section.name, recipe.evaluate.data, recipe.seed, None, **section.options)
+    if recipe.evaluate.drop_overlap:
+        task = cast(Task, Without(task, training_overlaps(task, held_out)))
     return task, (held_out, "all")
+
+
+def overlap_note(task: Task, held_out: tuple[Task, str]) -> str:
+    """One line if problems that are trained on are also evaluated on, or were left out for it."""
+    if isinstance(task, Without):
+        return note(task.left_out, dropped=True)
+    return "" if held_out[0] is task else note(training_overlaps(task, held_out[0]), dropped=False)
 
 
 def assemble(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
 from satune.agents.zoo import is_tiny, tiny_model
+from satune.assembly import load_tasks, overlap_note
 from satune.config.load import recipe_text
 from satune.config.schema import AgentSection, Recipe
 
@@ -98,6 +100,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "certify_episodes": _certify_episodes(recipe, steps),
         },
         "stages": recipe.stages,
+        **_overlap(recipe),
     }
 
 
@@ -108,6 +111,15 @@ def _certify_episodes(recipe: Recipe, steps: int) -> list[int]:
     sides = 1 if certify.evidence == "pessimistic" else 2
     one = certify.problems * certify.samples * sides * windows
     return [one, one * (1 + certify.backtracks * (certify.accept == "certified"))]
+
+
+def _overlap(recipe: Recipe) -> dict[str, str]:
+    """What training and evaluation data share, if both are files (a hub's are not fetched here)."""
+    files = (recipe.task.data, recipe.evaluate.data)
+    if not all(file is not None and Path(file).is_file() for file in files):
+        return {}
+    line = overlap_note(*load_tasks(recipe))
+    return {"overlap": line} if line else {}
 
 
 def _sizes(section: AgentSection) -> tuple[int, int, int | None] | None:
@@ -195,6 +207,8 @@ def show_description(description: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     console.print(description["fit"], highlight=False, soft_wrap=True)
+    if "overlap" in description:
+        console.print(description["overlap"], highlight=False, soft_wrap=True)
 
 
 def _count(number: int | None) -> str:

@@ -103,7 +103,7 @@ def _train(
     import torch
 
     from satune.agents.zoo import is_tiny
-    from satune.assembly import assemble
+    from satune.assembly import assemble, overlap_note
     from satune.launch import check_recipe_unchanged, start_training, tolerance_of
     from satune.report.plots import plot_training
     from satune.scalars import scalar_writer
@@ -123,6 +123,9 @@ def _train(
         torch.set_num_threads(1)
     with ExitStack() as stack:
         cast = assemble(recipe, display.progress)
+        overlap = overlap_note(cast.task, cast.held_out)
+        if overlap:
+            display.note(overlap)
         # Whatever is written from here on lies in the run's directory.
         stack.enter_context(tensor_errors(directory.path))
         if resume and name is None:

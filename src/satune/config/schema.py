@@ -271,6 +271,7 @@ class EvaluateSection(Section):
     samples: Count = 1
     every: Whole = 0
     data: str | None = None
+    drop_overlap: bool = False
     greedy: bool = True
 
 
