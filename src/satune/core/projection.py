@@ -2,8 +2,8 @@
 
 Of all policies within KL(.‖p) <= delta the geometric mixture pi_lambda, proportional to
 p e^(lambda z) with z = log q - log p, is the one nearest the newcomer q. Logits come after each
-policy's own temperature, which is part of the policy. Shape suffixes: ``N`` states, ``V``
-vocabulary, ``T`` own tokens, ``E`` episodes, ``P`` problems.
+policy's own temperature, which is part of the policy. Nothing here has a gradient. Shape suffixes:
+``N`` states, ``V`` vocabulary, ``T`` own tokens, ``E`` episodes, ``P`` problems.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Projection:
         return Projection(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
+@torch.no_grad()
 def project(logits_p_NV: Tensor, logits_q_NV: Tensor, delta: float) -> Projection:
     """Solve KL(pi_lambda‖p) = delta at each state [N], in float64 (THEORY §7).
 
@@ -78,6 +79,7 @@ def project(logits_p_NV: Tensor, logits_q_NV: Tensor, delta: float) -> Projectio
     return Projection.joined(blocks)
 
 
+@torch.no_grad()
 def mixture_logprobs(logits_p_NV: Tensor, logits_q_NV: Tensor, lambda_N: Tensor) -> Tensor:
     """log pi_lambda [N, V] at given lambda_N, -inf where it has no mass; worked out in float64 and
     returned in the logits' own precision (at least float32). lambda = 0 gives log p.
@@ -103,6 +105,7 @@ def mixture_logprobs(logits_p_NV: Tensor, logits_q_NV: Tensor, lambda_N: Tensor)
     return mixed_NV
 
 
+@torch.no_grad()
 def alignment_terms(
     logits_p_NV: Tensor, logits_q_NV: Tensor, targets_N: Tensor, delta: float
 ) -> Tensor:
