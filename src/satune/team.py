@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -59,38 +60,22 @@ class Team:
     def seats_of(self, agent: str) -> list[str]:
         return [seat for seat, filled_by in self.seats.items() if filled_by == agent]
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, *, final: Path | None = None) -> None:
         """Write the team: manifest.json and a Hugging Face (or PEFT) directory an agent.
 
-        Written beside and renamed, so that ``directory`` is always whole.
+        Written beside and renamed, so that ``directory`` is always whole. ``final``: where it will
+        lie in the end, if elsewhere.
         """
         beside = directory.with_name(directory.name + ".writing")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        agents: dict[str, Any] = {}
         bases: dict[str, str] = {}
-        for name, policy in self.policies.items():
-            spec = self.specs[name]
-            target = beside / name
-            if policy.adapter:
-                base = self._save_base(policy, beside, directory, bases)
-                _save_adapter(policy, target, base)
-            else:
-                _plain_generation(policy)
-                policy.causal_lm.save_pretrained(target)
-            policy.tokenizer.save_pretrained(target)
-            agents[name] = {
-                "dir": name,
-                "temperature": spec.temperature,
-                "template": asdict(spec.template),
-                "sharing": self.sharing,
-                "delta": spec.delta,
-                "lora": asdict(spec.lora) if spec.lora else None,
-            }
+        for name in self.policies:
+            self.save_agent(name, beside, final or directory, bases)
         manifest = {
             "format": FORMAT,
             "seats": self.seats,
-            "agents": agents,
+            "agents": {name: self.entry(name) for name in self.policies},
             "protocol": dict(self.protocol),
             "task": dict(self.task),
         }
@@ -98,18 +83,41 @@ class Team:
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)
 
-    def _save_base(
-        self, policy: Policy, beside: Path, directory: Path, bases: dict[str, str]
-    ) -> str:
-        """A base that lies in a local directory goes along; one from the hub keeps its id."""
-        source = str(policy.config._name_or_path)
-        if not Path(source).is_dir():
-            return source
-        if source not in bases:
-            name = f"base-{len(bases)}"
-            shutil.copytree(source, beside / name)
-            bases[source] = str(directory.resolve() / name)
-        return bases[source]
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the manifest says of an agent."""
+        spec = self.specs[name]
+        return {
+            "dir": name,
+            "temperature": spec.temperature,
+            "template": asdict(spec.template),
+            "sharing": self.sharing,
+            "delta": spec.delta,
+            "lora": asdict(spec.lora) if spec.lora else None,
+        }
+
+    def save_agent(self, name: str, beside: Path, final: Path, bases: dict[str, str]) -> None:
+        """Write an agent's directory into ``beside``, which will lie at ``final``; ``bases`` has
+        those that are written already, by where they came from."""
+        policy, target = self.policies[name], beside / name
+        if policy.adapter:
+            _save_adapter(policy, target, _save_base(policy, beside, final, bases))
+        else:
+            _plain_generation(policy)
+            policy.causal_lm.save_pretrained(target)
+        policy.tokenizer.save_pretrained(target)
+
+
+def _save_base(policy: Policy, beside: Path, final: Path, bases: dict[str, str]) -> str:
+    """A base that lies in a local directory goes along; one from the hub keeps its id."""
+    source = str(policy.config._name_or_path)
+    if not Path(source).is_dir():
+        return source
+    if source not in bases:
+        names = (f"base-{number}" for number in itertools.count())
+        name = next(name for name in names if not (beside / name).exists())
+        shutil.copytree(source, beside / name)
+        bases[source] = str(final.resolve() / name)
+    return bases[source]
 
 
 def _save_adapter(policy: Policy, target: Path, base: str) -> None:

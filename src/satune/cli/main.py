@@ -10,6 +10,7 @@ import typer
 from satune.cli.bench import bench
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
+from satune.cli.swap import swap
 from satune.cli.train import quickstart, train
 from satune.types import UserError
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, describe, bench):
+for command in (quickstart, train, swap, describe, bench):
     app.command()(command)
 
 
