@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str] | None] = {
     "rollout": {"types", "loading", "conversation"},
     "demonstrations": {"types", "loading", "conversation", "rollout"},
     "training": TRAINING,
-    "swap": TRAINING,
+    "swap": TRAINING | {"training"},
     "evaluation": {"types", "loading", "conversation", "rollout"},
     "report": set(),
     "config": None,
