@@ -22,24 +22,9 @@ from satune.core.projection import mixture_logprobs, project
 from satune.engines.local import LocalEngine
 from satune.training.self_check import Tolerance, self_check
 from satune.types import Completion, Key, Prompt, Sampling, UserError
-from tiny_models import EOS, Letters, episode, next_token_logprobs, tiny_lm, turn
+from tiny_models import EOS, Alphabet, episode, next_token_logprobs, tiny_lm, turn
 
 KEY = Key(0, "swap", stage=1, step=1)
-
-
-class Alphabet(Letters):
-    """Letters with what a mixture asks of a tokenizer."""
-
-    all_special_ids = (EOS,)
-
-    def __init__(self, size: int = 13) -> None:
-        self.size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(96 + i): i for i in range(self.size)}
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(letter) % self.size for letter in text]
 
 
 def mixture(

@@ -81,7 +81,7 @@ class MixturePolicy(Policy):
         self.autocast = None
         self.config = incumbent.config
         self._vocabularies = [_head_shape(part)[0] for part in self.parts]
-        narrow = min(self._vocabularies)
+        narrow = self.vocabulary
         needed = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         if narrow < needed:
             raise UserError(
@@ -96,6 +96,11 @@ class MixturePolicy(Policy):
     @property
     def device(self) -> torch.device:
         return self.incumbent.device
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids both have logits for."""
+        return min(self._vocabularies)
 
     @property
     def context_limit(self) -> int:
@@ -136,7 +141,7 @@ class MixturePolicy(Policy):
         """Logits [N, V] of incumbent and newcomer after each one's temperature, on their common
         ids, at states [N, H] as ``hidden`` gives them."""
         width = _head_shape(self.incumbent)[1]
-        narrow = min(self._vocabularies)
+        narrow = self.vocabulary
         return tuple(  # type: ignore[return-value]
             part.project(states_NH)[..., :narrow] / part.temperature
             for part, states_NH in zip(
