@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from satune.agents.loading import AgentSpec, Precision, load_policies
-from satune.agents.mixture import tokenizer_difference
+from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
 from satune.assembly import Cast, Progress, assemble, local_engine, lora_spec, model_path
@@ -23,7 +23,7 @@ from satune.config.load import load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe, TeamSection
 from satune.loading import nearest
 from satune.swap.transplant import Newcomer, copy_team, transplant, written_beside
-from satune.team import FORMAT, Team, read_manifest
+from satune.team import FORMAT, Team, add_mixtures, read_manifest
 from satune.training.checkpoint import Checkpoints
 from satune.training.run_directory import RunDirectory, strict_json, write_atomically
 from satune.types import UserError
@@ -127,7 +127,9 @@ def load_found(found: Found, progress: Progress) -> Cast:
     """The team as it is in the checkpoint, ready to play."""
     cast = assemble(found.recipe, progress)
     if found.run is None:
-        return cast
+        manifest, section = read_manifest(found.path), found.recipe.team
+        add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
+        return with_team(cast, found.recipe, cast.team)
     assert found.checkpoint is not None
     path = found.run.checkpoints / found.checkpoint
     for name, policy in cast.team.policies.items():
@@ -193,9 +195,11 @@ class Candidate:
         return self.cast.team.seats[seat]
 
 
-def with_newcomer(base: Candidate, seat: str, model: str) -> Candidate:
-    """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training. Raises
-    UserError where the model does not load."""
+def with_newcomer(
+    base: Candidate, seat: str, model: str, *, loaded: Policy | None = None
+) -> Candidate:
+    """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training; ``loaded``
+    is the policy where there is one already. Raises UserError where the model does not load."""
     cast = base.cast
     recipe, team = cast.recipe, cast.team
     incumbent = team.seats[seat]
@@ -206,7 +210,7 @@ def with_newcomer(base: Candidate, seat: str, model: str) -> Candidate:
     section = section.model_copy(update={"model": path})
     sections, name = reseated(recipe.team, seat, section)
     section = sections.resolved().agents[name]
-    policy = _load(recipe, sections, name, section)
+    policy = loaded or _load(recipe, sections, name, section)
     if section.template.chat is not None and tokenizer_difference(
         team.policies[incumbent].tokenizer, policy.tokenizer
     ):
@@ -220,12 +224,22 @@ def with_newcomer(base: Candidate, seat: str, model: str) -> Candidate:
         policies, specs, dict(resolved.seats), sections.sharing, team.protocol, team.task
     )
     new_recipe = recipe.model_copy(update={"team": sections})
-    engine = local_engine(policies, new_team.seats, new_recipe)
-    new_cast = Cast(
-        new_recipe, cast.task, cast.held_out, cast.protocol, new_team, engine, cast.progress
-    )
     kept = {n: m for n, m in base.newcomers.items() if n in policies}
-    return Candidate(new_cast, kept | {name: path})
+    return Candidate(with_team(cast, new_recipe, new_team), kept | {name: path})
+
+
+def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:
+    """The candidate with the agent ``name`` played by another policy."""
+    team = candidate.cast.team
+    changed = replace(team, policies={**team.policies, name: policy})
+    cast = with_team(candidate.cast, candidate.cast.recipe, changed)
+    return Candidate(cast, dict(candidate.newcomers))
+
+
+def with_team(cast: Cast, recipe: Recipe, team: Team) -> Cast:
+    """The cast with another team, and an engine that serves it."""
+    engine = local_engine(team.policies, team.seats, recipe)
+    return Cast(recipe, cast.task, cast.held_out, cast.protocol, team, engine, cast.progress)
 
 
 def _spec(name: str, section: AgentSection) -> AgentSpec:
@@ -264,9 +278,14 @@ def write_result(
 ) -> None:
     """Write the candidate as ``found`` was: a run that training goes on with, or a team. Complete
     or absent; ``found`` is only read."""
+    mixed = any(isinstance(p, MixturePolicy) for p in candidate.cast.team.policies.values())
     with written_beside(out) as beside:
         if found.run is None:
             _write_team(found, candidate, beside, out)
+        elif mixed:
+            # Nothing of a mixture is trained, so that no run goes on from it.
+            candidate.cast.team.save(beside, final=out)
+        if found.run is None or mixed:
             write_atomically(beside / "swap.json", strict_json(event) + "\n")
         else:
             _write_run(found, candidate, beside, out, event, certify_offset)
@@ -331,12 +350,15 @@ def _write_team(found: Found, candidate: Candidate, beside: Path, out: Path) -> 
     team, manifest = candidate.cast.team, read_manifest(found.path)
     old = manifest["agents"]
     kept = {n: old[n] for n in team.policies if n not in candidate.newcomers}
-    dirs = {entry["dir"] for entry in kept.values()}
-    left_out = [entry["dir"] for entry in old.values() if entry["dir"] not in dirs]
+    dirs = [folder for entry in kept.values() for folder in _folders(entry)]
+    left_out = [f for entry in old.values() for f in _folders(entry) if f not in dirs]
     entries: dict[str, Any] = {}
     for name in team.policies:
         entry = kept[name] if name in kept else team.entry(name)
         entries[name] = entry | {"sharing": team.sharing}
+    for folder in (f for n in candidate.newcomers for f in _folders(entries[n])):
+        if (found.path / folder).exists() and folder not in left_out:
+            raise UserError(f"{found.path}: holds a {folder!r} that is no agent; move it away")
     copy_team(
         found.path,
         beside,
@@ -344,6 +366,9 @@ def _write_team(found: Found, candidate: Candidate, beside: Path, out: Path) -> 
         left_out=[*left_out, "swap.json", "swap-evidence.jsonl"],
     )
     for name in candidate.newcomers:
-        if (beside / name).exists():
-            raise UserError(f"{found.path}: holds a {name!r} that is no agent; move it away")
         team.save_agent(name, beside, out, {})
+
+
+def _folders(entry: Mapping[str, Any]) -> list[str]:
+    """The directories of an agent in its team's."""
+    return [entry["dir"], *([entry["mixture"]["dir"]] if "mixture" in entry else [])]

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from satune.agents.mixture import tokenizer_difference
+from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.assembly import Cast, Progress, no_progress
 from satune.core.confidence import Spending
 from satune.evaluation import Evaluation, paired_difference
 from satune.loading import nearest
+from satune.projecting import EXAMINED, look_at, project_seat
 from satune.reseating import (
     Candidate,
     Found,
@@ -39,6 +40,8 @@ from satune.types import Episode, Key, Problem, UserError
 
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
+TAKEN = ("accepted", "mixture")
+"""Verdicts after which the seat is not the incumbent's alone any more."""
 DELTA, DELTA_OF_ALL = 0.01, 0.004
 """Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
 
@@ -119,7 +122,7 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
         "out": None,
     }
     if job.team is not team:
-        taken = [r for r in job.records if r["verdict"] == "accepted"]
+        taken = [r for r in job.records if r["verdict"] in TAKEN]
         event = {k: v for k, v in result.items() if k not in ("out", "dry_run")} | {
             "seats": [seat for record in taken for seat in record["seats"]],
             "source": str(request.source.resolve()),
@@ -155,7 +158,9 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
 def _overall(verdicts: Sequence[str]) -> str:
     if len(set(verdicts)) == 1:
         return verdicts[0]
-    return "partly accepted" if "accepted" in verdicts else "refused"
+    if all(verdict in TAKEN for verdict in verdicts):
+        return "mixture"
+    return "partly accepted" if any(v in TAKEN for v in verdicts) else "refused"
 
 
 @dataclass(slots=True)
@@ -205,6 +210,13 @@ class _Swap:
                     f"--with {model}: its tokenizer is not that of seat {seat} ({difference}); "
                     "use --method handover"
                 )
+            if isinstance(old.cast.team.policies[old.agent_of(seat)], MixturePolicy):
+                if asked == "project":
+                    raise UserError(
+                        f"--seat {seat}: is filled by a mixture of two models already; use "
+                        "--method handover"
+                    )
+                return "handover"
             if difference is not None:
                 return "handover"
         return "project" if asked == "auto" else asked
@@ -219,16 +231,19 @@ class _Swap:
             "method": method,
             "tokens": 0,
         }
-        naive = self._naive(candidate, record)
+        self._naive(candidate, record)
+        if method == "project":
+            self._examine(candidate, group, record)
         if self.request.dry_run:
             record |= {"verdict": "measured"}
+        elif method == "project":
+            self._project(candidate, group, record)
         else:
             self._hand_over(candidate, record)
-            record |= {"after": naive.avg_at_k, "difference": record["naive_difference"]}
         record["seconds"] = time.perf_counter() - started
         self.records.append(record)
 
-    def _naive(self, candidate: Candidate, record: dict[str, Any]) -> Evaluation:
+    def _naive(self, candidate: Candidate, record: dict[str, Any]) -> None:
         """Held-out reward before, and with the newcomers as they are."""
         if self.before is None:
             self.before = _evaluate(self.original.cast)
@@ -242,7 +257,63 @@ class _Swap:
             "problems": gain.problems,
         }
         record["tokens"] += naive.tokens
-        return naive
+
+    def _examine(
+        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+    ) -> None:
+        """What a projection would be, before one is tried."""
+        record["examination"] = {}
+        for number, (seat, model) in enumerate(group):
+            key = swap_key(self.found, len(self.records)).at(draw=number)
+            figures, tokens = look_at(
+                self.team,
+                candidate,
+                seat,
+                model,
+                delta=self.delta,
+                key=key,
+                offset=self.found.train_offset,
+            )
+            record["examination"][seat] = figures
+            record["tokens"] += tokens
+            self.tell("alignment", {"seat": seat, **figures})
+
+    def _project(
+        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+    ) -> None:
+        """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
+        team: Candidate | None = self.team
+        record["distillation"] = {}
+        for seat, model in group:
+            assert team is not None
+            team, found, tokens = project_seat(
+                team,
+                candidate,
+                seat,
+                model,
+                delta=self.delta,
+                otherwise=self.request.otherwise,
+                key=swap_key(self.found, len(self.records)),
+                offset=self.found.train_offset + EXAMINED,
+                watch=lambda row, seat=seat: self.tell("distillation", {"seat": seat, **row}),
+            )
+            record["distillation"][seat] = found.event
+            record["tokens"] += tokens
+            record |= {"reason": found.reason, "kl": found.event.get("kl")}
+            if team is None:
+                record["verdict"] = "refused"
+                return
+        assert team is not None and self.before is not None
+        after = _evaluate(team.cast)
+        gain = paired_difference(self.before, after)
+        record["tokens"] += after.tokens
+        decisions = {found["decision"] for found in record["distillation"].values()}
+        record |= {
+            "verdict": "mixture" if "mixture" in decisions else "accepted",
+            "after": after.avg_at_k,
+            "difference": [gain.mean, gain.low, gain.high],
+        }
+        self.team = team
 
     def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
         """From the team that was found to the candidate: the tolerance is that of all seats."""
@@ -269,6 +340,7 @@ class _Swap:
             record |= {"lower": found.certificate.lower, "claim": found.certificate.claim}
         record["tokens"] += found.sampled_tokens
         if found.verdict == "accepted":
+            record |= {"after": record["naive"], "difference": record["naive_difference"]}
             self.team = candidate
 
 

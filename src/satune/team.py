@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from satune.agents.loading import AgentSpec, LoraSpec, Precision, load_policies
+from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.types import Sampling, Seat, UserError
@@ -85,7 +86,9 @@ class Team:
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an agent."""
-        spec = self.specs[name]
+        spec, policy = self.specs[name], self.policies[name]
+        mixed = isinstance(policy, MixturePolicy)
+        mixture = {"dir": f"{name}-newcomer", "delta": policy.delta} if mixed else None
         return {
             "dir": name,
             "temperature": spec.temperature,
@@ -93,18 +96,29 @@ class Team:
             "sharing": self.sharing,
             "delta": spec.delta,
             "lora": asdict(spec.lora) if spec.lora else None,
+            **({"mixture": mixture} if mixture else {}),
         }
 
     def save_agent(self, name: str, beside: Path, final: Path, bases: dict[str, str]) -> None:
         """Write an agent's directory into ``beside``, which will lie at ``final``; ``bases`` has
         those that are written already, by where they came from."""
-        policy, target = self.policies[name], beside / name
-        if policy.adapter:
-            _save_adapter(policy, target, _save_base(policy, beside, final, bases))
-        else:
-            _plain_generation(policy)
-            policy.causal_lm.save_pretrained(target)
-        policy.tokenizer.save_pretrained(target)
+        policy = self.policies[name]
+        if isinstance(policy, MixturePolicy):
+            _save_policy(policy.newcomer, f"{name}-newcomer", beside, final, bases)
+            policy = policy.incumbent
+        _save_policy(policy, name, beside, final, bases)
+
+
+def _save_policy(
+    policy: Policy, name: str, beside: Path, final: Path, bases: dict[str, str]
+) -> None:
+    target = beside / name
+    if policy.adapter:
+        _save_adapter(policy, target, _save_base(policy, beside, final, bases))
+    else:
+        _plain_generation(policy)
+        policy.causal_lm.save_pretrained(target)
+    policy.tokenizer.save_pretrained(target)
 
 
 def _save_base(policy: Policy, beside: Path, final: Path, bases: dict[str, str]) -> str:
@@ -182,7 +196,7 @@ def load_team(
                 delta=entry["delta"],
             )
         )
-    return build_team(
+    team = build_team(
         specs,
         manifest["seats"],
         sharing=sharing,
@@ -192,6 +206,23 @@ def load_team(
         protocol=manifest["protocol"],
         task=manifest["task"],
     )
+    add_mixtures(team, directory, manifest, dtype=dtype, device=device)
+    return team
+
+
+def add_mixtures(
+    team: Team, directory: Path, manifest: Mapping[str, Any], *, dtype: str, device: str
+) -> None:
+    """Put the newcomers beside the agents that a swap has left as mixtures of two models."""
+    for name, entry in manifest["agents"].items():
+        mixture = entry.get("mixture")
+        if mixture is None:
+            continue
+        spec = replace(team.specs[name], model=str(directory / mixture["dir"]), lora=None)
+        newcomer = load_policies(
+            [spec], shared_base=False, precision=Precision.of(dtype), device=device, seed=0
+        )[name]
+        team.policies[name] = MixturePolicy(name, team.policies[name], newcomer, mixture["delta"])
 
 
 def _lora(entry: Mapping[str, Any] | None) -> LoraSpec | None:
