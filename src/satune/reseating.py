@@ -34,7 +34,8 @@ NEWCOMERS = "newcomers"
 @dataclass(slots=True)
 class Found:
     """A trained team and where it was found. ``run`` and ``checkpoint`` are None for a team
-    directory, whose recipe is made of its manifest; ``state`` is the checkpoint's."""
+    directory, whose recipe is made of its manifest, and of a file if ``given``; ``state`` is the
+    checkpoint's."""
 
     path: Path
     recipe: Recipe
@@ -42,6 +43,7 @@ class Found:
     checkpoint: str | None = None
     state: dict[str, Any] = field(default_factory=dict)
     passed: Sequence[str] = ()
+    given: bool = False
 
     @property
     def seats(self) -> Mapping[str, str]:
@@ -70,7 +72,7 @@ def find_team(path: Path, recipe: Path | None) -> Found:
     is no team, or nothing complete of one.
     """
     if (path / "manifest.json").is_file():
-        return Found(path, _recipe_of_team(path, recipe))
+        return Found(path, _recipe_of_team(path, recipe), given=recipe is not None)
     run = RunDirectory(path)
     if not run.recipe.is_file():
         what = "holds neither a run nor a team" if path.is_dir() else "no such directory"
@@ -129,7 +131,7 @@ def load_found(found: Found, progress: Progress) -> Cast:
     if found.run is None:
         manifest, section = read_manifest(found.path), found.recipe.team
         add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
-        return with_team(cast, found.recipe, cast.team)
+        return with_team(cast, _fitting(found, cast.team), cast.team)
     assert found.checkpoint is not None
     path = found.run.checkpoints / found.checkpoint
     for name, policy in cast.team.policies.items():
@@ -139,6 +141,17 @@ def load_found(found: Found, progress: Progress) -> Cast:
         put_weights(policy, load_file(weights_of_file))
         cast.engine.publish(name, found.state["state"]["versions"][name])
     return cast
+
+
+def _fitting(found: Found, team: Team) -> Recipe:
+    """The recipe, with messages that leave room in every context where nobody has said how long
+    they may be."""
+    room = min(policy.context_limit for policy in team.policies.values()) // 4
+    rollout = found.recipe.rollout
+    if found.given or rollout.max_new_tokens <= room:
+        return found.recipe
+    shorter = rollout.model_copy(update={"max_new_tokens": max(1, room)})
+    return found.recipe.model_copy(update={"rollout": shorter})
 
 
 @torch.no_grad()
