@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BAD = {
-    "no such seat": (["{run}", "--seat", "bop"], "--seat bop: the team has no such seat (nearest: b"),
+    "no such seat": (["{run}", "--seat", "bop"], "the team has no such seat (nearest: b"),
     "no run or team": (["{nothing}"], "holds neither a run nor a team"),
     "no directory": (["{missing}"], "no such directory"),
     "nothing trained yet": (["{empty}"], "no complete checkpoint yet"),
