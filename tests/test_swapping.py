@@ -23,6 +23,7 @@ from satune.assembly import Cast
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
 from satune.reseating import Candidate, find_team, load_found, reseated, with_newcomer
+from satune.rollout import rollout_sync
 from satune.swap.handover import HandOverSettings
 from satune.swapping import SwapRequest, play_mixture, swap
 from satune.team import load_team
@@ -402,10 +403,14 @@ def test_the_mixtures_episodes_are_those_of_its_sides(sevens: Path, epsilon: flo
     problems, key = old.held_out_problems(3), Key(0, "swap", draw=5)
     sides = {
         coin: {
-            (e.problem.id, e.sample): e for e, _ in play_mixture(old, new, problems, 8, key, share)
+            (e.problem.id, e.sample): e
+            for e in rollout_sync(
+                problems, 8, key, seats=cast.team.seats_for(6), protocol=cast.protocol,
+                engine=cast.engine, task=cast.task,
+            )
         }
-        for coin, share in ((False, 0.0), (True, 1.0))
-    }
+        for coin, cast in ((False, old), (True, new))
+    }  # fmt: skip
     mixed = play_mixture(old, new, problems, 8, key, epsilon)
     for episode, coin in mixed:
         assert episode == sides[coin][episode.problem.id, episode.sample]
