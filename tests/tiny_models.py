@@ -43,6 +43,21 @@ class Letters:
         return "".join(chr(96 + i) for i in ids if i != EOS or not skip_special_tokens)
 
 
+class Alphabet(Letters):
+    """Letters with what a mixture asks of a tokenizer."""
+
+    all_special_ids = (EOS,)
+
+    def __init__(self, size: int = 13) -> None:
+        self.size = size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(96 + i): i for i in range(self.size)}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) % self.size for letter in text]
+
+
 def tiny_config(family: str, *, vocab: int = 13, layers: int = 2, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "vocab_size": vocab,

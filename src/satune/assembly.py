@@ -105,10 +105,10 @@ def assemble(
     specs = [
         AgentSpec(
             name=name,
-            model=_model_path(agent, recipe, protocol, resolved.seats, progress),
+            model=model_path(agent, recipe, protocol, resolved.seats, progress),
             temperature=agent.temperature,
             template=TemplateSettings(**agent.template.model_dump()),
-            lora=_lora(agent),
+            lora=lora_spec(agent),
             delta=agent.delta,
             trust_remote_code=agent.trust_remote_code,
         )
@@ -146,7 +146,7 @@ def local_engine(
     )
 
 
-def _lora(agent: AgentSection) -> LoraSpec | None:
+def lora_spec(agent: AgentSection) -> LoraSpec | None:
     if agent.lora is None:
         return None
     targets = agent.lora.targets
@@ -155,7 +155,7 @@ def _lora(agent: AgentSection) -> LoraSpec | None:
     )
 
 
-def _model_path(
+def model_path(
     agent: AgentSection,
     recipe: Recipe,
     protocol: TeamProtocol,

@@ -88,6 +88,28 @@ class Display:
                 f"  stage {fields['stage']} step {fields['step']} {fields['agent']}: "
                 f"{moved}{verdict}{reason}{_certified(fields)}"
             )
+        elif kind == "look":
+            self.note(
+                f"  hand-over of {', '.join(fields['seats'])}: {fields['problems']} problems, "
+                f"reward {fields['mean']:+.4f}, at least {fields['lower']:+.4f}; "
+                f"the newcomer may have {fields['allowed']:.1%}"
+            )
+        elif kind == "alignment" and "alignment" in fields:
+            found = fields["alignment"]
+            error = found["standard_error"]
+            self.note(
+                f"  newcomer of {fields['seat']}: alignment {found['score']:+.4f}"
+                + ("" if error is None else f" (standard error {error:.4f})")
+            )
+        elif kind == "distillation":
+            self.note(
+                f"  distillation of {fields['seat']}, round {fields['round']}: "
+                f"KL {fields['kl']['quantile']:.4g}, reward {fields['reward']:.3f}"
+            )
+        elif kind == "swap":
+            self.note(f"swap of {', '.join(fields['seats'])} after {fields['stage']} stages")
+        elif kind == "note":
+            self.note(fields["text"])
         elif kind == "stage":
             self.note(
                 f"stage {fields['stage']}: reward {fields['reward']:.3f}, {fields['seconds']:.1f} s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from satune.conversation import Talk, together
@@ -27,7 +27,10 @@ from satune.types import (
     UserError,
 )
 
-__all__ = ["Talk", "episode_from_row", "episode_to_row", "play", "rollout", "rollout_sync"]
+__all__ = [
+    "Job", "Talk", "episode_from_row", "episode_to_row",
+    "play", "play_jobs", "rollout", "rollout_sync",
+]  # fmt: skip
 
 Progress = Callable[[int, int], None]
 Keep = Callable[[Episode], None]
@@ -98,53 +101,89 @@ async def rollout(
             raise UserError(f"rollout: two problems have the id {problem.id!r}; make ids unique")
         seen.add(problem.id)
 
-    wanted = [(p, key.at(problem=p.id, sample=i)) for p in problems for i in range(samples)]
     had = finished or {}
-    jobs = [(p, k) for p, k in wanted if (p.id, k.sample) not in had]
+    wanted = [
+        Job(problem, key.at(problem=problem.id, sample=sample), seats, engine)
+        for problem in problems
+        for sample in range(samples)
+    ]
+    jobs = [job for job in wanted if (job.problem.id, job.key.sample) not in had]
+    before = len(wanted) - len(jobs)
+
+    def shown(done: int, _: int) -> None:
+        if progress is not None:
+            progress(before + done, len(wanted))
+
+    played = await play_jobs(
+        jobs, protocol=protocol, task=task, progress=shown, concurrency=concurrency, keep=keep
+    )
+    known = {**had, **{(episode.problem.id, episode.sample): episode for episode in played}}
+    return [known[job.problem.id, job.key.sample] for job in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One conversation to be played: its problem, its whole key, who sits where and who writes."""
+
+    problem: Problem
+    key: Key
+    seats: Sequence[Seat]
+    engine: Engine
+
+
+async def play_jobs(
+    jobs: Sequence[Job],
+    *,
+    protocol: TeamProtocol,
+    task: Task,
+    progress: Progress | None = None,
+    concurrency: int | None = None,
+    keep: Keep | None = None,
+) -> list[Episode]:
+    """The episodes of ``jobs`` in their order, as ``rollout`` plays them: episodes of one call may
+    differ in who sits where. No two jobs of one engine have equal keys."""
     gate = asyncio.Semaphore(concurrency) if concurrency is not None else None
-    open_keys: dict[Key, None] = {}
-    done = len(wanted) - len(jobs)
+    opened: dict[int, Job] = {}
+    done = 0
 
-    def begin(job_key: Key) -> None:
-        engine.begin(job_key)
-        open_keys[job_key] = None
+    def begin(number: int) -> None:
+        jobs[number].engine.begin(jobs[number].key)
+        opened[number] = jobs[number]
 
-    def end(job_key: Key) -> None:
-        del open_keys[job_key]
-        engine.end(job_key)
+    def end(number: int) -> None:
+        job = opened.pop(number)
+        job.engine.end(job.key)
 
-    async def one(problem: Problem, job_key: Key) -> Episode:
+    async def one(number: int) -> Episode:
         nonlocal done
+        job = jobs[number]
         try:
-            episode = await _converse(problem, job_key, seats, protocol, engine, task)
+            episode = await _converse(job.problem, job.key, job.seats, protocol, job.engine, task)
         finally:
-            end(job_key)
+            end(number)
         done += 1
         if keep is not None:
             keep(episode)
         if progress is not None:
-            progress(done, len(wanted))
+            progress(done, len(jobs))
         return episode
 
-    async def gated(problem: Problem, job_key: Key, gate: asyncio.Semaphore) -> Episode:
+    async def gated(number: int, gate: asyncio.Semaphore) -> Episode:
         async with gate:
-            begin(job_key)
-            return await one(problem, job_key)
+            begin(number)
+            return await one(number)
 
     try:
         if gate is not None:
-            played = await together([gated(p, k, gate) for p, k in jobs])
-        else:
-            for _, job_key in jobs:
-                begin(job_key)
-            played = await together([one(p, k) for p, k in jobs])
+            return await together([gated(number, gate) for number in range(len(jobs))])
+        for number in range(len(jobs)):
+            begin(number)
+        return await together([one(number) for number in range(len(jobs))])
     finally:
         # Begun but never started: a later begin failed, or the task was cancelled before its first
         # step and so never reached its own finally.
-        for job_key in list(open_keys):
-            end(job_key)
-    news = {(episode.problem.id, episode.sample): episode for episode in played}
-    return [had.get((p.id, k.sample)) or news[p.id, k.sample] for p, k in wanted]
+        for number in list(opened):
+            end(number)
 
 
 def rollout_sync(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from satune.agents.loading import AgentSpec, LoraSpec, Precision, load_policies
+from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.types import Sampling, Seat, UserError
@@ -59,38 +61,22 @@ class Team:
     def seats_of(self, agent: str) -> list[str]:
         return [seat for seat, filled_by in self.seats.items() if filled_by == agent]
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, *, final: Path | None = None) -> None:
         """Write the team: manifest.json and a Hugging Face (or PEFT) directory an agent.
 
-        Written beside and renamed, so that ``directory`` is always whole.
+        Written beside and renamed, so that ``directory`` is always whole. ``final``: where it will
+        lie in the end, if elsewhere.
         """
         beside = directory.with_name(directory.name + ".writing")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        agents: dict[str, Any] = {}
         bases: dict[str, str] = {}
-        for name, policy in self.policies.items():
-            spec = self.specs[name]
-            target = beside / name
-            if policy.adapter:
-                base = self._save_base(policy, beside, directory, bases)
-                _save_adapter(policy, target, base)
-            else:
-                _plain_generation(policy)
-                policy.causal_lm.save_pretrained(target)
-            policy.tokenizer.save_pretrained(target)
-            agents[name] = {
-                "dir": name,
-                "temperature": spec.temperature,
-                "template": asdict(spec.template),
-                "sharing": self.sharing,
-                "delta": spec.delta,
-                "lora": asdict(spec.lora) if spec.lora else None,
-            }
+        for name in self.policies:
+            self.save_agent(name, beside, final or directory, bases)
         manifest = {
             "format": FORMAT,
             "seats": self.seats,
-            "agents": agents,
+            "agents": {name: self.entry(name) for name in self.policies},
             "protocol": dict(self.protocol),
             "task": dict(self.task),
         }
@@ -98,18 +84,54 @@ class Team:
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)
 
-    def _save_base(
-        self, policy: Policy, beside: Path, directory: Path, bases: dict[str, str]
-    ) -> str:
-        """A base that lies in a local directory goes along; one from the hub keeps its id."""
-        source = str(policy.causal_lm.config._name_or_path)
-        if not Path(source).is_dir():
-            return source
-        if source not in bases:
-            name = f"base-{len(bases)}"
-            shutil.copytree(source, beside / name)
-            bases[source] = str(directory.resolve() / name)
-        return bases[source]
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the manifest says of an agent."""
+        spec, policy = self.specs[name], self.policies[name]
+        mixed = isinstance(policy, MixturePolicy)
+        mixture = {"dir": f"{name}-newcomer", "delta": policy.delta} if mixed else None
+        return {
+            "dir": name,
+            "temperature": spec.temperature,
+            "template": asdict(spec.template),
+            "sharing": self.sharing,
+            "delta": spec.delta,
+            "lora": asdict(spec.lora) if spec.lora else None,
+            **({"mixture": mixture} if mixture else {}),
+        }
+
+    def save_agent(self, name: str, beside: Path, final: Path, bases: dict[str, str]) -> None:
+        """Write an agent's directory into ``beside``, which will lie at ``final``; ``bases`` has
+        those that are written already, by where they came from."""
+        policy = self.policies[name]
+        if isinstance(policy, MixturePolicy):
+            _save_policy(policy.newcomer, f"{name}-newcomer", beside, final, bases)
+            policy = policy.incumbent
+        _save_policy(policy, name, beside, final, bases)
+
+
+def _save_policy(
+    policy: Policy, name: str, beside: Path, final: Path, bases: dict[str, str]
+) -> None:
+    target = beside / name
+    if policy.adapter:
+        _save_adapter(policy, target, _save_base(policy, beside, final, bases))
+    else:
+        _plain_generation(policy)
+        policy.causal_lm.save_pretrained(target)
+    policy.tokenizer.save_pretrained(target)
+
+
+def _save_base(policy: Policy, beside: Path, final: Path, bases: dict[str, str]) -> str:
+    """A base that lies in a local directory goes along; one from the hub keeps its id."""
+    source = str(policy.causal_lm.config._name_or_path)
+    if not Path(source).is_dir():
+        return source
+    if source not in bases:
+        names = (f"base-{number}" for number in itertools.count())
+        name = next(name for name in names if not (beside / name).exists())
+        shutil.copytree(source, beside / name)
+        bases[source] = str(final.resolve() / name)
+    return bases[source]
 
 
 def _save_adapter(policy: Policy, target: Path, base: str) -> None:
@@ -174,7 +196,7 @@ def load_team(
                 delta=entry["delta"],
             )
         )
-    return build_team(
+    team = build_team(
         specs,
         manifest["seats"],
         sharing=sharing,
@@ -184,6 +206,23 @@ def load_team(
         protocol=manifest["protocol"],
         task=manifest["task"],
     )
+    add_mixtures(team, directory, manifest, dtype=dtype, device=device)
+    return team
+
+
+def add_mixtures(
+    team: Team, directory: Path, manifest: Mapping[str, Any], *, dtype: str, device: str
+) -> None:
+    """Put the newcomers beside the agents that a swap has left as mixtures of two models."""
+    for name, entry in manifest["agents"].items():
+        mixture = entry.get("mixture")
+        if mixture is None:
+            continue
+        spec = replace(team.specs[name], model=str(directory / mixture["dir"]), lora=None)
+        newcomer = load_policies(
+            [spec], shared_base=False, precision=Precision.of(dtype), device=device, seed=0
+        )[name]
+        team.policies[name] = MixturePolicy(name, team.policies[name], newcomer, mixture["delta"])
 
 
 def _lora(entry: Mapping[str, Any] | None) -> LoraSpec | None:

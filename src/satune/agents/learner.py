@@ -153,7 +153,8 @@ class LocalLearner:
         return Reference(hidden_TH[batch.tokens_T].to(self.policy.device), project)
 
     def _statistics_dtype(self) -> torch.dtype:
-        double = any(p.dtype == torch.float64 for p in self._parameters.values())
+        trained = [p for part in self.policy.parts for p in part.trainable().values()]
+        double = any(p.dtype == torch.float64 for p in trained)
         return torch.float64 if double else torch.float32
 
     # -- learning --------------------------------------------------------------------------------

@@ -65,6 +65,11 @@ class Policy:
         self._check_head()
 
     @property
+    def parts(self) -> tuple[Policy, ...]:
+        """The models whose hidden states this policy's are made of: here it alone."""
+        return (self,)
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device  # type: ignore[return-value]
 
@@ -114,6 +119,23 @@ class Policy:
         kwargs.setdefault("use_cache", False)
         with self.computing():
             return self.backbone(input_ids=input_ids, **kwargs).last_hidden_state
+
+    def masks(self, positions_RS: Tensor, used: int) -> Any:
+        """``attention_mask`` of ``hidden`` for new tokens at these positions [R, S] of a cache of
+        which ``used`` places count: each sees the places up to its own, in its layer's window."""
+        kinds = set(getattr(self.config, "layer_types", None) or [])
+        places_C = torch.arange(used, device=positions_RS.device)
+        mask = (places_C <= positions_RS[..., None])[:, None]
+        if positions_RS.shape[1] == 1 and kinds == {"full_attention"} and bool(mask.all()):
+            # Rows of one length see all that is held, and attention without a mask is faster.
+            return {"full_attention": None}
+        window = getattr(self.config, "sliding_window", None)
+        if window is None or (kinds and "sliding_attention" not in kinds):
+            return mask
+        near = mask & (places_C > positions_RS[..., None] - window)[:, None]
+        if not kinds:
+            return near
+        return {"full_attention": mask, "sliding_attention": near}
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, H], before temperature, in at least float32."""

@@ -13,6 +13,7 @@ from satune.cli.describe import describe
 from satune.cli.eval import evaluate
 from satune.cli.grade import grade
 from satune.cli.lab import lab
+from satune.cli.swap import swap
 from satune.cli.train import quickstart, train
 from satune.types import UserError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, describe, grade, lab, bench):
+for command in (quickstart, train, swap, describe, grade, lab, bench):
     app.command()(command)
 app.command(name="eval")(evaluate)
 

@@ -47,7 +47,8 @@ class LocalEngine:
         self._changes = 0
         self._changed: asyncio.Event | None = None
         for name, policy in self.policies.items():
-            _refuse_recurrent(name, policy.config)
+            for part in policy.parts:
+                _refuse_recurrent(name, part.config)
 
     # -- what rollouts call ----------------------------------------------------------------------
 

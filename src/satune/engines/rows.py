@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -274,31 +273,10 @@ class Rows:
 def _extend(policy: Policy, ids_RS: Tensor, positions_RS: Tensor, cache: RowCache) -> Tensor:
     """Hidden states [R, S, H] of new tokens at their positions, over what the cache holds."""
     cache.positions = positions_RS
-    places_C = torch.arange(cache.used, device=ids_RS.device)
-    mask = (places_C <= positions_RS[..., None])[:, None]
-    masks = _masks_by_layer(policy.config, mask, places_C, positions_RS)
-    if (
-        ids_RS.shape[1] == 1
-        and set(getattr(policy.config, "layer_types", None) or []) == {"full_attention"}
-        and bool(mask.all())
-    ):
-        # Rows of one length see all that is held, and attention without a mask is faster.
-        masks = {"full_attention": None}
     return policy.hidden(
         ids_RS,
-        attention_mask=masks,
+        attention_mask=policy.masks(positions_RS, cache.used),
         position_ids=positions_RS,
         past_key_values=cache,
         use_cache=True,
     )
-
-
-def _masks_by_layer(config: Any, mask: Tensor, places_C: Tensor, positions_RS: Tensor) -> Any:
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if window is None or (kinds and "sliding_attention" not in kinds):
-        return mask
-    near = mask & (places_C > positions_RS[..., None] - window)[:, None]
-    if not kinds:
-        return near
-    return {"full_attention": mask, "sliding_attention": near}

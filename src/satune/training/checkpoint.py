@@ -79,24 +79,24 @@ class Checkpoints:
                     relative = f"{agent}.{part}.safetensors"
                     linkable = unchanged or (part == "reference" and previous is not None)
                     if linkable and relative in known and previous is not None:
-                        _link(previous / relative, beside / relative)
+                        link(previous / relative, beside / relative)
                         files[relative] = known[relative]
                         continue
                     tensors = _tensors(learner, part)
                     if tensors:
                         with tensor_errors(beside / relative):
                             save_file(tensors, beside / relative)
-                        files[relative] = _identity(beside / relative)
+                        files[relative] = identity(beside / relative)
             for agent, before in state.certify.held.items():
                 relative = f"{agent}.held.safetensors"
                 with tensor_errors(beside / relative):
                     save_file(_flat(before.snapshot), beside / relative)
-                files[relative] = _identity(beside / relative)
+                files[relative] = identity(beside / relative)
             if state.batch is not None:
                 rows = (training.world.to_row(e) for e in state.batch.episodes)
                 data = "".join(strict_json(row) + "\n" for row in rows)
                 write_atomically(beside / "experience.jsonl", data)
-                files["experience.jsonl"] = _identity(beside / "experience.jsonl")
+                files["experience.jsonl"] = identity(beside / "experience.jsonl")
             write_atomically(
                 beside / "state.json",
                 strict_json(_state_to_json(training, files)) + "\n",
@@ -163,7 +163,7 @@ class Checkpoints:
         for relative, recorded in files.items():
             if not (path / relative).is_file():
                 return f"{path / relative}: damaged checkpoint (missing file)"
-            if _identity(path / relative) != recorded:
+            if identity(path / relative) != recorded:
                 return f"{path / relative}: damaged checkpoint (content changed)"
         return None
 
@@ -250,7 +250,7 @@ def _listed(path: Path) -> dict[str, list[Any]]:
     return json.loads((path / "state.json").read_text())["files"]
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """A hard link; where the file system has none, a copy."""
     try:
         os.link(source, target)
@@ -259,7 +259,7 @@ def _link(source: Path, target: Path) -> None:
             shutil.copy2(source, target)
 
 
-def _identity(path: Path) -> list[Any]:
+def identity(path: Path) -> list[Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
     return [path.stat().st_size, digest.hexdigest()]

@@ -1,0 +1,114 @@
+"""A seat given to a newcomer with the incumbent's tokenizer: projected, distilled, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from satune.agents.mixture import MixturePolicy
+from satune.assembly import Cast
+from satune.launch import optimizer_settings
+from satune.reseating import Candidate, with_newcomer, with_policy
+from satune.rollout import rollout_sync
+from satune.swap.distill import Distilled, DistillSettings, distill, student_of
+from satune.swap.measurement import examine
+from satune.types import Episode, Key
+
+EXAMINED = 64
+"""Problems on which the newcomer's alignment is looked at."""
+
+
+@dataclass(slots=True)
+class Counted:
+    """Rollouts on training problems, and what they cost."""
+
+    samples: int
+    tokens: int = 0
+
+    def of(self, cast: Cast) -> Callable[[Key, int, int], list[Episode]]:
+        def draw(key: Key, offset: int, count: int) -> list[Episode]:
+            episodes = rollout_sync(
+                cast.train_problems(count, offset),
+                self.samples,
+                key,
+                seats=cast.team.seats_for(cast.recipe.rollout.max_new_tokens),
+                protocol=cast.protocol,
+                engine=cast.engine,
+                task=cast.task,
+                progress=lambda done, total: cast.progress(done, total, "projection"),
+            )
+            self.tokens += sum(t.completion_tokens for e in episodes for t in e.turns)
+            return episodes
+
+        return draw
+
+
+def look_at(
+    base: Candidate,
+    candidate: Candidate,
+    seat: str,
+    model: str,
+    *,
+    delta: float,
+    key: Key,
+    offset: int,
+) -> tuple[dict[str, Any], int]:
+    """How the newcomer's projection would lie and lean, on the incumbent's own episodes: the
+    alignment score with its standard error, λ, KL; and the tokens that this took."""
+    name = candidate.agent_of(seat)
+    incumbent = base.cast.team.policies[base.agent_of(seat)]
+    newcomer = candidate.cast.team.policies[name]
+    old = with_policy(with_newcomer(base, seat, model, loaded=newcomer), name, incumbent)
+    rollouts = Counted(max(2, base.cast.recipe.rollout.samples))
+    episodes = rollouts.of(old.cast)(key, offset, EXAMINED)
+    mixture = MixturePolicy(name, incumbent, newcomer, delta)
+    return examine(mixture, name, episodes).to_dict(), rollouts.tokens
+
+
+def project_seat(
+    base: Candidate,
+    candidate: Candidate,
+    seat: str,
+    model: str,
+    *,
+    delta: float,
+    otherwise: str,
+    key: Key,
+    offset: int,
+    watch: Callable[[Mapping[str, Any]], None],
+) -> tuple[Candidate | None, Distilled, int]:
+    """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
+    does not come so near the mixture itself, or None. Also what was measured, and the tokens that
+    this took."""
+    newcomer = candidate.cast.team.policies[candidate.agent_of(seat)]
+    incumbent = base.cast.team.policies[base.agent_of(seat)]
+    taken = with_newcomer(base, seat, model, loaded=newcomer)
+    name = taken.agent_of(seat)
+    student = student_of(newcomer, name)
+    new = with_policy(taken, name, student)
+    old = with_policy(taken, name, incumbent)
+    recipe = new.cast.recipe
+    rollouts = Counted(recipe.rollout.samples)
+    found = distill(
+        name,
+        incumbent,
+        newcomer,
+        student,
+        DistillSettings(
+            delta=delta,
+            quantile=recipe.trust_region.quantile,
+            unit=recipe.trust_region.unit,
+            otherwise="mixture" if otherwise == "mixture" else "refused",
+            seed=key.seed,
+            optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
+        ),
+        draw=rollouts.of(new.cast),
+        draw_incumbent=rollouts.of(old.cast),
+        publish=lambda version: new.cast.engine.publish(name, version),
+        offset=offset,
+        watch=watch,
+    )
+    if found.decision == "mixture":
+        new = with_policy(taken, name, MixturePolicy(name, incumbent, newcomer, delta))
+    return (None if found.decision == "refused" else new), found, rollouts.tokens

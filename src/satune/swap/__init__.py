@@ -1,0 +1,1 @@
+"""Giving a seat to another model inside a trust region (THEORY §7)."""

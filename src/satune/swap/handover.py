@@ -1,0 +1,233 @@
+"""The stochastic hand-over: a seat changes hands episode by episode (THEORY §7).
+
+One coin an episode says whether the newcomer or the incumbent speaks in all of the seat's turns.
+With share ε of the newcomer, TV of whole trajectories <= ε, KL(old‖mix) <= -log(1-ε), and
+J(mix) = (1-ε) J(old) + ε J(new) exactly: no log-probabilities, no common tokenizer. ε is what the
+evidence allows: with J(new) - J(old) >= l, the mixture loses at most -ε l.
+Problems that hold both sides give the evidence: their episodes that fell to the newcomer, and the
+same episodes, drawn with the same uniforms, by the team as it is. Which problems these are depends
+on coins alone, so they are as independent as all problems, and their number is fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from satune.core.certificates import HeldOut, StatisticalCertificate, certify
+from satune.core.confidence import Spending, lower_bound
+from satune.types import Episode, Key, Problem, UserError
+
+Verdict = Literal["accepted", "refused", "stopped"]
+Pairs = Sequence[tuple[Problem, tuple[int, ...]]]
+"""Problems, each with the samples whose coin fell to the newcomer: at least one."""
+Play = Callable[[Pairs, Key], tuple[list[Episode], list[Episode]]]
+"""(pairs, key of the look) to the episodes of both sides, old and new, as ``pairs`` has them."""
+Draw = Callable[[int, int], list[Problem]]
+"""(how many, from which position of an endless sequence on) to independent problems."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverSettings:
+    """``tolerance``: what the team's reward may fall by. ``confidence``: the probability that it
+    falls by more all the same. ``problems`` that hold both sides at the last of ``looks`` looks;
+    each look before has half as many. ``samples``: coins a problem.
+    Raises UserError for a value outside its range.
+    """
+
+    tolerance: float = 0.02
+    confidence: float = 0.05
+    problems: int = 2048
+    samples: int = 8
+    looks: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance <= 1:
+            raise UserError(f"--tolerance {self.tolerance:g}: give a loss of reward in [0, 1]")
+        if not 0 < self.confidence < 0.5:
+            raise UserError(
+                f"--confidence {self.confidence:g}: give a small probability, such as 0.05"
+            )
+        for name in ("problems", "samples", "looks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+
+    def sizes(self) -> list[int]:
+        """Problems in all at each look."""
+        halved = [self.problems >> left for left in reversed(range(self.looks))]
+        return [max(number, at) for at, number in enumerate(halved, start=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at the evidence so far. ``epsilon`` is the newcomer's share while it was gathered,
+    ``allowed`` the share it allows; ``lower`` and ``upper`` bound J(new) - J(old), each wrong with
+    probability ``alpha``; ``episodes`` of either side since the last look."""
+
+    epsilon: float
+    problems: int
+    episodes: int
+    old: float
+    new: float
+    mean: float
+    lower: float
+    upper: float
+    alpha: float
+    allowed: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and what holds exactly for the mixture at ``allowed``: ``tv`` and ``kl``, the
+        most that trajectories' TV and KL(old‖mix) can be."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return values | {"tv": self.allowed, "kl": mixture_kl(self.allowed)}
+
+
+@dataclass(slots=True)
+class HandOver:
+    """A hand-over and how it ended. ``rows``: problem, sample, coin and reward of each episode."""
+
+    verdict: Verdict
+    reason: str
+    epsilon: float
+    looks: list[Look] = field(default_factory=list)
+    certificate: StatisticalCertificate | None = None
+    offset: int = 0
+    sampled_tokens: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def mixture_kl(epsilon: float) -> float:
+    """Upper bound -log(1-ε) on KL(old‖mix) of trajectories; infinite at 1."""
+    return math.inf if epsilon >= 1 else -math.log1p(-epsilon)
+
+
+def newcomer_speaks(key: Key, epsilon: float) -> bool:
+    """The coin of the episode ``key`` names. With a larger ε the newcomer keeps what it had."""
+    return key.rng("coin").random() < epsilon
+
+
+def allowed_share(lower: float, tolerance: float) -> float:
+    """The largest ε at which J(new) - J(old) >= ``lower`` costs at most ``tolerance``."""
+    return 1.0 if lower >= -tolerance else tolerance / -lower
+
+
+def hand_over(
+    draw: Draw,
+    play: Play,
+    settings: HandOverSettings,
+    key: Key,
+    spending: Spending,
+    *,
+    offset: int = 0,
+    held_out: HeldOut = "fresh",
+    watch: Callable[[Look], None] = lambda look: None,
+) -> HandOver:
+    """Raise the newcomer's share as the evidence allows, until the seat is its own or looks end.
+
+    The share begins where even a total loss stays within the tolerance. "accepted": a change of
+    the reward by less than -tolerance is ruled out, ε = 1. "refused": the opposite is shown.
+    "stopped": neither, after the last look. Each look spends one share of ``spending``.
+
+    Args:
+        key: names the hand-over; a look takes its ``draw``.
+        offset: position in the sequence of problems from which on none has been used.
+    """
+    found = HandOver("stopped", "", allowed_share(-1.0, settings.tolerance), offset=offset)
+    differences: list[float] = []
+    for number, size in enumerate(settings.sizes()):
+        at = key.at(draw=number)
+        pairs, found.offset = _pairs(
+            draw, size - len(differences), found.offset, settings.samples, at, found.epsilon
+        )
+        old, new = play(pairs, at)
+        differences += _differences(pairs, old, new)
+        evidence_P = torch.tensor(differences, dtype=torch.float64)
+        alpha = spending.next()
+        found.certificate = certify(
+            evidence_P, "fresh", alpha, samples=(1, 1), decision=spending.used, held_out=held_out
+        )
+        lower = found.certificate.lower
+        look = Look(
+            epsilon=found.epsilon,
+            problems=size,
+            episodes=len(new),
+            old=_mean(old),
+            new=_mean(new),
+            mean=found.certificate.mean,
+            lower=lower,
+            upper=-lower_bound(-evidence_P, -1.0, 1.0, alpha),
+            alpha=alpha,
+            allowed=allowed_share(lower, settings.tolerance),
+        )
+        found.looks.append(look)
+        found.epsilon = look.allowed
+        found.sampled_tokens += sum(t.completion_tokens for e in old + new for t in e.turns)
+        for coin, episodes in (("incumbent", old), ("newcomer", new)):
+            found.rows += [
+                {
+                    "look": number + 1,
+                    "problem": episode.problem.id,
+                    "sample": episode.sample,
+                    "coin": coin,
+                    "reward": episode.reward,
+                }
+                for episode in episodes
+            ]
+        watch(look)
+        bounds = f"J(new) - J(old) in [{look.lower:+.4f}, {look.upper:+.4f}] at look {number + 1}"
+        if look.allowed == 1.0:
+            found.verdict = "accepted"
+            found.reason = f"{bounds}: not below -{settings.tolerance:g}"
+            return found
+        if look.upper < -settings.tolerance:
+            found.verdict = "refused"
+            found.reason = f"the newcomer is worse: {bounds}, below -{settings.tolerance:g}"
+            return found
+    found.reason = (
+        f"not shown to be good enough: {bounds}, which allows the newcomer {found.epsilon:.1%} of "
+        "the episodes; give more --problems or a larger --tolerance"
+    )
+    return found
+
+
+def _pairs(
+    draw: Draw, wanted: int, offset: int, samples: int, key: Key, epsilon: float
+) -> tuple[Pairs, int]:
+    """The next ``wanted`` problems that hold a newcomer's episode, and the position after them.
+
+    At ε = 0 no episode may be the newcomer's yet; one of each problem is then played apart.
+    """
+    if epsilon == 0.0:
+        return [(problem, (0,)) for problem in draw(wanted, offset)], offset + wanted
+    share = 1 - (1 - epsilon) ** samples
+    count = math.ceil(1.2 * wanted / share)
+    while True:
+        # Drawn anew from the same position when too few: ids of repeated rows depend on it.
+        pairs: list[tuple[Problem, tuple[int, ...]]] = []
+        for position, problem in enumerate(draw(count, offset), start=offset + 1):
+            at = key.at(problem=problem.id)
+            chosen = tuple(s for s in range(samples) if newcomer_speaks(at.at(sample=s), epsilon))
+            if chosen:
+                pairs.append((problem, chosen))
+            if len(pairs) == wanted:
+                return pairs, position
+        count *= 2
+
+
+def _differences(pairs: Pairs, old: Sequence[Episode], new: Sequence[Episode]) -> list[float]:
+    """Mean reward of the newcomer's episodes minus the incumbent's, of each problem."""
+    found, start = [], 0
+    for _, samples in pairs:
+        end = start + len(samples)
+        found.append(_mean(new[start:end]) - _mean(old[start:end]))
+        start = end
+    assert start == len(old) == len(new)
+    return found
+
+
+def _mean(episodes: Sequence[Episode]) -> float:
+    return sum(episode.reward for episode in episodes) / len(episodes)

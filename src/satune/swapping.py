@@ -1,0 +1,419 @@
+"""Giving seats of a trained team to other models, from the request to the new directory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from satune.agents.mixture import MixturePolicy, tokenizer_difference
+from satune.assembly import Cast, Progress, no_progress
+from satune.core.confidence import Spending
+from satune.evaluation import Evaluation, paired_difference
+from satune.loading import nearest
+from satune.projecting import EXAMINED, look_at, project_seat
+from satune.reseating import (
+    Candidate,
+    Found,
+    check_seat,
+    find_team,
+    load_found,
+    with_newcomer,
+    write_result,
+)
+from satune.rollout import Job, play_jobs
+from satune.swap.handover import (
+    HandOver,
+    HandOverSettings,
+    Look,
+    Pairs,
+    hand_over,
+    mixture_kl,
+    newcomer_speaks,
+)
+from satune.swap.transplant import refuse_existing
+from satune.tasks.catalog import draw
+from satune.types import Episode, Key, Problem, UserError
+
+Method = Literal["auto", "project", "handover"]
+METHODS = ("auto", "project", "handover")
+TAKEN = ("accepted", "mixture")
+"""Verdicts after which the seat is not the incumbent's alone any more."""
+DELTA, DELTA_OF_ALL = 0.01, 0.004
+"""Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
+
+Watch = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRequest:
+    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``out`` None: beside the
+    source."""
+
+    source: Path
+    seats: Sequence[str]
+    models: Sequence[str]
+    method: Method = "auto"
+    delta: float | None = None
+    together: bool = False
+    dry_run: bool = False
+    otherwise: Literal["mixture", "refuse"] = "refuse"
+    recipe: Path | None = None
+    out: Path | None = None
+    hand_over: HandOverSettings = field(default_factory=HandOverSettings)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each seat with its model. Raises UserError where they do not match."""
+        if not self.seats:
+            raise UserError("--seat: name a seat, and its model by --with")
+        for seat in self.seats:
+            if list(self.seats).count(seat) > 1:
+                raise UserError(f"--seat {seat}: is named twice; a seat has one newcomer")
+        if len(self.models) not in (1, len(self.seats)):
+            raise UserError(
+                f"--with: {len(self.models)} models for {len(self.seats)} seats; give one a seat, "
+                "in the same order, or one for all"
+            )
+        models = self.models if len(self.models) > 1 else [self.models[0]] * len(self.seats)
+        return list(zip(self.seats, models, strict=True))
+
+
+def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | None = None) -> Any:
+    """Do what ``request`` asks and return what came of it as plain values.
+
+    A new directory is written where a newcomer was accepted; the source is only read. Raises
+    UserError for a request that cannot be met, before anything is written.
+    """
+    started = time.perf_counter()
+    pairs = request.pairs()
+    found, out = _checked(request, pairs)
+    tell = watch or (lambda kind, fields: None)
+    for line in found.passed:
+        tell("note", {"text": line})
+    team = Candidate(load_found(found, progress))
+    groups = [pairs] if request.together else [[pair] for pair in pairs]
+    job = _Swap(request, found, team, len(groups), progress, tell)
+    # Every model is loaded, and every method found fit, before the first is measured.
+    base, ready = team, []
+    for group in groups:
+        candidate = job.seat(base, group)
+        ready.append((base, candidate, job.method(base, candidate, group)))
+        base = candidate
+    for group, (base, candidate, method) in zip(groups, ready, strict=True):
+        # Where an earlier newcomer was refused, the others are seated in the team without it.
+        fits = job.team is base
+        job.give(group, candidate if fits else job.seat(job.team, group), method)
+    verdicts = [record["verdict"] for record in job.records]
+    result: dict[str, Any] = {
+        "source": str(request.source),
+        "checkpoint": found.checkpoint,
+        "dry_run": request.dry_run,
+        "verdict": _overall(verdicts),
+        "reason": "; ".join(r["reason"] for r in job.records if r.get("reason")),
+        "tolerance": request.hand_over.tolerance,
+        "confidence": request.hand_over.confidence,
+        "delta": job.delta,
+        "swaps": job.records,
+        "tokens": sum(record["tokens"] for record in job.records),
+        "seconds": time.perf_counter() - started,
+        "out": None,
+    }
+    if job.team is not team:
+        taken = [r for r in job.records if r["verdict"] in TAKEN]
+        event = {k: v for k, v in result.items() if k not in ("out", "dry_run")} | {
+            "seats": [seat for record in taken for seat in record["seats"]],
+            "source": str(request.source.resolve()),
+        }
+        write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
+        result["out"] = str(out)
+        tell("swap", {"stage": found.stage, **event})
+    return result
+
+
+def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
+    """The team, and where the new one goes; whatever can be refused before models are loaded."""
+    if request.method not in METHODS:
+        hint = nearest(request.method, METHODS)
+        raise UserError(f"--method {request.method}: no such method{hint}")
+    if request.delta is not None and not request.delta > 0:
+        raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
+    source = request.source
+    out = request.out or source.with_name(source.resolve().name + "-swapped")
+    if not request.dry_run:
+        refuse_existing(out)
+    found = find_team(source, request.recipe)
+    for seat, model in pairs:
+        check_seat(found, seat)
+        if model.startswith(("http://", "https://")):
+            raise UserError(
+                f"--with {model}: a served model has no weights to keep in a team directory; serve "
+                "the team's agents likewise and name both in a recipe, or give a directory"
+            )
+    return found, out
+
+
+def _overall(verdicts: Sequence[str]) -> str:
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    if all(verdict in TAKEN for verdict in verdicts):
+        return "mixture"
+    return "partly accepted" if any(v in TAKEN for v in verdicts) else "refused"
+
+
+@dataclass(slots=True)
+class _Swap:
+    """A swap in progress: the team with what was accepted so far, and what it cost."""
+
+    request: SwapRequest
+    found: Found
+    original: Candidate
+    groups: int
+    progress: Progress
+    tell: Watch
+    team: Candidate = field(init=False)
+    spending: Spending = field(init=False)
+    offset: int = field(init=False)
+    before: Evaluation | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        settings = self.request.hand_over
+        self.team = self.original
+        self.spending = Spending(settings.confidence, settings.looks * self.groups)
+        self.offset = self.found.certify_offset
+
+    @property
+    def delta(self) -> float:
+        if self.request.delta is not None:
+            return self.request.delta
+        return DELTA_OF_ALL if len(self.request.seats) == len(self.found.seats) else DELTA
+
+    def seat(self, team: Candidate, group: Sequence[tuple[str, str]]) -> Candidate:
+        for seat, model in group:
+            team = with_newcomer(team, seat, model)
+        return team
+
+    def method(self, old: Candidate, new: Candidate, group: Sequence[tuple[str, str]]) -> str:
+        """The method of a group. Raises UserError where projection is asked for and impossible."""
+        asked = self.request.method
+        for seat, model in group:
+            difference = tokenizer_difference(
+                old.cast.team.policies[old.agent_of(seat)].tokenizer,
+                new.cast.team.policies[new.agent_of(seat)].tokenizer,
+            )
+            if difference is not None and asked == "project":
+                raise UserError(
+                    f"--with {model}: its tokenizer is not that of seat {seat} ({difference}); "
+                    "use --method handover"
+                )
+            if isinstance(old.cast.team.policies[old.agent_of(seat)], MixturePolicy):
+                if asked == "project":
+                    raise UserError(
+                        f"--seat {seat}: is filled by a mixture of two models already; use "
+                        "--method handover"
+                    )
+                return "handover"
+            if difference is not None:
+                return "handover"
+        return "project" if asked == "auto" else asked
+
+    def give(self, group: Sequence[tuple[str, str]], candidate: Candidate, method: str) -> None:
+        """Measure one group of seats and, unless it is a dry run, hand them over or refuse."""
+        started = time.perf_counter()
+        record: dict[str, Any] = {
+            "seats": [seat for seat, _ in group],
+            "agents": {seat: candidate.agent_of(seat) for seat, _ in group},
+            "models": dict(group),
+            "method": method,
+            "tokens": 0,
+        }
+        self._naive(candidate, record)
+        if method == "project":
+            self._examine(candidate, group, record)
+        if self.request.dry_run:
+            record |= {"verdict": "measured"}
+        elif method == "project":
+            self._project(candidate, group, record)
+        else:
+            self._hand_over(candidate, record)
+        record["seconds"] = time.perf_counter() - started
+        self.records.append(record)
+
+    def _naive(self, candidate: Candidate, record: dict[str, Any]) -> None:
+        """Held-out reward before, and with the newcomers as they are."""
+        if self.before is None:
+            self.before = _evaluate(self.original.cast)
+            record["tokens"] += self.before.tokens
+        naive = _evaluate(candidate.cast)
+        gain = paired_difference(self.before, naive)
+        record |= {
+            "before": self.before.avg_at_k,
+            "naive": naive.avg_at_k,
+            "naive_difference": [gain.mean, gain.low, gain.high],
+            "problems": gain.problems,
+        }
+        record["tokens"] += naive.tokens
+
+    def _examine(
+        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+    ) -> None:
+        """What a projection would be, before one is tried."""
+        record["examination"] = {}
+        for number, (seat, model) in enumerate(group):
+            key = swap_key(self.found, len(self.records)).at(draw=number)
+            figures, tokens = look_at(
+                self.team,
+                candidate,
+                seat,
+                model,
+                delta=self.delta,
+                key=key,
+                offset=self.found.train_offset,
+            )
+            record["examination"][seat] = figures
+            record["tokens"] += tokens
+            self.tell("alignment", {"seat": seat, **figures})
+
+    def _project(
+        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+    ) -> None:
+        """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
+        team: Candidate | None = self.team
+        record["distillation"] = {}
+        for seat, model in group:
+            assert team is not None
+            team, found, tokens = project_seat(
+                team,
+                candidate,
+                seat,
+                model,
+                delta=self.delta,
+                otherwise=self.request.otherwise,
+                key=swap_key(self.found, len(self.records)),
+                offset=self.found.train_offset + EXAMINED,
+                watch=lambda row, seat=seat: self.tell("distillation", {"seat": seat, **row}),
+            )
+            record["distillation"][seat] = found.event
+            record["tokens"] += tokens
+            record |= {"reason": found.reason, "kl": found.event.get("kl")}
+            if team is None:
+                record["verdict"] = "refused"
+                return
+        assert team is not None and self.before is not None
+        after = _evaluate(team.cast)
+        gain = paired_difference(self.before, after)
+        record["tokens"] += after.tokens
+        decisions = {found["decision"] for found in record["distillation"].values()}
+        record |= {
+            "verdict": "mixture" if "mixture" in decisions else "accepted",
+            "after": after.avg_at_k,
+            "difference": [gain.mean, gain.low, gain.high],
+        }
+        self.team = team
+
+    def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
+        """From the team that was found to the candidate: the tolerance is that of all seats."""
+        found = hand_over_between(
+            self.original.cast,
+            candidate.cast,
+            self.request.hand_over,
+            swap_key(self.found, len(self.records)),
+            self.spending,
+            offset=self.offset,
+            watch=lambda look: self.tell("look", {"seats": record["seats"], **look.to_dict()}),
+        )
+        self.offset = found.offset
+        self.evidence += [{"seats": record["seats"], **row} for row in found.rows]
+        record |= {
+            "verdict": found.verdict,
+            "reason": found.reason,
+            "epsilon": found.epsilon,
+            "tv": found.epsilon,
+            "kl": mixture_kl(found.epsilon),
+            "looks": [look.to_dict() for look in found.looks],
+        }
+        if found.certificate is not None:
+            record |= {"lower": found.certificate.lower, "claim": found.certificate.claim}
+        record["tokens"] += found.sampled_tokens
+        if found.verdict == "accepted":
+            record |= {"after": record["naive"], "difference": record["naive_difference"]}
+            self.team = candidate
+
+
+def swap_key(found: Found, number: int) -> Key:
+    return Key(found.recipe.seed, "swap", stage=found.stage, step=number + 1)
+
+
+def _evaluate(cast: Cast) -> Evaluation:
+    """On the problems and with the uniforms of training's evaluations."""
+    return cast.evaluate(greedy=False, key=Key(cast.recipe.seed, "evaluate"))
+
+
+# -- playing by coin ------------------------------------------------------------------------------
+
+
+def hand_over_between(
+    old: Cast,
+    new: Cast,
+    settings: HandOverSettings,
+    key: Key,
+    spending: Spending,
+    *,
+    offset: int = 0,
+    watch: Callable[[Look], None] = lambda look: None,
+) -> HandOver:
+    """The ramp from one team to another on the task's problems for certificates."""
+
+    def play(pairs: Pairs, at: Key) -> tuple[list[Episode], list[Episode]]:
+        chosen = [(problem, sample) for problem, samples in pairs for sample in samples]
+        return _play(old, chosen, at), _play(new, chosen, at)
+
+    return hand_over(
+        lambda count, start: draw(old.task, "certify", count, start),
+        play,
+        settings,
+        key,
+        spending,
+        offset=offset,
+        held_out="fresh" if getattr(old.task, "fresh", False) else "finite",
+        watch=watch,
+    )
+
+
+def play_mixture(
+    old: Cast, new: Cast, problems: Sequence[Problem], samples: int, key: Key, epsilon: float
+) -> list[tuple[Episode, bool]]:
+    """Episodes of the mixture, each with its coin: whether the newcomers spoke in it."""
+    at = [(p, key.at(problem=p.id, sample=s)) for p in problems for s in range(samples)]
+    coins = [newcomer_speaks(each, epsilon) for _, each in at]
+    sides = {True: new, False: old}
+    jobs = [
+        Job(problem, each, _seats(sides[coin]), sides[coin].engine)
+        for (problem, each), coin in zip(at, coins, strict=True)
+    ]
+    return list(zip(_played(old, jobs), coins, strict=True))
+
+
+def _play(cast: Cast, chosen: Sequence[tuple[Problem, int]], key: Key) -> list[Episode]:
+    seats = _seats(cast)
+    jobs = [Job(p, key.at(problem=p.id, sample=s), seats, cast.engine) for p, s in chosen]
+    return _played(cast, jobs)
+
+
+def _seats(cast: Cast) -> Any:
+    return cast.team.seats_for(cast.recipe.rollout.max_new_tokens)
+
+
+def _played(cast: Cast, jobs: Sequence[Job]) -> list[Episode]:
+    return asyncio.run(
+        play_jobs(
+            jobs,
+            protocol=cast.protocol,
+            task=cast.task,
+            progress=lambda done, total: cast.progress(done, total, "hand-over"),
+        )
+    )
