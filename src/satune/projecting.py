@@ -74,17 +74,22 @@ def project_seat(
     *,
     delta: float,
     otherwise: str,
+    rounds: int,
     key: Key,
     offset: int,
     watch: Callable[[Mapping[str, Any]], None],
 ) -> tuple[Candidate | None, Distilled, int]:
     """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
     does not come so near the mixture itself, or None. Also what was measured, and the tokens that
-    this took."""
+    this took. Without ``rounds`` nothing is distilled: the mixture fills the seat."""
     newcomer = candidate.cast.team.policies[candidate.agent_of(seat)]
     incumbent = base.cast.team.policies[base.agent_of(seat)]
     taken = with_newcomer(base, seat, model, loaded=newcomer)
     name = taken.agent_of(seat)
+    mixture = MixturePolicy(name, incumbent, newcomer, delta)
+    if rounds == 0:
+        found = Distilled("mixture", "mixed at decode time, as asked", {"decision": "mixture"})
+        return with_policy(taken, name, mixture), found, 0
     student = student_of(newcomer, name)
     new = with_policy(taken, name, student)
     old = with_policy(taken, name, incumbent)
@@ -99,6 +104,7 @@ def project_seat(
             delta=delta,
             quantile=recipe.trust_region.quantile,
             unit=recipe.trust_region.unit,
+            rounds=rounds,
             otherwise="mixture" if otherwise == "mixture" else "refused",
             seed=key.seed,
             optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
@@ -110,5 +116,5 @@ def project_seat(
         watch=watch,
     )
     if found.decision == "mixture":
-        new = with_policy(taken, name, MixturePolicy(name, incumbent, newcomer, delta))
+        new = with_policy(taken, name, mixture)
     return (None if found.decision == "refused" else new), found, rollouts.tokens

@@ -50,8 +50,8 @@ Watch = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class SwapRequest:
-    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``out`` None: beside the
-    source."""
+    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``rounds`` of distillation at
+    the most. ``out`` None: beside the source."""
 
     source: Path
     seats: Sequence[str]
@@ -61,6 +61,7 @@ class SwapRequest:
     together: bool = False
     dry_run: bool = False
     otherwise: Literal["mixture", "refuse"] = "refuse"
+    rounds: int = 50
     recipe: Path | None = None
     out: Path | None = None
     hand_over: HandOverSettings = field(default_factory=HandOverSettings)
@@ -140,6 +141,10 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
         raise UserError(f"--method {request.method}: no such method{hint}")
     if request.delta is not None and not request.delta > 0:
         raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
+    if request.rounds < 0:
+        raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
+    if request.rounds == 0 and request.otherwise != "mixture":
+        raise UserError("--rounds 0: leaves only the mixture; add --otherwise mixture")
     source = request.source
     out = request.out or source.with_name(source.resolve().name + "-swapped")
     if not request.dry_run:
@@ -293,6 +298,7 @@ class _Swap:
                 model,
                 delta=self.delta,
                 otherwise=self.request.otherwise,
+                rounds=self.request.rounds,
                 key=swap_key(self.found, len(self.records)),
                 offset=self.found.train_offset + EXAMINED,
                 watch=lambda row, seat=seat: self.tell("distillation", {"seat": seat, **row}),

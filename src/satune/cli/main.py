@@ -13,8 +13,9 @@ from satune.cli.describe import describe
 from satune.cli.eval import evaluate
 from satune.cli.grade import grade
 from satune.cli.lab import lab
+from satune.cli.quickstart import quickstart
 from satune.cli.swap import swap
-from satune.cli.train import quickstart, train
+from satune.cli.train import train
 from satune.types import UserError
 
 app = typer.Typer(

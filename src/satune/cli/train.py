@@ -1,4 +1,4 @@
-"""``satune train`` and ``satune quickstart``."""
+"""``satune train``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,26 +47,6 @@ def train(
         resume=resume or resume_from is not None,
         checkpoint=resume_from,
         command=shlex.join(command),
-    )
-    show_result(summary, as_json, show_summary)
-
-
-def quickstart(
-    out: Out = None,
-    seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Build tiny agents, train a team of three, show what came out."""
-    from satune.config.load import load_recipe
-
-    path = shipped_recipe("relay")
-    loaded = load_recipe(path, [f"seed={seed}", f"tiny.seed={seed}"])
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory = out or Path("runs") / f"quickstart-{stamp}"
-    overrides = [f"seed={seed}", f"tiny.seed={seed}"]
-    command = ["satune", "train", str(path), *overrides, "--out", str(directory), "--resume"]
-    summary = run_training(
-        loaded, directory, resume=False, checkpoint=None, command=shlex.join(command)
     )
     show_result(summary, as_json, show_summary)
 
