@@ -153,6 +153,14 @@ def _overlong_buffer_fits(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _overlap_has_two_sides(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.evaluate.drop_overlap and not (recipe.task.data and recipe.evaluate.data):
+        yield (
+            "evaluate.drop_overlap",
+            "needs task.data and evaluate.data to compare; give both or remove the key",
+        )
+
+
 CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _seats_name_agents,
     _every_agent_sits,
@@ -165,4 +173,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _sampling_is_the_policy,
     _batches_are_not_empty,
     _overlong_buffer_fits,
+    _overlap_has_two_sides,
 )
