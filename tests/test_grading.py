@@ -167,6 +167,14 @@ def test_components_are_averaged_over_those_who_have_them(tmp_path, odd):
     assert halved["score"] == result["score"] / 2
 
 
+def test_half_a_score_passes_nothing(tmp_path, odd):
+    responses = write(tmp_path / "r.jsonl", [{"id": "a", "responses": ["0.5", "1", "0.5"]}])
+    result = grade_file(odd, responses)
+    assert result["score"] == pytest.approx(2 / 3)
+    assert result["pass_at"]["1"] == pytest.approx(1 / 3)
+    assert result["majority"] == 0.5
+
+
 def test_graders_that_misbehave_cost_their_own_responses(tmp_path, odd):
     responses = write(
         tmp_path / "r.jsonl",
