@@ -22,10 +22,11 @@ from satune.agents.zoo import tiny_tokenizer
 from satune.assembly import Cast
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
+from satune.handing_over import play_mixture
 from satune.reseating import Candidate, find_team, load_found, reseated, with_newcomer
 from satune.rollout import rollout_sync
 from satune.swap.handover import HandOverSettings
-from satune.swapping import SwapRequest, play_mixture, swap
+from satune.swapping import SwapRequest, swap
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance

@@ -217,8 +217,8 @@ def damages(answer: str) -> list[str]:
 @pytest.mark.parametrize(("name", "file", "rows"), REAL)
 def test_every_damaged_real_answer_scores_0(name, file, rows):
     task = load_task(name, real(file))
-    # The non-numeric answers of the large set take a while: its first 700 rows here.
-    problems = list(task.problems("all"))[:700]
+    # The non-numeric answers of the large set take a while: its first 400 rows here.
+    problems = list(task.problems("all"))[:400]
     wrong = [
         (problem.id, problem.answer, damage)
         for problem in problems
@@ -362,6 +362,8 @@ def test_votes_do_not_depend_on_the_order(task):
         for b in VOTED:
             assert task.equal(a, b) == task.equal(b, a), (a, b)
     assert task.equal(r"\frac12", "0.5") and task.equal("5", "x=5") and task.equal("1,2", "2,1")
+    # math-verify accepts these with the inequality as the reference only.
+    assert task.equal(r"(5,\infty)", "x>5") and task.equal("x>5", r"(5,\infty)")
     assert not task.equal("5", "05.1") and not task.equal("(1,2)", "(2,1)")
 
 

@@ -189,6 +189,14 @@ def decisions(recipe: Recipe) -> int:
     return max(1, windows) * (1 + certify.backtracks * (certify.accept == "certified"))
 
 
+def _overlap_has_two_sides(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.evaluate.drop_overlap and not (recipe.task.data and recipe.evaluate.data):
+        yield (
+            "evaluate.drop_overlap",
+            "needs task.data and evaluate.data to compare; give both or remove the key",
+        )
+
+
 CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _seats_name_agents,
     _every_agent_sits,
@@ -202,4 +210,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _batches_are_not_empty,
     _overlong_buffer_fits,
     _certificates_are_sound,
+    _overlap_has_two_sides,
 )

@@ -79,6 +79,8 @@ class Without:
 
     def __init__(self, task: Task, left_out: Sequence[Overlap]) -> None:
         self._task = task
+        self.name = task.name
+        self.extract, self.equal, self.grade = task.extract, task.equal, task.grade
         self.left_out = tuple(left_out)
         self._ids = {overlap.train for overlap in left_out}
 
