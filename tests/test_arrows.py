@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str] | None] = {
     "progress": set(),
     "scalars": {"types"},
     "assembly": None,
+    "coin_rollout": None,
     "projecting": None,
     "reseating": None,
     "swapping": None,

@@ -25,7 +25,7 @@ from satune.config.schema import AgentSection, TeamSection
 from satune.reseating import Candidate, find_team, load_found, reseated, with_newcomer
 from satune.rollout import rollout_sync
 from satune.swap.handover import HandOverSettings
-from satune.swapping import SwapRequest, play_mixture, swap
+from satune.swapping import SwapRequest, side_of, swap, table_of
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance
@@ -411,7 +411,7 @@ def test_the_mixtures_episodes_are_those_of_its_sides(sevens: Path, epsilon: flo
         }
         for coin, cast in ((False, old), (True, new))
     }  # fmt: skip
-    mixed = play_mixture(old, new, problems, 8, key, epsilon)
+    mixed = table_of(old).play_mixture(side_of(old), side_of(new), problems, 8, key, epsilon)
     for episode, coin in mixed:
         assert episode == sides[coin][episode.problem.id, episode.sample]
     assert sum(coin for _, coin in mixed) == {0.0: 0, 1.0: 24}.get(

@@ -47,7 +47,6 @@ def look_at(
     base: Candidate,
     candidate: Candidate,
     seat: str,
-    model: str,
     *,
     delta: float,
     key: Key,
@@ -58,7 +57,8 @@ def look_at(
     name = candidate.agent_of(seat)
     incumbent = base.cast.team.policies[base.agent_of(seat)]
     newcomer = candidate.cast.team.policies[name]
-    old = with_policy(with_newcomer(base, seat, model, loaded=newcomer), name, incumbent)
+    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    old = with_policy(taken, name, incumbent)
     rollouts = Counted(max(2, base.cast.recipe.rollout.samples))
     episodes = rollouts.of(old.cast)(key, offset, EXAMINED)
     mixture = MixturePolicy(name, incumbent, newcomer, delta)
@@ -69,10 +69,10 @@ def project_seat(
     base: Candidate,
     candidate: Candidate,
     seat: str,
-    model: str,
     *,
     delta: float,
     otherwise: str,
+    rounds: int,
     key: Key,
     offset: int,
     watch: Callable[[Mapping[str, Any]], None],
@@ -80,10 +80,10 @@ def project_seat(
     """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
     does not come so near the mixture itself, or None. Also what was measured, and the tokens that
     this took."""
-    newcomer = candidate.cast.team.policies[candidate.agent_of(seat)]
+    name = candidate.agent_of(seat)
+    newcomer = candidate.cast.team.policies[name]
     incumbent = base.cast.team.policies[base.agent_of(seat)]
-    taken = with_newcomer(base, seat, model, loaded=newcomer)
-    name = taken.agent_of(seat)
+    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
     student = student_of(newcomer, name)
     new = with_policy(taken, name, student)
     old = with_policy(taken, name, incumbent)
@@ -99,6 +99,7 @@ def project_seat(
             quantile=recipe.trust_region.quantile,
             unit=recipe.trust_region.unit,
             otherwise="mixture" if otherwise == "mixture" else "refused",
+            rounds=rounds,
             seed=key.seed,
             optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.assembly import Cast, Progress, no_progress
+from satune.coin_rollout import Side, Table
 from satune.core.confidence import Spending
 from satune.evaluation import Evaluation, paired_difference
 from satune.loading import nearest
@@ -24,19 +24,12 @@ from satune.reseating import (
     with_newcomer,
     write_result,
 )
-from satune.rollout import Job, play_jobs
 from satune.swap.handover import (
-    HandOver,
     HandOverSettings,
-    Look,
-    Pairs,
-    hand_over,
     mixture_kl,
-    newcomer_speaks,
 )
 from satune.swap.transplant import refuse_existing
-from satune.tasks.catalog import draw
-from satune.types import Episode, Key, Problem, UserError
+from satune.types import Key, UserError
 
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
@@ -50,8 +43,9 @@ Watch = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class SwapRequest:
-    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``out`` None: beside the
-    source."""
+    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``rounds``: the most that a
+    distillation takes. ``tiny``: keys of the recipe's section by that name which a tiny newcomer is
+    taught by instead. ``out`` None: beside the source."""
 
     source: Path
     seats: Sequence[str]
@@ -61,6 +55,8 @@ class SwapRequest:
     together: bool = False
     dry_run: bool = False
     otherwise: Literal["mixture", "refuse"] = "refuse"
+    rounds: int = 50
+    tiny: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
     out: Path | None = None
     hand_over: HandOverSettings = field(default_factory=HandOverSettings)
@@ -138,6 +134,8 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
     if request.method not in METHODS:
         hint = nearest(request.method, METHODS)
         raise UserError(f"--method {request.method}: no such method{hint}")
+    if request.rounds < 1:
+        raise UserError(f"--rounds {request.rounds}: give at least 1")
     if request.delta is not None and not request.delta > 0:
         raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
     source = request.source
@@ -149,8 +147,8 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
         check_seat(found, seat)
         if model.startswith(("http://", "https://")):
             raise UserError(
-                f"--with {model}: a served model has no weights to keep in a team directory; serve "
-                "the team's agents likewise and name both in a recipe, or give a directory"
+                f"--with {model}: a served model has no weights to keep in a team directory; hand "
+                "the seat over from Python (docs/swap.md), or give a directory or a hub id"
             )
     return found, out
 
@@ -194,7 +192,7 @@ class _Swap:
 
     def seat(self, team: Candidate, group: Sequence[tuple[str, str]]) -> Candidate:
         for seat, model in group:
-            team = with_newcomer(team, seat, model)
+            team = with_newcomer(team, seat, model, tiny=self.request.tiny)
         return team
 
     def method(self, old: Candidate, new: Candidate, group: Sequence[tuple[str, str]]) -> str:
@@ -263,13 +261,12 @@ class _Swap:
     ) -> None:
         """What a projection would be, before one is tried."""
         record["examination"] = {}
-        for number, (seat, model) in enumerate(group):
+        for number, (seat, _) in enumerate(group):
             key = swap_key(self.found, len(self.records)).at(draw=number)
             figures, tokens = look_at(
                 self.team,
                 candidate,
                 seat,
-                model,
                 delta=self.delta,
                 key=key,
                 offset=self.found.train_offset,
@@ -284,15 +281,15 @@ class _Swap:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
         team: Candidate | None = self.team
         record["distillation"] = {}
-        for seat, model in group:
+        for seat, _ in group:
             assert team is not None
             team, found, tokens = project_seat(
                 team,
                 candidate,
                 seat,
-                model,
                 delta=self.delta,
                 otherwise=self.request.otherwise,
+                rounds=self.request.rounds,
                 key=swap_key(self.found, len(self.records)),
                 offset=self.found.train_offset + EXAMINED,
                 watch=lambda row, seat=seat: self.tell("distillation", {"seat": seat, **row}),
@@ -300,6 +297,10 @@ class _Swap:
             record["distillation"][seat] = found.event
             record["tokens"] += tokens
             record |= {"reason": found.reason, "kl": found.event.get("kl")}
+            if found.decision == "mixture":
+                # Of the seat as it is filled now; the student's figures stand with its rounds.
+                record["kl"] = {"mixture": record["examination"][seat]["kl"]}
+                record["reason"] += "; the mixture of both, inside it everywhere, fills the seat"
             if team is None:
                 record["verdict"] = "refused"
                 return
@@ -317,9 +318,9 @@ class _Swap:
 
     def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
         """From the team that was found to the candidate: the tolerance is that of all seats."""
-        found = hand_over_between(
-            self.original.cast,
-            candidate.cast,
+        found = table_of(self.original.cast).hand_over(
+            side_of(self.original.cast),
+            side_of(candidate.cast),
             self.request.hand_over,
             swap_key(self.found, len(self.records)),
             self.spending,
@@ -353,67 +354,13 @@ def _evaluate(cast: Cast) -> Evaluation:
     return cast.evaluate(greedy=False, key=Key(cast.recipe.seed, "evaluate"))
 
 
-# -- playing by coin ------------------------------------------------------------------------------
-
-
-def hand_over_between(
-    old: Cast,
-    new: Cast,
-    settings: HandOverSettings,
-    key: Key,
-    spending: Spending,
-    *,
-    offset: int = 0,
-    watch: Callable[[Look], None] = lambda look: None,
-) -> HandOver:
-    """The ramp from one team to another on the task's problems for certificates."""
-
-    def play(pairs: Pairs, at: Key) -> tuple[list[Episode], list[Episode]]:
-        chosen = [(problem, sample) for problem, samples in pairs for sample in samples]
-        return _play(old, chosen, at), _play(new, chosen, at)
-
-    return hand_over(
-        lambda count, start: draw(old.task, "certify", count, start),
-        play,
-        settings,
-        key,
-        spending,
-        offset=offset,
-        held_out="fresh" if getattr(old.task, "fresh", False) else "finite",
-        watch=watch,
+def table_of(cast: Cast) -> Table:
+    return Table(
+        cast.task,
+        cast.protocol,
+        lambda done, total: cast.progress(done, total, "hand-over"),
     )
 
 
-def play_mixture(
-    old: Cast, new: Cast, problems: Sequence[Problem], samples: int, key: Key, epsilon: float
-) -> list[tuple[Episode, bool]]:
-    """Episodes of the mixture, each with its coin: whether the newcomers spoke in it."""
-    at = [(p, key.at(problem=p.id, sample=s)) for p in problems for s in range(samples)]
-    coins = [newcomer_speaks(each, epsilon) for _, each in at]
-    sides = {True: new, False: old}
-    jobs = [
-        Job(problem, each, _seats(sides[coin]), sides[coin].engine)
-        for (problem, each), coin in zip(at, coins, strict=True)
-    ]
-    return list(zip(_played(old, jobs), coins, strict=True))
-
-
-def _play(cast: Cast, chosen: Sequence[tuple[Problem, int]], key: Key) -> list[Episode]:
-    seats = _seats(cast)
-    jobs = [Job(p, key.at(problem=p.id, sample=s), seats, cast.engine) for p, s in chosen]
-    return _played(cast, jobs)
-
-
-def _seats(cast: Cast) -> Any:
-    return cast.team.seats_for(cast.recipe.rollout.max_new_tokens)
-
-
-def _played(cast: Cast, jobs: Sequence[Job]) -> list[Episode]:
-    return asyncio.run(
-        play_jobs(
-            jobs,
-            protocol=cast.protocol,
-            task=cast.task,
-            progress=lambda done, total: cast.progress(done, total, "hand-over"),
-        )
-    )
+def side_of(cast: Cast) -> Side:
+    return Side(cast.team.seats_for(cast.recipe.rollout.max_new_tokens), cast.engine)

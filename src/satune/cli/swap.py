@@ -30,6 +30,7 @@ def swap(
     otherwise: Annotated[
         Literal["mixture", "refuse"], typer.Option(help="for a projection outside delta")
     ] = "refuse",
+    rounds: Annotated[int, typer.Option(help="of distillation, at most")] = 50,
     dry_run: Annotated[bool, typer.Option(help="measure only")] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="rollout settings and task for a team directory")
@@ -51,6 +52,7 @@ def swap(
         together=together,
         dry_run=dry_run,
         otherwise=otherwise,
+        rounds=rounds,
         recipe=recipe,
         out=out,
         hand_over=settings,

@@ -69,7 +69,41 @@ def quickstart(
     summary = run_training(
         loaded, directory, resume=False, checkpoint=None, command=shlex.join(command)
     )
+    summary = _with_swap(summary, directory, loaded)
     show_result(summary, as_json, show_summary)
+
+
+# A seventh of what its teaching would take: what a swap does shows best where a newcomer is worse.
+SWAP_TEACHING = {"steps": 110, "max_steps": 110, "examples": 7040, "greedy_target": 0.0}
+ROUNDS = 4
+SWAP_SHOWN = (
+    "seats", "models", "method", "verdict", "reason", "before", "naive", "naive_difference",
+    "after", "difference", "kl",
+)  # fmt: skip
+
+
+def _with_swap(summary: dict[str, Any], directory: Path, recipe: Any) -> dict[str, Any]:
+    """Give one seat of the trained team to a larger model; what came of it joins the summary."""
+    from satune.cli.swap import run_swap
+    from satune.swapping import SwapRequest
+    from satune.training.run_directory import RunDirectory
+
+    seat = list(recipe.team.given_seats())[1]
+    teaching = dict(SWAP_TEACHING)
+    for key in ("steps", "max_steps", "examples"):
+        teaching[key] = min(teaching[key], getattr(recipe.tiny, key))
+    request = SwapRequest(
+        directory, [seat], ["tiny:llama-m"], method="project", otherwise="mixture",
+        rounds=ROUNDS, tiny=teaching, out=directory / "swapped",
+    )  # fmt: skip
+    result = run_swap(request)
+    record = result["swaps"][0]
+    shown = {name: record[name] for name in SWAP_SHOWN if name in record}
+    for name in ("delta", "tokens", "seconds", "out"):
+        shown[name] = result[name]
+    summary = summary | {"swap": shown}
+    RunDirectory(directory).write_summary(summary)
+    return summary
 
 
 def run_training(
@@ -164,3 +198,13 @@ def show_summary(summary: dict[str, Any]) -> None:
         highlight=False,
     )
     console.print(f"the team: {summary['team']}", highlight=False, soft_wrap=True)
+    if "swap" in summary:
+        found = summary["swap"]
+        console.print(
+            f"{', '.join(found['seats'])} given to {', '.join(found['models'].values())}: reward "
+            f"{found['before']:.3f}, {found['naive']:.3f} with the newcomer as it is, "
+            f"{found['after']:.3f} within {found['delta']:g} nats of the old agent "
+            f"({found['verdict']}, {found['seconds']:.0f} s): {found['out']}",
+            highlight=False,
+            soft_wrap=True,
+        )
