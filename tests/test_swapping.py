@@ -294,7 +294,7 @@ def test_a_projection_outside_delta_can_stay_a_mixture(world: Path, tmp_path: Pa
     shutil.copytree(world / "run", source)
     result = give(
         source, ("bob", world / "newcomer"), out=tmp_path / "out", method="auto",
-        delta=1e-6, otherwise="mixture",
+        delta=1e-6, otherwise="mixture", rounds=2,
     )  # fmt: skip
     assert result["verdict"] == "mixture"
     team = load_team(tmp_path / "out", device="cpu")
@@ -308,6 +308,39 @@ def test_a_projection_outside_delta_can_stay_a_mixture(world: Path, tmp_path: Pa
              recipe=world / "recipe.yaml")  # fmt: skip
     assert give(tmp_path / "out", ("bob", world / "newcomer"), method="auto", out=tmp_path / "y",
                 recipe=world / "recipe.yaml")["swaps"][0]["method"] == "handover"  # fmt: skip
+
+
+def test_a_projection_outside_delta_can_be_judged_by_its_reward(
+    world: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = give(
+        world / "run", ("bob", world / "newcomer"), out=out, method="project",
+        delta=1e-6, otherwise="handover", rounds=2,
+    )  # fmt: skip
+    record = result["swaps"][0]
+    assert record["verdict"] == "accepted" and "above delta" in record["projection"]
+    assert record["looks"] and record["kl"]["newcomer"]["quantile"] > 1e-6
+    # The newcomer as it was drawn to the incumbent, not as it came.
+    weights = load_file(out / "checkpoints" / "stage-0002" / "bob.weights.safetensors")
+    came = load_file(world / "newcomer" / "model.safetensors")
+    assert any(not torch.equal(tensor, came[name]) for name, tensor in weights.items())
+    assert tiny_world.same(
+        weights, {n: t for n, t in load_file(out / "team" / "bob" / "model.safetensors").items()}
+    )
+    go_on(out, 3)
+
+
+def test_a_newcomer_inside_delta_is_taken_as_it_is(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = give(
+        world / "run", ("bob", world / "run" / "team" / "bob"), out=out, method="auto", delta=0.01
+    )
+    record = result["swaps"][0]
+    assert record["method"] == "project" and record["verdict"] == "accepted"
+    assert record["difference"][0] == 0.0 and record["kl"]["newcomer"]["violation_rate"] == 0.0
+    assert record["examination"]["bob"]["inside"] == 1.0
+    go_on(out, 3)
 
 
 # What a hand-over decides

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from satune.agents.mixture import MixturePolicy
 from satune.assembly import Cast, optimizer_settings
@@ -16,6 +16,14 @@ from satune.types import Episode, Key
 
 EXAMINED = 64
 """Problems on which the newcomer's alignment is looked at."""
+PROBLEMS = 48
+"""Problems of a round of distillation: fewer leave the newcomer wandering about."""
+OTHERWISE: dict[str, Literal["mixture", "refused", "outside"]] = {
+    "mixture": "mixture",
+    "refuse": "refused",
+    "handover": "outside",
+}
+"""What becomes of a newcomer that is drawn to the incumbent and stays outside delta."""
 
 
 @dataclass(slots=True)
@@ -78,8 +86,8 @@ def project_seat(
     watch: Callable[[Mapping[str, Any]], None],
 ) -> tuple[Candidate | None, Distilled, int]:
     """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
-    does not come so near the mixture itself, or None. Also what was measured, and the tokens that
-    this took."""
+    does not come so near, what ``otherwise`` says: None for a refusal. Also what was measured, and
+    the tokens that this took."""
     name = candidate.agent_of(seat)
     newcomer = candidate.cast.team.policies[name]
     incumbent = base.cast.team.policies[base.agent_of(seat)]
@@ -98,8 +106,10 @@ def project_seat(
             delta=delta,
             quantile=recipe.trust_region.quantile,
             unit=recipe.trust_region.unit,
-            otherwise="mixture" if otherwise == "mixture" else "refused",
+            otherwise=OTHERWISE[otherwise],
             rounds=rounds,
+            problems=PROBLEMS,
+            last_rate=0.1,
             seed=key.seed,
             optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
         ),

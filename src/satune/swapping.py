@@ -24,6 +24,7 @@ from satune.reseating import (
     with_newcomer,
     write_result,
 )
+from satune.scalars import scalar_writer
 from satune.swap.handover import (
     HandOverSettings,
     mixture_kl,
@@ -54,7 +55,7 @@ class SwapRequest:
     delta: float | None = None
     together: bool = False
     dry_run: bool = False
-    otherwise: Literal["mixture", "refuse"] = "refuse"
+    otherwise: Literal["mixture", "refuse", "handover"] = "refuse"
     rounds: int = 50
     tiny: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
@@ -126,6 +127,9 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
         write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
         result["out"] = str(out)
         tell("swap", {"stage": found.stage, **event})
+        if found.run is not None and found.recipe.log.tensorboard:
+            with scalar_writer(out / "tensorboard") as write:
+                write("swap", {"stage": found.stage, **event})
     return result
 
 
@@ -238,6 +242,8 @@ class _Swap:
             self._project(candidate, group, record)
         else:
             self._hand_over(candidate, record)
+            if record["verdict"] == "accepted":
+                record |= {"after": record["naive"], "difference": record["naive_difference"]}
         record["seconds"] = time.perf_counter() - started
         self.records.append(record)
 
@@ -308,12 +314,17 @@ class _Swap:
         after = _evaluate(team.cast)
         gain = paired_difference(self.before, after)
         record["tokens"] += after.tokens
-        decisions = {found["decision"] for found in record["distillation"].values()}
         record |= {
-            "verdict": "mixture" if "mixture" in decisions else "accepted",
             "after": after.avg_at_k,
             "difference": [gain.mean, gain.low, gain.high],
         }
+        decisions = {found["decision"] for found in record["distillation"].values()}
+        if "outside" in decisions:
+            # Too far to be taken by its divergence; its reward may still speak for it.
+            record["projection"] = record["reason"]
+            self._hand_over(team, record)
+            return
+        record["verdict"] = "mixture" if "mixture" in decisions else "accepted"
         self.team = team
 
     def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
@@ -334,14 +345,13 @@ class _Swap:
             "reason": found.reason,
             "epsilon": found.epsilon,
             "tv": found.epsilon,
-            "kl": mixture_kl(found.epsilon),
+            "mixture_kl": mixture_kl(found.epsilon),
             "looks": [look.to_dict() for look in found.looks],
         }
         if found.certificate is not None:
             record |= {"lower": found.certificate.lower, "claim": found.certificate.claim}
         record["tokens"] += found.sampled_tokens
         if found.verdict == "accepted":
-            record |= {"after": record["naive"], "difference": record["naive_difference"]}
             self.team = candidate
 
 
