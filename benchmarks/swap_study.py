@@ -1,11 +1,12 @@
-"""What a swap costs at once and what it is worth later: the rows of a table of swaps in miniature.
+"""A study of swaps: what one costs when it is made, and what training makes of it.
 
-    python benchmarks/swap_study.py --out runs/swaps [--seeds 5] [--arms one-seat-project ...]
+    python benchmarks/swap_study.py --out runs/swap-study [--seeds 5]
 
-A relay team of three tiny agents is trained for BEFORE stages; seats are then given to a larger (or
-smaller) model of the same family, and training goes on for AFTER stages on the same problems and
-uniforms as the team that was not swapped. Everything is done by `satune` commands with one thread;
-what is finished under --out is read, not repeated.
+Tiny relay teams are trained for a few stages; then one seat, two, or all are given to a larger
+model, or one back to a smaller, and training goes on. Beside each: the team that was not swapped on
+the same further samples, the newcomer as it is, and a team that had the larger model from the
+start. At last a seat passes from one family to another, by coin. What is finished under --out is
+read, not repeated; everything runs on one thread, one after the other. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -18,176 +19,256 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BEFORE, AFTER = 6, 4
-SMALL, LARGE = "tiny:llama-s", "tiny:llama-m"
-SEATS = ("first", "second", "third")
-WATCHED = ("evaluate={problems: 1000, every: 1, greedy: false}",)
-PROJECT = ("--method", "project", "--delta", "1")
-AS_IT_IS = ("--method", "handover", "--tolerance", "0.15", "--samples", "4")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row: the team it starts from, the seats that change, their new model, and how."""
-
-    name: str
-    source: str
-    seats: tuple[str, ...] = ()
-    model: str = ""
-    how: tuple[str, ...] = ()
-
-
-ARMS = (
-    Arm("not swapped", "small"),
-    Arm("one seat, projected", "small", ("second",), LARGE, PROJECT),
-    Arm("one seat, as it is", "small", ("second",), LARGE, AS_IT_IS),
-    Arm("larger from the start", "mixed"),
-    Arm("two seats, projected", "small", ("first", "second"), LARGE, PROJECT),
-    Arm("all seats, projected", "small", SEATS, LARGE, PROJECT),
-    Arm("downgrade, projected", "mixed", ("second",), SMALL, PROJECT),
+LARGER, SMALLER, OTHER = "tiny:llama-m", "tiny:llama-s", "tiny:qwen3-s"
+BEFORE, AFTER = 4, 2
+"""Stages before the swap, and after it."""
+SCRATCH_SEEDS = 3
+"""Seeds for which a team with the larger model is trained from the start as well."""
+SETTINGS = (
+    "evaluate={problems: 1000, every: 1, greedy: false}",
+    "checkpoint={every: stage, keep: 1}",
 )
+DRAWN = ("--method", "project", "--otherwise", "handover", "--rounds", "20")
+RAMP = ("--tolerance", "0.05", "--problems", "1024", "--samples", "4", "--looks", "3")
+# Whatever it is worth: the newcomer as it is, to see what training makes of that.
+NAIVE = ("--method", "handover", "--tolerance", "1", "--problems", "8", "--looks", "1")
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def satune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "satune", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+def satune(*arguments: str | Path, codes: Sequence[int] = (0,)) -> dict[str, Any]:
+    """A command's JSON object. Stops with its last line where it fails."""
+    command = [sys.executable, "-m", "satune", *map(str, arguments), "--json"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
+    if done.returncode not in codes or not done.stdout:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise SystemExit(f"{' '.join(command)}\n{said}")
+    return json.loads(done.stdout)
 
 
-def must(done: subprocess.CompletedProcess[str]) -> str:
-    if done.returncode:
-        raise SystemExit(f"{' '.join(done.args)}\n{done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def overrides(source: str, seed: int) -> list[str]:
-    models = {seat: LARGE if source == "mixed" and seat == "second" else SMALL for seat in SEATS}
-    agents = json.dumps({seat: {"model": model} for seat, model in models.items()})
-    return [f"seed={seed}", f"team.agents={agents}", *WATCHED]
+def team(*models: str) -> str:
+    names = ("first", "second", "third")
+    agents = {n: {"model": m} for n, m in zip(names, models, strict=True)}
+    return f"team.agents={json.dumps(agents)}"
 
 
-def trained(out: Path, source: str, seed: int) -> Path:
-    """The team before any swap."""
-    run = out / f"{source}-seed-{seed}"
-    if not (run / "summary.json").is_file():
-        resume = ["--resume"] * run.exists()
-        must(satune("train", "relay", *overrides(source, seed), f"stages={BEFORE}",
-                    "--out", str(run), *resume))  # fmt: skip
-    return run
+def trained(out: Path, seed: int, models: str, stages: int) -> Path:
+    if not (out / "summary.json").is_file():
+        found = satune(
+            "train", "recipes/relay.yaml", f"seed={seed}", f"stages={stages}", models, *SETTINGS,
+            "--out", out, *(["--resume"] if out.exists() else []),
+        )  # fmt: skip
+        note(f"{out.name}: {found['reward_before']:.3f} -> {found['reward_after']:.3f}")
+    return out
 
 
-def perform(out: Path, arm: Arm, seed: int) -> dict[str, Any]:
-    """What came of an arm: its swap (None without one) and its held-out rewards afterwards."""
-    base = trained(out, arm.source, seed)
-    run = out / f"{arm.name.replace(',', '').replace(' ', '-')}-seed-{seed}"
-    said = out / f"{run.name}.json"
-    swapped: dict[str, Any] | None = None
-    if arm.seats:
-        if not said.is_file():
-            named = [word for seat in arm.seats for word in ("--seat", seat, "--with", arm.model)]
-            shutil.rmtree(run, ignore_errors=True)
-            done = satune("swap", str(base), *named, *arm.how, "--out", str(run), "--json")
-            if not done.stdout:
-                must(done)
-            said.write_text(done.stdout)
-        swapped = json.loads(said.read_text())
-        if swapped["out"] is None:
-            return {"swap": swapped, "evals": []}
-    elif not run.exists():
-        shutil.copytree(base, run)
-    if finished(run) < BEFORE + AFTER:
-        must(satune("train", str(run / "recipe.yaml"), f"stages={BEFORE + AFTER}",
-                    "--out", str(run), "--resume"))  # fmt: skip
+def swapped(source: Path, out: Path, *options: str) -> dict[str, Any]:
+    """The swap's result, kept beside its directory, also where it was refused."""
+    kept = out.with_name(out.name + ".json")
+    if not kept.is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        found = satune("swap", source, *options, "--out", out, codes=(0, 2))
+        beside = kept.with_suffix(".partial")
+        beside.write_text(json.dumps(found))
+        beside.rename(kept)
+        note(f"{out.name}: {found['verdict']} ({found['reason']})")
+    return json.loads(kept.read_text())
+
+
+def continued(run: Path, out: Path) -> list[dict[str, Any]]:
+    """Train a copy of the run on; its evaluations after that."""
+    if not (out / "summary.json").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(run, out)
+        (out / "summary.json").unlink(missing_ok=True)
+        satune("train", out / "recipe.yaml", f"stages={BEFORE + AFTER}", "--out", out, "--resume")
+    return evaluations(out)[-AFTER:]
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
     lines = (run / "events.jsonl").read_text().splitlines()
-    evals = [e for e in map(json.loads, lines) if e["event"] == "eval" and not e["greedy"]]
-    return {"swap": swapped, "evals": [e for e in evals if e["stage"] > BEFORE]}
+    return [e for e in map(json.loads, lines) if e["event"] == "eval"]
 
 
-def finished(run: Path) -> int:
-    summary = run / "summary.json"
-    return json.loads(summary.read_text())["stages"] if summary.is_file() else 0
+def paired(new: Sequence[float], old: Sequence[float]) -> tuple[float, float]:
+    """Mean difference and the half-width of its 95% interval."""
+    gaps = [a - b for a, b in zip(new, old, strict=True)]
+    return statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
 
 
-def paired(new: Sequence[float], old: Sequence[float]) -> str:
-    """Mean difference by problem with its 95% interval."""
-    changes = [a - b for a, b in zip(new, old, strict=True)]
-    mean = statistics.fmean(changes)
-    half = 1.96 * statistics.stdev(changes) / len(changes) ** 0.5
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+def give(*seats: str, model: str = LARGER) -> list[str]:
+    return [part for seat in seats for part in ("--seat", seat, "--with", model)]
 
 
-def moment(swap: dict[str, Any]) -> tuple[float, float, str]:
-    """Reward before and after all seats were given, and the change with its interval."""
-    last = swap["swaps"][-1]
-    taken = "difference" in last
-    mean, low, high = last["difference"] if taken else last["naive_difference"]
-    after = last["after"] if taken else last["naive"]
-    return last["before"], after, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    lines = [
-        "| row | seed | verdict | reward before → at the swap | change at the swap "
-        f"| after {AFTER} more stages | against not swapped | first stage fell |",
-        "|---|---|---|---|---|---|---|---|",
+def one_seed(out: Path, seed: int) -> list[dict[str, Any]]:
+    """A team, its swaps, and what becomes of each."""
+    small = team(*[SMALLER] * 3)
+    start = trained(out / f"seed-{seed}-start", seed, small, BEFORE)
+    stayed = continued(start, out / f"seed-{seed}-stayed")
+    cases: list[tuple[str, Path, list[str]]] = [
+        ("one seat, drawn", start, [*give("second"), *DRAWN, *RAMP]),
+        ("one seat, as it is", start, [*give("second"), *NAIVE]),
     ]
-    summary = [
-        "| row | at the swap | after | against not swapped | Viol. |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    plain = found["not swapped"]
-    for name, rows in found.items():
-        at, ends, gains, falls = [], [], [], []
-        for seed, row in enumerate(rows):
-            swap, evals = row["swap"], row["evals"]
-            start, verdict, shown, change = None, "", "", ""
-            if swap is not None:
-                before, start, change = moment(swap)
-                verdict, shown = swap["verdict"], f"{before:.3f} → {start:.3f}"
-                at.append(start - before)
-            end = against = fell = ""
-            if evals:
-                end = f"{evals[-1]['reward']:.3f}"
-                ends.append(evals[-1]["reward"])
-                if plain[seed]["evals"]:
-                    against = paired(
-                        evals[-1]["per_problem"], plain[seed]["evals"][-1]["per_problem"]
-                    )
-                    gains.append(evals[-1]["reward"] - plain[seed]["evals"][-1]["reward"])
-                if start is not None:
-                    falls.append(evals[0]["reward"] < start)
-                    fell = "yes" if falls[-1] else "no"
-            lines.append(
-                f"| {name} | {seed} | {verdict} | {shown} | {change} | {end} | {against} | {fell} |"
-            )
-        means = [f"{statistics.fmean(v):+.3f}" if v else "" for v in (at, gains)]
-        end = f"{statistics.fmean(ends):.3f}" if ends else ""
-        share = f"{100 * statistics.fmean(falls):.0f}%" if falls else ""
-        summary.append(f"| {name} | {means[0]} | {end} | {means[1]} | {share} |")
-    return "\n".join(summary) + "\n\n" + "\n".join(lines)
+    if seed == 0:
+        cases += [
+            ("two seats, drawn", start, [*give("first", "second"), "--together", *DRAWN, *RAMP]),
+            ("all seats, drawn", start,
+             [*give("first", "second", "third"), "--together", *DRAWN, *RAMP]),
+        ]  # fmt: skip
+        larger = trained(out / "larger-start", seed, team(SMALLER, LARGER, SMALLER), BEFORE)
+        cases += [
+            ("downgrade, drawn", larger, [*give("second", model=SMALLER), *DRAWN, *RAMP]),
+        ]
+    rows = []
+    for label, source, options in cases:
+        name = f"seed-{seed}-{label.replace(', ', '-').replace(' ', '-')}"
+        result = swapped(source, out / name, *options)
+        row: dict[str, Any] = {"label": label, "seed": seed, "result": result}
+        if result["out"] is not None and (out / name / "recipe.yaml").is_file():
+            row["on"] = continued(out / name, out / f"{name}-on")
+        beside = stayed
+        if source != start:
+            beside = continued(source, out / f"seed-{seed}-larger-stayed")
+        row["stayed"] = beside
+        rows.append(row)
+    if seed < SCRATCH_SEEDS:
+        scratch = trained(
+            out / f"seed-{seed}-scratch", seed, team(SMALLER, LARGER, SMALLER), BEFORE + AFTER
+        )
+        rows.append({
+            "label": "larger from the start", "seed": seed, "on": evaluations(scratch)[-AFTER:],
+            "stayed": stayed,
+        })  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| swap | seed | verdict | before | newcomer as it is | at the swap (difference, 95%) "
+        f"| reward after 1..{AFTER} further stages | not swapped "
+        f"| difference to it after {AFTER} (95%) | swap tokens | swap seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        for row in (r for r in rows if r["label"] == label):
+            cells = [label, str(row["seed"])]
+            result = row.get("result")
+            if result is None:
+                cells += ["", "", "", ""]
+            else:
+                record = result["swaps"][0]
+                at_swap = "not made"
+                if "difference" in record:
+                    mean, low, high = record["difference"]
+                    at_swap = f"{record['after']:.3f} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])"
+                cells += [
+                    result["verdict"], f"{record['before']:.3f}", f"{record['naive']:.3f}", at_swap,
+                ]  # fmt: skip
+            stayed = " ".join(f"{e['reward']:.3f}" for e in row["stayed"])
+            if "on" in row:
+                on = " ".join(f"{e['reward']:.3f}" for e in row["on"])
+                mean, half = paired(row["on"][-1]["per_problem"], row["stayed"][-1]["per_problem"])
+                cells += [on, stayed, f"{mean:+.3f} ± {half:.3f}"]
+            else:
+                cells += ["", stayed, ""]
+            cost = ("", "")
+            if result is not None:
+                cost = (f"{result['tokens']:,}", f"{result['seconds']:.0f}")
+            lines.append("| " + " | ".join([*cells, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def violations(rows: Sequence[dict[str, Any]]) -> str:
+    """Viol.%: first stages after a swap in which the held-out reward falls."""
+    lines = ["| swap | first stages | reward fell | Viol.% |", "|---|---|---|---|"]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        first = [
+            r["on"][0]["reward"] - r["result"]["swaps"][0]["after"]
+            for r in rows
+            if r["label"] == label
+            and "on" in r
+            and "after" in r.get("result", {"swaps": [{}]})["swaps"][0]
+        ]
+        if first:
+            fell = sum(change < 0 for change in first)
+            lines.append(f"| {label} | {len(first)} | {fell} | {100 * fell / len(first):.0f} |")
+    return "\n".join(lines)
+
+
+def families(out: Path) -> str:
+    """From one family to another by coin: the ramp, and reward against share."""
+    start = trained(out / "family-start", 0, team(SMALLER, OTHER, SMALLER), BEFORE)
+    ramp = swapped(start, out / "family-swap", *give("second"), *RAMP)
+    kept = out / "family-linearity.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(linearity(start)))
+    points = json.loads(kept.read_text())
+    old, new = points[0]["reward"], points[-1]["reward"]
+    lines = [
+        f"{OTHER} to {LARGER} by hand-over, tolerance {ramp['tolerance']:g}: {ramp['verdict']}. "
+        f"{ramp['reason']}",
+        "",
+        "| share of the newcomer | episodes of the newcomer | reward ± standard error "
+        "| straight line between the ends |",
+        "|---|---|---|---|",
+    ]
+    for point in points:
+        share = point["share"]
+        lines.append(
+            f"| {share:g} | {point['coins']} of {point['episodes']} "
+            f"| {point['reward']:.4f} ± {point['error']:.4f} "
+            f"| {(1 - share) * old + share * new:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def linearity(run: Path) -> list[dict[str, Any]]:
+    from satune.reseating import Candidate, find_team, load_found, with_newcomer
+    from satune.swapping import side_of, table_of
+    from satune.tasks.catalog import take
+    from satune.types import Key
+
+    found = find_team(run, None)
+    old = Candidate(load_found(found, lambda done, total, what: None))
+    new = with_newcomer(old, "second", LARGER)
+    problems = take(old.cast.task, "eval", 1000)
+    table, points = table_of(old.cast), []
+    for share in SHARES:
+        # Coins and uniforms of one key: the shares differ in who played and in nothing else.
+        mixed = table.play_mixture(
+            side_of(old.cast), side_of(new.cast), problems, 2, Key(0, "swap", draw=99), share
+        )
+        rewards = [
+            (a.reward + b.reward) / 2
+            for (a, _), (b, _) in zip(mixed[::2], mixed[1::2], strict=True)
+        ]
+        points.append({
+            "share": share,
+            "coins": sum(coin for _, coin in mixed),
+            "episodes": len(mixed),
+            "reward": statistics.fmean(rewards),
+            "error": statistics.stdev(rewards) / len(rewards) ** 0.5,
+        })  # fmt: skip
+    return points
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/swaps"))
+    parser.add_argument("--out", type=Path, default=Path("runs/swap-study"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", nargs="*", help="rows by name; all if left out")
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    arms = [arm for arm in ARMS if not arguments.arms or arm.name in arguments.arms]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for arm in arms:
-        found[arm.name] = []
-        for seed in range(arguments.seeds):
-            found[arm.name].append(perform(arguments.out, arm, seed))
-            print(f"{arm.name}, seed {seed}: done", file=sys.stderr, flush=True)
-    print(table(found))
+    rows = [row for seed in range(arguments.seeds) for row in one_seed(arguments.out, seed)]
+    print(table(rows), violations(rows), families(arguments.out), sep="\n\n")
 
 
 if __name__ == "__main__":

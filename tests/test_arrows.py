@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str] | None] = {
     "launch": None,
     "candidates": None,
     "examination": None,
-    "handing_over": None,
+    "coin_rollout": None,
     "projecting": None,
     "reseating": None,
     "swapping": None,

@@ -167,14 +167,13 @@ def test_quickstart_prints_one_json_object(
         file.write(f"# {tmp_path}\n")
     monkeypatch.setattr("satune.cli.quickstart.shipped_recipe", lambda given: small)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr("satune.cli.quickstart.LESSONS", 1)
     out = tmp_path / "run"
     code, stdout, _ = satune("quickstart", "--out", out, "--seed", "3", "--json")
     assert code == 0
     summary = json.loads(stdout)
     assert {"reward_before", "reward_after", "stages", "seconds", "tokens"} <= set(summary)
-    swap = summary.pop("swap")
-    assert swap["verdict"] == "mixture" and Path(swap["team"], "manifest.json").is_file()
+    swap = summary["swap"]
+    assert swap["verdict"] == "mixture" and Path(swap["out"], "manifest.json").is_file()
     recipe = (out / "recipe.yaml").read_text()
     assert recipe.startswith("seed: 3\n") and "\n  seed: 3" in recipe
     # The command that a person is told to go on with is this run's own.

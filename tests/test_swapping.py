@@ -22,11 +22,10 @@ from satune.agents.zoo import tiny_tokenizer
 from satune.assembly import Cast
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
-from satune.handing_over import play_mixture
 from satune.reseating import Candidate, find_team, load_found, reseated, with_newcomer
 from satune.rollout import rollout_sync
 from satune.swap.handover import HandOverSettings
-from satune.swapping import SwapRequest, swap
+from satune.swapping import SwapRequest, side_of, swap, table_of
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance
@@ -295,7 +294,7 @@ def test_a_projection_outside_delta_can_stay_a_mixture(world: Path, tmp_path: Pa
     shutil.copytree(world / "run", source)
     result = give(
         source, ("bob", world / "newcomer"), out=tmp_path / "out", method="auto",
-        delta=1e-6, otherwise="mixture",
+        delta=1e-6, otherwise="mixture", rounds=2,
     )  # fmt: skip
     assert result["verdict"] == "mixture"
     team = load_team(tmp_path / "out", device="cpu")
@@ -309,6 +308,39 @@ def test_a_projection_outside_delta_can_stay_a_mixture(world: Path, tmp_path: Pa
              recipe=world / "recipe.yaml")  # fmt: skip
     assert give(tmp_path / "out", ("bob", world / "newcomer"), method="auto", out=tmp_path / "y",
                 recipe=world / "recipe.yaml")["swaps"][0]["method"] == "handover"  # fmt: skip
+
+
+def test_a_projection_outside_delta_can_be_judged_by_its_reward(
+    world: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = give(
+        world / "run", ("bob", world / "newcomer"), out=out, method="project",
+        delta=1e-6, otherwise="handover", rounds=2,
+    )  # fmt: skip
+    record = result["swaps"][0]
+    assert record["verdict"] == "accepted" and "above delta" in record["projection"]
+    assert record["looks"] and record["kl"]["newcomer"]["quantile"] > 1e-6
+    # The newcomer as it was drawn to the incumbent, not as it came.
+    weights = load_file(out / "checkpoints" / "stage-0002" / "bob.weights.safetensors")
+    came = load_file(world / "newcomer" / "model.safetensors")
+    assert any(not torch.equal(tensor, came[name]) for name, tensor in weights.items())
+    assert tiny_world.same(
+        weights, {n: t for n, t in load_file(out / "team" / "bob" / "model.safetensors").items()}
+    )
+    go_on(out, 3)
+
+
+def test_a_newcomer_inside_delta_is_taken_as_it_is(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = give(
+        world / "run", ("bob", world / "run" / "team" / "bob"), out=out, method="auto", delta=0.01
+    )
+    record = result["swaps"][0]
+    assert record["method"] == "project" and record["verdict"] == "accepted"
+    assert record["difference"][0] == 0.0 and record["kl"]["newcomer"]["violation_rate"] == 0.0
+    assert record["examination"]["bob"]["inside"] == 1.0
+    go_on(out, 3)
 
 
 # What a hand-over decides
@@ -412,7 +444,7 @@ def test_the_mixtures_episodes_are_those_of_its_sides(sevens: Path, epsilon: flo
         }
         for coin, cast in ((False, old), (True, new))
     }  # fmt: skip
-    mixed = play_mixture(old, new, problems, 8, key, epsilon)
+    mixed = table_of(old).play_mixture(side_of(old), side_of(new), problems, 8, key, epsilon)
     for episode, coin in mixed:
         assert episode == sides[coin][episode.problem.id, episode.sample]
     assert sum(coin for _, coin in mixed) == {0.0: 0, 1.0: 24}.get(

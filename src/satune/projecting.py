@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from satune.agents.mixture import MixturePolicy
 from satune.assembly import Cast
@@ -17,6 +17,14 @@ from satune.types import Episode, Key
 
 EXAMINED = 64
 """Problems on which the newcomer's alignment is looked at."""
+PROBLEMS = 48
+"""Problems of a round of distillation: fewer leave the newcomer wandering about."""
+OTHERWISE: dict[str, Literal["mixture", "refused", "outside"]] = {
+    "mixture": "mixture",
+    "refuse": "refused",
+    "handover": "outside",
+}
+"""What becomes of a newcomer that is drawn to the incumbent and stays outside delta."""
 
 
 @dataclass(slots=True)
@@ -48,7 +56,6 @@ def look_at(
     base: Candidate,
     candidate: Candidate,
     seat: str,
-    model: str,
     *,
     delta: float,
     key: Key,
@@ -59,7 +66,8 @@ def look_at(
     name = candidate.agent_of(seat)
     incumbent = base.cast.team.policies[base.agent_of(seat)]
     newcomer = candidate.cast.team.policies[name]
-    old = with_policy(with_newcomer(base, seat, model, loaded=newcomer), name, incumbent)
+    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    old = with_policy(taken, name, incumbent)
     rollouts = Counted(max(2, base.cast.recipe.rollout.samples))
     episodes = rollouts.of(old.cast)(key, offset, EXAMINED)
     mixture = MixturePolicy(name, incumbent, newcomer, delta)
@@ -70,7 +78,6 @@ def project_seat(
     base: Candidate,
     candidate: Candidate,
     seat: str,
-    model: str,
     *,
     delta: float,
     otherwise: str,
@@ -80,16 +87,12 @@ def project_seat(
     watch: Callable[[Mapping[str, Any]], None],
 ) -> tuple[Candidate | None, Distilled, int]:
     """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
-    does not come so near the mixture itself, or None. Also what was measured, and the tokens that
-    this took. Without ``rounds`` nothing is distilled: the mixture fills the seat."""
-    newcomer = candidate.cast.team.policies[candidate.agent_of(seat)]
+    does not come so near, what ``otherwise`` says: None for a refusal. Also what was measured, and
+    the tokens that this took."""
+    name = candidate.agent_of(seat)
+    newcomer = candidate.cast.team.policies[name]
     incumbent = base.cast.team.policies[base.agent_of(seat)]
-    taken = with_newcomer(base, seat, model, loaded=newcomer)
-    name = taken.agent_of(seat)
-    mixture = MixturePolicy(name, incumbent, newcomer, delta)
-    if rounds == 0:
-        found = Distilled("mixture", "mixed at decode time, as asked", {"decision": "mixture"})
-        return with_policy(taken, name, mixture), found, 0
+    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
     student = student_of(newcomer, name)
     new = with_policy(taken, name, student)
     old = with_policy(taken, name, incumbent)
@@ -104,8 +107,10 @@ def project_seat(
             delta=delta,
             quantile=recipe.trust_region.quantile,
             unit=recipe.trust_region.unit,
+            otherwise=OTHERWISE[otherwise],
             rounds=rounds,
-            otherwise="mixture" if otherwise == "mixture" else "refused",
+            problems=PROBLEMS,
+            last_rate=0.1,
             seed=key.seed,
             optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
         ),
@@ -116,5 +121,5 @@ def project_seat(
         watch=watch,
     )
     if found.decision == "mixture":
-        new = with_policy(taken, name, mixture)
+        new = with_policy(taken, name, MixturePolicy(name, incumbent, newcomer, delta))
     return (None if found.decision == "refused" else new), found, rollouts.tokens

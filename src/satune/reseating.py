@@ -209,18 +209,26 @@ class Candidate:
 
 
 def with_newcomer(
-    base: Candidate, seat: str, model: str, *, loaded: Policy | None = None
+    base: Candidate,
+    seat: str,
+    model: str,
+    *,
+    loaded: Policy | None = None,
+    tiny: Mapping[str, Any] | None = None,
 ) -> Candidate:
-    """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training; ``loaded``
-    is the policy where there is one already. Raises UserError where the model does not load."""
+    """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training but for the
+    settings in ``tiny``; ``loaded`` is the policy where there is one already. Raises UserError
+    where the model does not load."""
     cast = base.cast
     recipe, team = cast.recipe, cast.team
     incumbent = team.seats[seat]
     # A text that was written for the incumbent's template says nothing to another tokenizer.
     had = recipe.team.resolved().agents[incumbent]
     section = had.model_copy(update={"model": model, "trust_remote_code": False})
-    path = model_path(section, recipe, cast.protocol, team.seats, cast.progress)
-    section = section.model_copy(update={"model": path})
+    if loaded is None:
+        taught = recipe.model_copy(update={"tiny": recipe.tiny.model_copy(update=tiny or {})})
+        model = model_path(section, taught, cast.protocol, team.seats, cast.progress)
+    section = section.model_copy(update={"model": model})
     sections, name = reseated(recipe.team, seat, section)
     section = sections.resolved().agents[name]
     policy = loaded or _load(recipe, sections, name, section)
@@ -238,7 +246,7 @@ def with_newcomer(
     )
     new_recipe = recipe.model_copy(update={"team": sections})
     kept = {n: m for n, m in base.newcomers.items() if n in policies}
-    return Candidate(with_team(cast, new_recipe, new_team), kept | {name: path})
+    return Candidate(with_team(cast, new_recipe, new_team), kept | {name: model})
 
 
 def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:

@@ -40,6 +40,13 @@ def _scalars(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
     if kind == "eval":
         decoding = "greedy" if fields["greedy"] else "sampled"
         return {f"reward/held_out_{decoding}": fields["reward"]}
+    if kind == "swap":
+        return {
+            f"swap/{'_'.join(record['seats'])}_{name}": record[name]
+            for record in fields["swaps"]
+            for name in ("before", "naive", "after", "lower")
+            if name in record
+        }
     if kind != "update":
         return {}
     agent = fields["agent"]

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.assembly import Cast, Progress, no_progress
+from satune.coin_rollout import Side, Table
 from satune.core.confidence import Spending
 from satune.evaluation import Evaluation, paired_difference
-from satune.handing_over import hand_over_between
 from satune.loading import nearest
 from satune.projecting import EXAMINED, look_at, project_seat
 from satune.reseating import (
@@ -24,6 +24,7 @@ from satune.reseating import (
     with_newcomer,
     write_result,
 )
+from satune.scalars import scalar_writer
 from satune.swap.handover import (
     HandOverSettings,
     mixture_kl,
@@ -43,8 +44,9 @@ Watch = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class SwapRequest:
-    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``rounds`` of distillation at
-    the most. ``out`` None: beside the source."""
+    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``rounds``: the most that a
+    distillation takes. ``tiny``: keys of the recipe's section by that name which a tiny newcomer is
+    taught by instead. ``out`` None: beside the source."""
 
     source: Path
     seats: Sequence[str]
@@ -53,8 +55,9 @@ class SwapRequest:
     delta: float | None = None
     together: bool = False
     dry_run: bool = False
-    otherwise: Literal["mixture", "refuse"] = "refuse"
+    otherwise: Literal["mixture", "refuse", "handover"] = "refuse"
     rounds: int = 50
+    tiny: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
     out: Path | None = None
     hand_over: HandOverSettings = field(default_factory=HandOverSettings)
@@ -124,6 +127,9 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
         write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
         result["out"] = str(out)
         tell("swap", {"stage": found.stage, **event})
+        if found.run is not None and found.recipe.log.tensorboard:
+            with scalar_writer(out / "tensorboard") as write:
+                write("swap", {"stage": found.stage, **event})
     return result
 
 
@@ -132,12 +138,10 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
     if request.method not in METHODS:
         hint = nearest(request.method, METHODS)
         raise UserError(f"--method {request.method}: no such method{hint}")
+    if request.rounds < 1:
+        raise UserError(f"--rounds {request.rounds}: give at least 1")
     if request.delta is not None and not request.delta > 0:
         raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
-    if request.rounds < 0:
-        raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
-    if request.rounds == 0 and request.otherwise != "mixture":
-        raise UserError("--rounds 0: leaves only the mixture; add --otherwise mixture")
     source = request.source
     out = request.out or source.with_name(source.resolve().name + "-swapped")
     if not request.dry_run:
@@ -147,8 +151,8 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
         check_seat(found, seat)
         if model.startswith(("http://", "https://")):
             raise UserError(
-                f"--with {model}: a served model has no weights to keep in a team directory; serve "
-                "the team's agents likewise and name both in a recipe, or give a directory"
+                f"--with {model}: a served model has no weights to keep in a team directory; hand "
+                "the seat over from Python (docs/swap.md), or give a directory or a hub id"
             )
     return found, out
 
@@ -192,7 +196,7 @@ class _Swap:
 
     def seat(self, team: Candidate, group: Sequence[tuple[str, str]]) -> Candidate:
         for seat, model in group:
-            team = with_newcomer(team, seat, model)
+            team = with_newcomer(team, seat, model, tiny=self.request.tiny)
         return team
 
     def method(self, old: Candidate, new: Candidate, group: Sequence[tuple[str, str]]) -> str:
@@ -238,6 +242,8 @@ class _Swap:
             self._project(candidate, group, record)
         else:
             self._hand_over(candidate, record)
+            if record["verdict"] == "accepted":
+                record |= {"after": record["naive"], "difference": record["naive_difference"]}
         record["seconds"] = time.perf_counter() - started
         self.records.append(record)
 
@@ -261,13 +267,12 @@ class _Swap:
     ) -> None:
         """What a projection would be, before one is tried."""
         record["examination"] = {}
-        for number, (seat, model) in enumerate(group):
+        for number, (seat, _) in enumerate(group):
             key = swap_key(self.found, len(self.records)).at(draw=number)
             figures, tokens = look_at(
                 self.team,
                 candidate,
                 seat,
-                model,
                 delta=self.delta,
                 key=key,
                 offset=self.found.train_offset,
@@ -282,13 +287,12 @@ class _Swap:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
         team: Candidate | None = self.team
         record["distillation"] = {}
-        for seat, model in group:
+        for seat, _ in group:
             assert team is not None
             team, found, tokens = project_seat(
                 team,
                 candidate,
                 seat,
-                model,
                 delta=self.delta,
                 otherwise=self.request.otherwise,
                 rounds=self.request.rounds,
@@ -299,6 +303,10 @@ class _Swap:
             record["distillation"][seat] = found.event
             record["tokens"] += tokens
             record |= {"reason": found.reason, "kl": found.event.get("kl")}
+            if found.decision == "mixture":
+                # Of the seat as it is filled now; the student's figures stand with its rounds.
+                record["kl"] = {"mixture": record["examination"][seat]["kl"]}
+                record["reason"] += "; the mixture of both, inside it everywhere, fills the seat"
             if team is None:
                 record["verdict"] = "refused"
                 return
@@ -306,19 +314,24 @@ class _Swap:
         after = _evaluate(team.cast)
         gain = paired_difference(self.before, after)
         record["tokens"] += after.tokens
-        decisions = {found["decision"] for found in record["distillation"].values()}
         record |= {
-            "verdict": "mixture" if "mixture" in decisions else "accepted",
             "after": after.avg_at_k,
             "difference": [gain.mean, gain.low, gain.high],
         }
+        decisions = {found["decision"] for found in record["distillation"].values()}
+        if "outside" in decisions:
+            # Too far to be taken by its divergence; its reward may still speak for it.
+            record["projection"] = record["reason"]
+            self._hand_over(team, record)
+            return
+        record["verdict"] = "mixture" if "mixture" in decisions else "accepted"
         self.team = team
 
     def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
         """From the team that was found to the candidate: the tolerance is that of all seats."""
-        found = hand_over_between(
-            self.original.cast,
-            candidate.cast,
+        found = table_of(self.original.cast).hand_over(
+            side_of(self.original.cast),
+            side_of(candidate.cast),
             self.request.hand_over,
             swap_key(self.found, len(self.records)),
             self.spending,
@@ -332,14 +345,13 @@ class _Swap:
             "reason": found.reason,
             "epsilon": found.epsilon,
             "tv": found.epsilon,
-            "kl": mixture_kl(found.epsilon),
+            "mixture_kl": mixture_kl(found.epsilon),
             "looks": [look.to_dict() for look in found.looks],
         }
         if found.certificate is not None:
             record |= {"lower": found.certificate.lower, "claim": found.certificate.claim}
         record["tokens"] += found.sampled_tokens
         if found.verdict == "accepted":
-            record |= {"after": record["naive"], "difference": record["naive_difference"]}
             self.team = candidate
 
 
@@ -350,3 +362,15 @@ def swap_key(found: Found, number: int) -> Key:
 def _evaluate(cast: Cast) -> Evaluation:
     """On the problems and with the uniforms of training's evaluations."""
     return cast.evaluate(greedy=False, key=Key(cast.recipe.seed, "evaluate"))
+
+
+def table_of(cast: Cast) -> Table:
+    return Table(
+        cast.task,
+        cast.protocol,
+        lambda done, total: cast.progress(done, total, "hand-over"),
+    )
+
+
+def side_of(cast: Cast) -> Side:
+    return Side(cast.team.seats_for(cast.recipe.rollout.max_new_tokens), cast.engine)

@@ -13,10 +13,14 @@ from rich.console import Console
 from satune.cli.common import AsJson, Out, shipped_recipe, show_result
 from satune.cli.train import run_training, show_summary
 
-SEAT, NEWCOMER = "second", "tiny:llama-m"
-LESSONS = 200
-"""Training steps of the newcomer: about half a minute on one core. It need not be good: the seat
-is mixed of both within the trust region."""
+NEWCOMER = "tiny:llama-m"
+# A seventh of what its teaching would take: what a swap does shows best where a newcomer is worse.
+TEACHING = {"steps": 110, "max_steps": 110, "examples": 7040}
+ROUNDS = 4
+SHOWN = (
+    "seats", "models", "method", "verdict", "reason", "before", "naive", "naive_difference",
+    "after", "difference", "kl",
+)  # fmt: skip
 
 
 def quickstart(
@@ -26,6 +30,7 @@ def quickstart(
 ) -> None:
     """Build tiny agents, train a team of three, swap one, show what came out."""
     from satune.config.load import load_recipe
+    from satune.training.run_directory import RunDirectory
 
     path = shipped_recipe("relay")
     loaded = load_recipe(path, [f"seed={seed}", f"tiny.seed={seed}"])
@@ -36,60 +41,44 @@ def quickstart(
     summary = run_training(
         loaded, directory, resume=False, checkpoint=None, command=shlex.join(command)
     )
-    summary["swap"] = _swap(loaded, directory)
+    summary["swap"] = _swap(directory, loaded)
+    RunDirectory(directory).write_summary(summary)
     show_result(summary, as_json, show_all)
 
 
-def _swap(recipe: Any, directory: Path) -> dict[str, Any]:
-    """One seat to a larger model of the same tokenizer, mixed at decode time within delta."""
-    from satune.assembly import model_path
-    from satune.progress import Display
-    from satune.protocols.catalog import load_protocol
-    from satune.swapping import SwapRequest, swap
+def _swap(directory: Path, recipe: Any) -> dict[str, Any]:
+    """One seat to a larger model of the same tokenizer: drawn near, else mixed within delta."""
+    from satune.cli.swap import run_swap
+    from satune.swapping import SwapRequest
 
-    seats = recipe.team.resolved().seats
-    newcomer = recipe.team.agents[SEAT].model_copy(update={"model": NEWCOMER})
-    lessons = {"steps": LESSONS, "max_steps": LESSONS, "greedy_target": 0.0}
-    taught = recipe.model_copy(update={"tiny": recipe.tiny.model_copy(update=lessons)})
-    protocol = load_protocol(recipe.protocol.name, list(seats), None, **recipe.protocol.options)
-    with Display(Console(stderr=True)) as display:
-        model = model_path(newcomer, taught, protocol, seats, display.progress)
-        request = SwapRequest(
-            directory, [SEAT], [model], "project", rounds=0, otherwise="mixture",
-            out=directory.with_name(directory.name + "-swapped"),
-        )  # fmt: skip
-        found = swap(request, display.progress, display.watch)
-    record = found["swaps"][0]
-    examined = record["examination"][SEAT]
-    return {
-        "seat": SEAT,
-        "model": NEWCOMER,
-        "method": "mixture at decode time",
-        "verdict": record["verdict"],
-        "delta": found["delta"],
-        "before": record["before"],
-        "as_it_is": record["naive"],
-        "as_it_is_difference": record["naive_difference"],
-        "after": record["after"],
-        "difference": record["difference"],
-        "examination": examined,
-        "tokens": found["tokens"],
-        "seconds": found["seconds"],
-        "team": found["out"],
-    }
+    seat = list(recipe.team.given_seats())[1]
+    teaching = {k: min(v, getattr(recipe.tiny, k)) for k, v in TEACHING.items()}
+    request = SwapRequest(
+        directory, [seat], [NEWCOMER], method="project", otherwise="mixture", rounds=ROUNDS,
+        tiny=teaching | {"greedy_target": 0.0}, out=directory / "swapped",
+    )  # fmt: skip
+    result = run_swap(request)
+    record = result["swaps"][0]
+    shown = {name: record[name] for name in SHOWN if name in record}
+    return shown | {name: result[name] for name in ("delta", "tokens", "seconds", "out")}
 
 
 def show_all(summary: dict[str, Any]) -> None:
     """The training's summary, and what the swap did."""
     show_summary(summary)
     swap = summary["swap"]
-    mean, low, high = swap["difference"]
-    worse = swap["as_it_is_difference"][0]
+    if "after" not in swap:
+        what = f"refused: {swap['reason']}"
+    else:
+        mean, low, high = swap["difference"]
+        how = "mixed with its incumbent" if swap["verdict"] == "mixture" else "drawn"
+        what = (
+            f"{how} within {swap['delta']:g} nats a token: reward {swap['before']:.3f} to "
+            f"{swap['after']:.3f}, {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
     Console().print(
-        f"swap: seat {swap['seat']} given to {swap['model']}, mixed with its incumbent within "
-        f"{swap['delta']:g} nats a token: reward {swap['before']:.3f} to {swap['after']:.3f}, "
-        f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]; the newcomer as it is would have changed it by "
-        f"{worse:+.3f}. The swapped team: {swap['team']}",
+        f"swap: seat {', '.join(swap['seats'])} to {NEWCOMER}, {what}; the newcomer as it is would "
+        f"have changed it by {swap['naive_difference'][0]:+.3f}. The swapped team: {swap['out']}",
         highlight=False,
         soft_wrap=True,
     )

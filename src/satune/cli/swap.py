@@ -28,9 +28,10 @@ def swap(
     looks: Annotated[int, typer.Option(help="at the evidence")] = 5,
     together: Annotated[bool, typer.Option(help="all seats under one coin")] = False,
     otherwise: Annotated[
-        Literal["mixture", "refuse"], typer.Option(help="for a projection outside delta")
+        Literal["mixture", "handover", "refuse"],
+        typer.Option(help="for a projection outside delta"),
     ] = "refuse",
-    rounds: Annotated[int, typer.Option(help="of distillation; 0: mix at decode time")] = 50,
+    rounds: Annotated[int, typer.Option(help="of distillation, at most")] = 50,
     dry_run: Annotated[bool, typer.Option(help="measure only")] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="rollout settings and task for a team directory")

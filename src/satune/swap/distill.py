@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ Draw = Callable[[Key, int, int], list[Episode]]
 """(key, offset into the problems, how many) -> whole groups of episodes; as training's."""
 Publish = Callable[[int], None]
 """Tells the engine that the student's weights are now of this version."""
-Decision = Literal["distilled", "mixture", "refused"]
+Decision = Literal["distilled", "mixture", "refused", "outside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class DistillSettings:
     rounds end when the quantile, over states that gave no gradient yet, is at most ``stop`` x
     delta ``confirm`` times in a row, the weights at rest meanwhile: the first low reading of many
     is low by luck. ``measure_problems`` are played anew for the measurement, by either team.
-    ``otherwise`` is what becomes of a student outside delta.
+    ``otherwise`` is what becomes of a student outside delta; "outside" leaves that to the caller.
+    The learning rate falls linearly from the optimiser's to ``last_rate`` of it over the rounds.
     Raises: ValueError if a value lies outside its range.
     """
 
@@ -60,14 +61,15 @@ class DistillSettings:
     mini_batches: int = 4
     measure_problems: int = 64
     confidence: float = 0.95
-    otherwise: Literal["mixture", "refused"] = "mixture"
+    otherwise: Literal["mixture", "refused", "outside"] = "mixture"
+    last_rate: float = 1.0
     seed: int = 0
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self) -> None:
         if not self.delta > 0:
             raise ValueError(f"distill.delta {self.delta}: give a positive number of nats")
-        for name in ("quantile", "aim", "stop"):
+        for name in ("quantile", "aim", "stop", "last_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"distill.{name} {getattr(self, name)}: give a value in (0, 1]")
         for name in ("confirm", "rounds", "problems", "mini_batches", "measure_problems"):
@@ -79,8 +81,9 @@ class DistillSettings:
 class Distilled:
     """What came of it. ``event`` holds plain figures: ``rounds`` one by one, and the measurement.
 
-    "distilled": the student holds the accepted weights. "mixture" and "refused": it holds the
-    newcomer's, bit for bit, and the seat is filled by a MixturePolicy or stays the incumbent's.
+    "distilled": the student holds the accepted weights; "outside": those that are not.
+    "mixture" and "refused": it holds the newcomer's, bit for bit, and the seat is filled by a
+    MixturePolicy or stays the incumbent's.
     """
 
     decision: Decision
@@ -155,7 +158,7 @@ def distill(
         }
         event["reward"] = {whose: _reward(episodes) for whose, episodes in visited.items()}
         decision, reason = _judge(found, settings)
-    if decision != "distilled":
+    if decision not in ("distilled", "outside"):
         learner.restore(before)
         play.published()
     learner.rest()
@@ -237,6 +240,9 @@ def _learn(
         inside = statistics.quantile <= settings.stop * settings.delta
         streak = streak + 1 if inside else 0
         if not inside:
+            left = (settings.rounds - number + 1) / settings.rounds
+            rate = settings.optimizer.lr * max(settings.last_rate, left)
+            learner.settings = replace(settings.optimizer, lr=rate)
             order = list(range(packed.episodes))
             Key(settings.seed, "swap", draw=play.rollouts).rng("mini-batches").shuffle(order)
             row["grad_norm"] = max(
