@@ -2,8 +2,8 @@
 
 "A/CB>ABC" is a problem: A stands on the table alone, B on C; the goal is the tower with A at the
 bottom, B on it, C on top. Stacks and towers are written from the bottom up. A message holds all
-moves so far and the state they lead to: "B-;A/B/C", then "B-BA;AB/C", then "B-BACB;ABC". A move
-names the block and where it goes, "-" being the table. What counts in the end are the moves.
+moves so far and the state they lead to: "BA;AB/C", then "BACB;ABC". A move names the block and
+where it goes, "-" being the table. What counts in the end are the moves.
 """
 
 from __future__ import annotations
@@ -59,22 +59,19 @@ def reached(state: State, goal: State) -> bool:
     return all(any(tower in stack for stack in state) for tower in goal)
 
 
-def moves(state: State) -> list[str]:
-    """The moves that can be made, in alphabetical order ("-", the table, first)."""
-    tops = [stack[-1] for stack in state]
-    found = [a + b for a in tops for b in tops if a != b]
-    return sorted(found + [stack[-1] + TABLE for stack in state if len(stack) > 1])
-
-
-def move(state: State, step: str) -> State | None:
-    """The state after a move; None if it cannot be made."""
-    if step not in moves(state):
-        return None
-    block, target = step
-    lifted = [stack.removesuffix(block) for stack in state]
-    if target == TABLE:
-        return _state([*lifted, block])
-    return _state(stack + block if stack.endswith(target) else stack for stack in lifted)
+@functools.lru_cache(maxsize=65536)
+def following(state: State) -> dict[str, State]:
+    """The state after each move that can be made, in the moves' alphabetical order ("-", the table,
+    first)."""
+    found: dict[str, State] = {}
+    for block in sorted(stack[-1] for stack in state):
+        lifted = [stack.removesuffix(block) for stack in state]
+        if "" not in lifted:
+            found[block + TABLE] = _state([*lifted, block])
+        for target in sorted(stack[-1] for stack in lifted if stack and stack in state):
+            onto = (each + block if each.endswith(target) else each for each in lifted)
+            found[block + target] = _state(onto)
+    return found
 
 
 @functools.lru_cache(maxsize=65536)
@@ -89,15 +86,13 @@ def shortest(state: State, goal: State) -> tuple[str, ...] | None:
         for at in layer:
             if reached(at, goal):
                 return _way(before, at)
-        following: list[State] = []
+        further: list[State] = []
         for at in layer:
-            for step in moves(at):
-                after = move(at, step)
-                assert after is not None
+            for step, after in following(at).items():
                 if after not in before:
                     before[after] = (at, step)
-                    following.append(after)
-        layer = following
+                    further.append(after)
+        layer = further
     return None
 
 
@@ -360,7 +355,7 @@ def _way(before: dict[State, tuple[State, str] | None], at: State) -> tuple[str,
 def _carried_out(state: State, plan: str) -> tuple[State, int]:
     """The state after as many moves of a plan as can be made, and how many these are."""
     for made in range(len(plan) // 2):
-        after = move(state, plan[2 * made : 2 * made + 2])
+        after = following(state).get(plan[2 * made : 2 * made + 2])
         if after is None:
             return state, made
         state = after
@@ -371,10 +366,5 @@ def _carried_out(state: State, plan: str) -> tuple[State, int]:
 def _detours(state: State, goal: State) -> list[str]:
     """The moves after which the goal is no nearer than before."""
     left = len(shortest(state, goal) or ())
-    found = []
-    for step in moves(state):
-        after = move(state, step)
-        assert after is not None
-        if len(shortest(after, goal) or ()) >= left:
-            found.append(step)
-    return found
+    after = following(state).items()
+    return [step for step, each in after if len(shortest(each, goal) or ()) >= left]
