@@ -13,6 +13,7 @@ from satune.loading import check_options, load_object, nearest
 from satune.tasks.arbench_dc import DetectiveCases
 from satune.tasks.arbench_sp import SituationPuzzles
 from satune.tasks.autologi import AutoLogi
+from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.guess_number import ArbenchGN, GuessNumber
 from satune.tasks.maths import Aime24, Aime25, Math500, Maths
 from satune.tasks.planbench import Blocks, Logistics
@@ -33,6 +34,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "arbench_gn": ArbenchGN,
     "arbench_sp": SituationPuzzles,
     "autologi": AutoLogi,
+    "blocksworld": Blocksworld,
     "planbench_bw": Blocks,
     "planbench_logistics": Logistics,
     "zebralogic": ZebraLogic,
