@@ -17,7 +17,7 @@ from satune.agents.zoo import is_tiny, tiny_directory
 from satune.config.schema import AgentSection, Recipe
 from satune.demonstrations import demonstrate
 from satune.engines.local import LocalEngine
-from satune.engines.roles import OpenServer, with_roles
+from satune.engines.roles import SCRIPTED, OpenServer, with_roles
 from satune.evaluation import Evaluation, evaluate
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take
@@ -127,7 +127,7 @@ def assemble(
     )
     engine = with_roles(
         local_engine(team.policies, team.seats, recipe),
-        getattr(task, "role_player", ("scripted", "", "")),
+        getattr(task, "role_player", SCRIPTED),
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
         open_server=open_server,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.config.load import load_recipe, override, recipe_text
 from satune.config.schema import EngineSection, Recipe
+from satune.engines.roles import OpenServer
 from satune.loading import nearest
-from satune.types import Completion, Engine, Key, Prompt, Sampling, Seat, UserError
+from satune.types import Engine, Sampling, Seat, UserError
 
 PAPER_TOKENS = 32768
 PAPER_TEMPERATURE = 0.8
@@ -43,6 +44,9 @@ class Candidate:
     seed: int = 0
     conversations: int | None = None
     """How many conversations may be open at a time; None: all."""
+    host: str | None = None
+    """Who plays an environment's roles where the task has a choice and nobody made it."""
+    open_server: OpenServer | None = None
 
     def sampled(self, temperature: float | None, max_new_tokens: int | None) -> list[Seat]:
         """The seats, with another temperature or limit where one is given."""
@@ -56,26 +60,6 @@ class Candidate:
         if not kept:
             raise UserError(f"--seat: no {name!r}{nearest(name, [s.name for s in self.seats])}")
         self.seats, self.protocol = kept, {"name": "solo"}
-
-
-class Routed:
-    """An engine whose roles that are not players are asked of another one."""
-
-    def __init__(self, players: Engine, roles: Engine) -> None:
-        self.players, self.roles = players, roles
-
-    async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
-        engine = self.roles if seat == ENVIRONMENT else self.players
-        return await engine.generate(seat, prompt, sampling, key)
-
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
-        self.players.publish(agent, version, weights)
-
-    def begin(self, key: Key) -> None:
-        self.players.begin(key)
-
-    def end(self, key: Key) -> None:
-        self.players.end(key)
 
 
 def served_candidate(names: str, copies: int, engine: Any) -> Candidate:

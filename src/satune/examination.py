@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from satune.agents.loading import Precision
 from satune.candidates import Candidate, file_identity
+from satune.engines.roles import SCRIPTED, with_roles
 from satune.evaluation import Evaluation, Scores, summarise
 from satune.lines import JsonLines
 from satune.protocols.catalog import load_protocol
 from satune.rollout import episode_from_row, episode_to_row, rollout
-from satune.tasks.catalog import load_task, take
+from satune.tasks.catalog import load_task, take, takes
 from satune.training.run_directory import disk_errors, write_atomically
 from satune.types import Episode, Key, Problem, Seat, Task, Turn, UserError
 
@@ -75,6 +77,13 @@ async def examine(
     """
     seed = candidate.seed if wanted.seed is None else wanted.seed
     task, split, named = _task(candidate, wanted, seed)
+    engine = with_roles(
+        candidate.engine,
+        getattr(task, "role_player", SCRIPTED),
+        precision=Precision(),
+        device="auto",
+        open_server=candidate.open_server,
+    )
     seats = candidate.sampled(wanted.temperature, wanted.max_new_tokens)
     protocol = _protocol(candidate, wanted, seats)
     play = load_protocol(
@@ -107,7 +116,7 @@ async def examine(
         Key(seed, "evaluate"),
         seats=seats,
         protocol=play,
-        engine=candidate.engine,
+        engine=engine,
         task=task,
         progress=lambda done, total: progress(done, total, named["name"]),
         concurrency=wanted.concurrency or candidate.conversations,
@@ -216,6 +225,8 @@ def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, d
     if data is None and itself:
         data = candidate.held_out or own.get("data")
         split = "all" if candidate.held_out or "name" not in own else "eval"
+    if candidate.host is not None and takes(name, "host"):
+        options = {"host": candidate.host, **options}
     task = load_task(name, data, seed, None, **options)
     if getattr(task, "fresh", False):
         split = "eval"

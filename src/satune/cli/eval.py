@@ -60,7 +60,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
-    from satune.candidates import ENVIRONMENT, Routed, local_candidate, served_candidate
+    from satune.candidates import ENVIRONMENT, local_candidate, served_candidate
     from satune.config.load import override
     from satune.examination import Wanted, examine, start
     from satune.progress import Display
@@ -93,56 +93,59 @@ def evaluate(
     server = {name: value for name, value in given.items() if value is not None}
     server |= {"stream": stream, "seed": server_seed}
 
-    def engine_at(url: str, models: dict[str, str]) -> Any:
-        return _server_engine(url, models, server, api_key_env, directory)
+    opened: list[Any] = []
 
-    def candidate_of(display: Display) -> tuple[Any, Any]:
-        """The candidate, and the engine that talks to a server, if any."""
+    def engine_at(url: str, models: dict[str, str]) -> Any:
+        opened.append(_server_engine(url, models, server, api_key_env, directory))
+        return opened[-1]
+
+    def candidate_of(display: Display) -> Any:
         if base_url is not None:
             if overrides:
                 raise UserError(f"{overrides[0]}: a served model has no keys; use the options")
             engine = engine_at(base_url, {})
             candidate = served_candidate(team, seats, engine)
             host = environment_model or candidate.seats[0].agent
-            if environment_url is None:
-                engine.models[ENVIRONMENT] = host
-                candidate.identity["environment"] = host
+            engine.models[ENVIRONMENT] = host
+            candidate.host = f"{environment_url or base_url}#{host}"
         else:
             quiet_libraries()
             candidate = local_candidate(
                 team, find_recipe(team), seats, overrides or [], display.progress
             )
-            engine = None
-        if environment_url is not None:
-            if environment_model is None:
-                raise UserError("--environment-url: name the model there by --environment-model")
-            engine = engine_at(environment_url, {ENVIRONMENT: environment_model})
-            candidate.identity["environment"] = environment_model
-            candidate.engine = Routed(candidate.engine, engine)
+            if environment_url is not None:
+                if environment_model is None:
+                    raise UserError("--environment-url: name the model by --environment-model")
+                candidate.host = f"{environment_url}#{environment_model}"
+        candidate.open_server = lambda url, model: engine_at(url, {ENVIRONMENT: model})
         if seat is not None:
             candidate.only(seat)
-        return candidate, engine
+        return candidate
 
     from rich.console import Console
 
-    async def play(candidate: Any, engine: Any, display: Display) -> dict[str, Any]:
+    async def play(candidate: Any, display: Display) -> dict[str, Any]:
         try:
             return await examine(candidate, wanted, directory, display.progress)
         finally:
-            if engine is not None:
+            for engine in opened:
                 await engine.close()
 
     start(directory)
     with Display(Console(stderr=True)) as display:
         try:
-            candidate, engine = candidate_of(display)
-            report = asyncio.run(play(candidate, engine, display))
+            candidate = candidate_of(display)
+            report = asyncio.run(play(candidate, display))
         except KeyboardInterrupt:
             raise Interrupted(shlex.join(command) if directory.is_dir() else "") from None
-        if engine is not None and (engine.repeated or engine.reused):
+        requests, repeated, reused = (
+            sum(getattr(engine, name) for engine in opened)
+            for name in ("requests", "repeated", "reused")
+        )
+        if repeated or reused:
             display.note(
-                f"{engine.requests} requests, {engine.repeated} of them repetitions; "
-                f"{engine.reused} answers were on file"
+                f"{requests} requests, {repeated} of them repetitions; "
+                f"{reused} answers were on file"
             )
     show_result({**report, "out": str(directory)}, as_json, show_report)
 

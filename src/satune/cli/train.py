@@ -24,6 +24,7 @@ from satune.cli.common import (
     shipped_recipe,
     show_result,
 )
+from satune.types import UserError
 
 
 def train(
@@ -101,7 +102,7 @@ def _train(
         # Their matrices are too small to share: two threads were slower than one.
         torch.set_num_threads(1)
     with ExitStack() as stack:
-        cast = assemble(recipe, display.progress)
+        cast = assemble(recipe, display.progress, open_server)
         overlap = overlap_note(cast.task, cast.held_out)
         if overlap:
             display.note(overlap)
@@ -126,6 +127,16 @@ def _train(
     if figure is None:
         display.note("figures skipped: pip install 'satune\\[plots]'")
     return summary
+
+
+def open_server(address: str, model: str) -> Any:
+    """An engine for an environment's roles at an OpenAI-compatible server; the key is read from
+    $OPENAI_API_KEY."""
+    try:
+        from satune.engines.openai import OpenAIEngine
+    except ModuleNotFoundError as error:
+        raise UserError(f"{address}: needs {error.name}; pip install 'satune[openai]'") from None
+    return OpenAIEngine(address, {"environment": model})
 
 
 def show_summary(summary: dict[str, Any]) -> None:

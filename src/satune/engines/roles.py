@@ -14,6 +14,9 @@ from satune.types import Completion, Engine, Key, Message, Prompt, Sampling, Use
 
 _ROLE = "environment"
 
+SCRIPTED = ("scripted", "", "")
+"""The role player of a task whose roles need no model."""
+
 OpenServer = Callable[[str, str], Engine]
 """(address, model) to an engine over an OpenAI-compatible server."""
 

@@ -81,6 +81,11 @@ def load_task(
     return task
 
 
+def takes(name: str, option: str) -> bool:
+    """Whether the task of that name has an option; a user's own is not asked."""
+    return name in TASKS and option in inspect.signature(TASKS[name]).parameters
+
+
 def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
     """``n`` problems of a split's stream from position ``offset`` on; positions are stable, so that
     a resumed run sees what an uninterrupted one does.
