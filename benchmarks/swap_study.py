@@ -213,7 +213,8 @@ def families(out: Path) -> str:
     points = json.loads(kept.read_text())
     old, new = points[0]["reward"], points[-1]["reward"]
     lines = [
-        f"{OTHER} to {LARGER} by hand-over, tolerance {ramp['tolerance']:g}: {ramp['verdict']}. {ramp['reason']}",
+        f"{OTHER} to {LARGER} by hand-over, tolerance {ramp['tolerance']:g}: {ramp['verdict']}. "
+        f"{ramp['reason']}",
         "",
         "| share of the newcomer | episodes of the newcomer | reward ± standard error "
         "| straight line between the ends |",
