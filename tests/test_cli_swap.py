@@ -42,6 +42,8 @@ BAD = {
     "nothing trained yet": (["{empty}"], "no complete checkpoint yet"),
     "delta 0": (["{run}", "--delta", "0"], "--delta 0: give a positive"),
     "delta below": (["{run}", "--delta", "-1"], "--delta -1: give a positive"),
+    "rounds below": (["{run}", "--rounds", "-1"], "--rounds -1: give 0"),
+    "nothing to distil": (["{run}", "--rounds", "0"], "leaves only the mixture"),
     "tolerance below": (["{run}", "--tolerance", "-0.1"], "--tolerance -0.1: give a loss"),
     "confidence": (["{run}", "--confidence", "0.9"], "--confidence 0.9: give a small"),
     "unknown method": (["{run}", "--method", "hand-over"], "nearest: handover"),

@@ -289,12 +289,15 @@ def test_a_team_directory_gives_a_team_directory(world: Path, tmp_path: Path) ->
     assert load_team(tmp_path / "again", device="cpu").seats == {"ann": "ann", "bob": "bob"}
 
 
-def test_a_projection_outside_delta_can_stay_a_mixture(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_projection_outside_delta_can_stay_a_mixture(
+    world: Path, tmp_path: Path, rounds: int
+) -> None:
     source = tmp_path / "run"
     shutil.copytree(world / "run", source)
     result = give(
         source, ("bob", world / "newcomer"), out=tmp_path / "out", method="auto",
-        delta=1e-6, otherwise="mixture", rounds=2,
+        delta=1e-6, otherwise="mixture", rounds=rounds,
     )  # fmt: skip
     assert result["verdict"] == "mixture"
     team = load_team(tmp_path / "out", device="cpu")

@@ -93,6 +93,10 @@ def project_seat(
     newcomer = candidate.cast.team.policies[name]
     incumbent = base.cast.team.policies[base.agent_of(seat)]
     taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    mixture = MixturePolicy(name, incumbent, newcomer, delta)
+    if rounds == 0:
+        found = Distilled("mixture", "mixed at decode time, as asked", {"decision": "mixture"})
+        return with_policy(taken, name, mixture), found, 0
     student = student_of(newcomer, name)
     new = with_policy(taken, name, student)
     old = with_policy(taken, name, incumbent)
@@ -121,5 +125,5 @@ def project_seat(
         watch=watch,
     )
     if found.decision == "mixture":
-        new = with_policy(taken, name, MixturePolicy(name, incumbent, newcomer, delta))
+        new = with_policy(taken, name, mixture)
     return (None if found.decision == "refused" else new), found, rollouts.tokens

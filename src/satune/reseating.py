@@ -361,7 +361,7 @@ def _save_newcomer(team: Team, name: str, model: str, beside: Path, final: Path)
         return model
     else:
         shutil.copytree(source, beside / name)
-        base = Path(str(policy.config._name_or_path))
+        base = Path(str(policy.causal_lm.config._name_or_path))
         if (source / "adapter_config.json").is_file() and base.is_dir():
             shutil.copytree(base, beside / base.name, dirs_exist_ok=True)
     return str(final.resolve() / name)

@@ -138,8 +138,10 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
     if request.method not in METHODS:
         hint = nearest(request.method, METHODS)
         raise UserError(f"--method {request.method}: no such method{hint}")
-    if request.rounds < 1:
-        raise UserError(f"--rounds {request.rounds}: give at least 1")
+    if request.rounds < 0:
+        raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
+    if request.rounds == 0 and request.otherwise != "mixture":
+        raise UserError("--rounds 0: leaves only the mixture; add --otherwise mixture")
     if request.delta is not None and not request.delta > 0:
         raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
     source = request.source
