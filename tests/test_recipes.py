@@ -190,7 +190,7 @@ def test_table_3(name: str) -> None:
         # Every seat whose model changes is swapped, at the paper's radius, and then trained on.
         assert {seat: model for seat, model, _ in swaps} == changed
         assert {float(radius) for *_, radius in swaps} == {delta}
-        assert f"satune train table3/{name} " in comment
+        assert f"satune train runs/{name}-swapped/recipe.yaml --resume" in comment
     else:
         assert not swaps
 
