@@ -13,12 +13,14 @@ from satune.loading import check_options, load_object, nearest
 from satune.tasks.guess_number import GuessNumber
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
+from satune.tasks.zebralogic import ZebraLogic
 from satune.types import Key, Problem, Task, UserError
 
 TASKS: dict[str, Callable[..., Task]] = {
     "relay": Relay,
     "guess_number": GuessNumber,
     "rows": Rows,
+    "zebralogic": ZebraLogic,
 }
 
 _PARTS = ("name", "problems", "extract", "equal", "grade")

@@ -20,7 +20,7 @@ from satune.types import UserError
 Row = dict[str, Any]
 _T = TypeVar("_T")
 
-_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+)?")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+){0,2}")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -28,7 +28,8 @@ def read_rows(source: str | Path) -> list[tuple[str, Row]]:
     """(place, row) for each row of ``source``; place is "file, line n" or "file, row n".
 
     A source is a JSONL or Parquet file, a directory written by ``datasets.save_to_disk``, or a hub
-    id ``org/name`` or ``org/name:split`` (split "train" if left out).
+    id ``org/name``, ``org/name:split`` (split "train" if left out) or
+    ``org/name:configuration:split``.
 
     Raises UserError for a missing file (naming the nearest), a damaged row, an empty source, and a
     format whose package is not installed.
@@ -137,8 +138,9 @@ def _from_datasets(source: str, directory: Path | None) -> list[tuple[str, Row]]
         if isinstance(loaded, Mapping):
             raise UserError(f"{source}: several splits; give one: {', '.join(sorted(loaded))}")
     else:
-        name, _, split = source.partition(":")
-        loaded = datasets.load_dataset(name, split=split or "train")
+        name, *chosen = source.split(":")
+        configuration = chosen[0] if len(chosen) == 2 else None
+        loaded = datasets.load_dataset(name, configuration, split=chosen[-1] if chosen else "train")
     return [(f"{source}, row {i}", dict(row)) for i, row in enumerate(loaded, 1)]
 
 
