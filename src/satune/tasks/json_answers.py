@@ -50,8 +50,8 @@ def _groups(text: str, tokens: re.Pattern[str]) -> tuple[list[Group], bool]:
     opened: list[int] = []
     quoted, at = False, 0
     while (first := _LOOKS_LIKE_JSON.search(text, at)) is not None:
-        at = first.start()
-        for found in tokens.finditer(text, at):
+        # Outside of braces a quotation mark is prose, so the search for tokens starts anew there.
+        for found in tokens.finditer(text, first.start()):
             token, at = found[0], found.end()
             if token == "{":
                 opened.append(at - 1)
@@ -60,7 +60,7 @@ def _groups(text: str, tokens: re.Pattern[str]) -> tuple[list[Group], bool]:
                 while groups and groups[-1][0] > start:
                     groups.pop()
                 groups.append((start, at))
-                if not opened:
+                if not opened and not _LOOKS_LIKE_JSON.match(text, at):
                     break
             elif not quoted:
                 quoted = "{" in token or "}" in token
