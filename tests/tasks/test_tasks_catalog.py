@@ -22,7 +22,7 @@ def test_tasks_are_built_with_data_seed_and_options(tmp_path):
     assert load_task("relay", None, 3).seed == 3
     assert load_task("relay", None, 3, numbers=5).numbers == 5
     assert load_task("guess_number", data, 1, eval_fraction=1, prompt="short").prompt == "short"
-    assert set(TASKS) == {"relay", "guess_number", "rows"}
+    assert {"relay", "guess_number", "rows"} <= set(TASKS)
 
 
 @pytest.mark.parametrize(

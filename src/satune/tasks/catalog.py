@@ -11,6 +11,7 @@ from typing import Any
 
 from satune.loading import check_options, load_object, nearest
 from satune.tasks.guess_number import GuessNumber
+from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
 from satune.tasks.zebralogic import ZebraLogic
@@ -21,6 +22,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "guess_number": GuessNumber,
     "rows": Rows,
     "zebralogic": ZebraLogic,
+    "planbench_bw": PlanBenchBlocksworld,
+    "planbench_logistics": PlanBenchLogistics,
 }
 
 _PARTS = ("name", "problems", "extract", "equal", "grade")

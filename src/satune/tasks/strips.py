@@ -37,8 +37,17 @@ class Action:
     adds: tuple[Fact, ...]
     deletes: tuple[Fact, ...]
 
+    def meaning(self) -> tuple[Any, ...]:
+        """Equal for two actions that differ in the names of parameters and the order of literals
+        only."""
+        place = {name: f"?{at}" for at, (name, _) in enumerate(self.parameters)}
+        return tuple(kind for _, kind in self.parameters), *(
+            frozenset(tuple(place.get(word, word) for word in literal) for literal in literals)
+            for literals in (self.needs, self.forbids, self.adds, self.deletes)
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Domain:
     name: str
     actions: Mapping[str, Action]
