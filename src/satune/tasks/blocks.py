@@ -66,6 +66,7 @@ _TAKES = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
 _NAME = rf"(?:the ({_COLOUR}) block|block ([a-z]))"
 _FACTS = re.compile(rf"{_NAME} is (?:(clear)|on the (table)|on top of {_NAME})|the hand is (empty)")
 _STATEMENT = re.compile(r"initial conditions I have that,?(.*?)My goal is to have that(.*)", re.S)
+_OWN = re.compile(r"At the start (.*?)\.\nIn the end (.*?)\.\n", re.S)
 
 
 def read_blocks_plan(text: str) -> list[Fact]:
@@ -136,11 +137,12 @@ def write_prompt(instance: Instance) -> str:
 
 
 def read_statement(text: str) -> str:
-    """The problem in PDDL that the last [STATEMENT] of an official prompt describes.
+    """The problem in PDDL that the last [STATEMENT] of an official prompt describes, or one of
+    ``write_prompt``.
 
     Raises PddlError for a text of another form.
     """
-    found = _STATEMENT.search(text.rsplit("[STATEMENT]", 1)[-1])
+    found = _STATEMENT.search(text.rsplit("[STATEMENT]", 1)[-1]) or _OWN.search(text)
     if found is None:
         raise PddlError("no [STATEMENT] with initial conditions and a goal")
     init, goal = _read_facts(found[1]), _read_facts(found[2])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.loading import check_options, load_object, nearest
+from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.guess_number import GuessNumber
 from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics
 from satune.tasks.relay import Relay
@@ -21,6 +22,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "relay": Relay,
     "guess_number": GuessNumber,
     "rows": Rows,
+    "blocksworld": Blocksworld,
     "zebralogic": ZebraLogic,
     "planbench_bw": PlanBenchBlocksworld,
     "planbench_logistics": PlanBenchLogistics,
