@@ -15,12 +15,14 @@ from satune.types import UserError
 
 
 def bench(
-    name: Annotated[str | None, typer.Argument(help="step or sampling; both if left out")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="step, sampling or planning; all if left out")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Speed against the peers, as ratios from one run (from a checkout of the repository)."""
     folder = Path(__file__).parents[3] / "benchmarks"
-    scripts = {n: folder / f"{n}.py" for n in ("step", "sampling")}
+    scripts = {n: folder / f"{n}.py" for n in ("step", "sampling", "planning")}
     if name is not None and name not in scripts:
         raise UserError(f"bench: no benchmark {name!r}; there are: {', '.join(scripts)}")
     chosen = {n: scripts[n] for n in ([name] if name else scripts)}

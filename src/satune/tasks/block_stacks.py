@@ -8,9 +8,10 @@ capital letters here, small ones in problems.
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 import random
 import re
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 from satune.tasks.strips import Fact, Instance, PddlError
@@ -60,10 +61,6 @@ def is_clear(below: Mapping[str, str], block: str) -> bool:
     return block in below and block not in below.values()
 
 
-def moved(below: Mapping[str, str], block: str, onto: str) -> Below:
-    return {**below, block: onto}
-
-
 def legal_moves(below: Mapping[str, str]) -> list[str]:
     """Every move that changes something."""
     clear = [block for block in sorted(below) if is_clear(below, block)]
@@ -79,31 +76,45 @@ def reached(below: Mapping[str, str], goal: Mapping[str, str]) -> bool:
     return all(below.get(block) == under for block, under in goal.items())
 
 
+def must_move(below: Mapping[str, str], goal: Mapping[str, str]) -> int:
+    """How many blocks have to move at least once: those that the goal wants on another block than
+    they are on, and all that stand on such a one."""
+    settled: dict[str, bool] = {TABLE: True}
+
+    def stays(block: str) -> bool:
+        if block not in settled:
+            under = below[block]
+            settled[block] = goal.get(block, under) == under and stays(under)
+        return settled[block]
+
+    return sum(not stays(block) for block in below)
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def shortest_moves(stacks: str, goal: str) -> tuple[str, ...]:
-    """A shortest sequence of moves (of two actions each) to the goal, by breadth-first search; of
-    several the first in the order of ``legal_moves``. Up to seven blocks are a matter of a second.
+    """A shortest sequence of moves (of two actions each) to the goal; always the same one.
 
-    Raises ValueError for a goal that cannot be reached.
+    A* whose bound is ``must_move``: it grows by one at most with a move, so that a state is final
+    when it is first taken up. Raises ValueError for a goal that cannot be reached.
     """
     start, wanted = read_stacks(stacks), goal_of(goal)
-    before: dict[str, tuple[str, str]] = {write_stacks(start): ("", "")}
-    waiting = deque([start])
+    done: set[str] = set()
+    order = itertools.count()
+    waiting = [(must_move(start, wanted), 0, next(order), start, ())]
     while waiting:
-        below = waiting.popleft()
-        name = write_stacks(below)
+        _, _, _, below, moves = heapq.heappop(waiting)
         if reached(below, wanted):
-            moves: list[str] = []
-            while before[name][1]:
-                name, move = before[name]
-                moves.append(move)
-            return tuple(reversed(moves))
+            return moves
+        name = write_stacks(below)
+        if name in done:
+            continue
+        done.add(name)
         for move in legal_moves(below):
-            after = moved(below, *move)
-            key = write_stacks(after)
-            if key not in before:
-                before[key] = (name, move)
-                waiting.append(after)
+            after = {**below, move[0]: move[1]}
+            # Of equal bounds the longer plan goes first: it is nearer to the goal.
+            bound = len(moves) + 1 + must_move(after, wanted)
+            entry = (bound, -len(moves) - 1, next(order), after, (*moves, move))
+            heapq.heappush(waiting, entry)
     raise ValueError(f"the goal {goal!r} cannot be reached from {stacks!r}")
 
 

@@ -20,7 +20,7 @@ from satune.tasks.planbench import BLOCKS, PlanBenchBlocksworld, grade_plan, gro
 from satune.tasks.strips import Fact, parse_problem
 from satune.types import Entry, Grade, Key, Problem, UserError
 
-MOST_BLOCKS = 7
+MOST_BLOCKS = 8
 """Shortest plans for more are too slow to find."""
 
 # Tenths of all instances by the hash of their short form: splits are disjoint for every seed.
@@ -56,7 +56,11 @@ class Blocksworld:
         subset: str | None = None,
         eval_fraction: float = 0.1,
     ) -> None:
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or not 3 <= blocks <= MOST_BLOCKS:
+        if (
+            isinstance(blocks, bool)
+            or not isinstance(blocks, int)
+            or not 3 <= blocks <= MOST_BLOCKS
+        ):
             raise UserError(
                 f"task blocksworld: blocks is {blocks!r}; give an integer from 3 to {MOST_BLOCKS}"
             )
@@ -66,9 +70,7 @@ class Blocksworld:
                 f"task blocksworld: letters is {letters!r}; give an integer from {blocks} to 12"
             )
         if prompt not in ("short", "planbench"):
-            raise UserError(
-                f"task blocksworld: prompt is {prompt!r}; give 'short' or 'planbench'"
-            )
+            raise UserError(f"task blocksworld: prompt is {prompt!r}; give 'short' or 'planbench'")
         if subset is not None and data is None:
             raise UserError("task blocksworld: subset is for rows; give data or drop it")
         self.seed = seed
@@ -84,7 +86,9 @@ class Blocksworld:
     def problem_at(self, split: str, index: int) -> Problem:
         """Problem ``index`` (from 0) of a generated split's stream."""
         if not self.fresh:
-            raise UserError("task blocksworld: its problems are rows of a file; use problems(split)")
+            raise UserError(
+                "task blocksworld: its problems are rows of a file; use problems(split)"
+            )
         if split not in _TENTHS:
             raise UserError(f"task blocksworld: no split {split!r}; there are {', '.join(_TENTHS)}")
         rng = Key(self.seed, "blocksworld", problem=split, sample=index).rng()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from satune.tasks.strips import Fact
@@ -9,6 +10,7 @@ from satune.tasks.strips import Fact
 ReadLine = Callable[[str], Sequence[Fact]]
 
 _HEADING = "### plan:"
+_SHORT = 120
 _START, _END, _NEXT = "[plan]", "[plan end]", "[statement]"
 
 
@@ -42,7 +44,7 @@ def write_plan(plan: Sequence[Fact]) -> str:
 
 
 def enumerated(items: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1] if items else "")))
 
 
@@ -57,4 +59,13 @@ def write_problem(
 
 
 def _steps(text: str, read_line: ReadLine) -> list[Fact]:
-    return [step for line in text.split("\n") for step in read_line(line)]
+    plan: list[Fact] = []
+    for line in text.split("\n"):
+        plan += _remembered(read_line, line) if len(line) <= _SHORT else read_line(line)
+    return plan
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _remembered(read_line: ReadLine, line: str) -> tuple[Fact, ...]:
+    # A domain of a few objects has a few hundred actions, and plans are made of nothing else.
+    return tuple(read_line(line))

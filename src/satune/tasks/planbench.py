@@ -281,7 +281,9 @@ class PlanBenchLogistics(PlanBench):
         prompt: str = "official",
         subset: str | None = None,
     ) -> None:
-        super().__init__("planbench_logistics", LOGISTICS, data, seed, eval_fraction, prompt, subset)
+        super().__init__(
+            "planbench_logistics", LOGISTICS, data, seed, eval_fraction, prompt, subset
+        )
 
 
 def plan_rows(data: str | Path, words: Words) -> list[tuple[str, Row]]:
@@ -297,9 +299,7 @@ def plan_rows(data: str | Path, words: Words) -> list[tuple[str, Row]]:
         except ValueError:
             whole = None  # JSON Lines under another name: read_rows says what is wrong with it
         if isinstance(whole, dict) and isinstance(whole.get("instances"), list):
-            rows = [
-                (f"{path}, instance {i}", item) for i, item in enumerate(whole["instances"], 1)
-            ]
+            rows = [(f"{path}, instance {i}", item) for i, item in enumerate(whole["instances"], 1)]
             for place, row in rows:
                 if not isinstance(row, dict):
                     raise UserError(f"{place}: it is no JSON object; mend or delete it")

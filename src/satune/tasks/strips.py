@@ -19,6 +19,8 @@ Fact = tuple[str, ...]
 _WORDS = re.compile(r"[()]|[^\s()]+")
 _REQUIREMENTS = {":strips", ":typing", ":negative-preconditions"}
 _DEEPEST = 50
+_KEPT = 1 << 16
+"""Ground actions that a domain keeps."""
 
 
 class PddlError(ValueError):
@@ -53,6 +55,22 @@ class Domain:
     actions: Mapping[str, Action]
     supertypes: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, str] = field(default_factory=dict)
+    _ground: dict[Fact, tuple[frozenset[Fact], ...]] = field(default_factory=dict, repr=False)
+
+    def ground(self, step: Fact) -> tuple[frozenset[Fact], ...]:
+        """What a step needs, forbids, deletes and adds. Kept, since instances share names."""
+        found = self._ground.get(step)
+        if found is None:
+            action = self.actions[step[0]]
+            names = [name for name, _ in action.parameters]
+            bound = dict(zip(names, step[1:], strict=True))
+            found = tuple(
+                frozenset(tuple(bound.get(word, word) for word in literal) for literal in literals)
+                for literals in (action.needs, action.forbids, action.deletes, action.adds)
+            )
+            if len(self._ground) < _KEPT:
+                self._ground[step] = found
+        return found
 
     def is_a(self, kind: str, wanted: str) -> bool:
         """Whether every object of one type is one of another."""
@@ -107,17 +125,12 @@ class Grounder:
             return f"there is no action {step[0] if step else ''!r}"
         if len(step) - 1 != len(action.parameters):
             return f"{step[0]} takes {len(action.parameters)} objects, not {len(step) - 1}"
-        bound: dict[str, str] = {}
-        for (parameter, kind), given in zip(action.parameters, step[1:], strict=True):
+        for (_, kind), given in zip(action.parameters, step[1:], strict=True):
             if given not in self._objects:
                 return f"there is no object {given!r}"
             if not self.domain.is_a(self._objects[given], kind):
                 return f"{given} is no {kind}"
-            bound[parameter] = given
-        return tuple(
-            frozenset(tuple(bound.get(word, word) for word in literal) for literal in literals)
-            for literals in (action.needs, action.forbids, action.deletes, action.adds)
-        )
+        return self.domain.ground(step)
 
     def apply(self, state: set[Fact], step: Fact) -> str:
         """Changes ``state`` by an action; an empty text if it could be executed, else why not (and
