@@ -1,5 +1,5 @@
-"""Plans checked per second, and satune's STRIPS check against unified-planning's validator: the same
-plans, valid and damaged, with the same verdicts, in turn within one run.
+"""Plans checked per second, and satune's STRIPS check against unified-planning's validator: the
+same plans, valid and damaged, with the same verdicts, in turn within one run.
 
     python benchmarks/planning.py [--data PLANBENCH_ROWS.jsonl] [--repeats 5] [--json]
 
@@ -21,7 +21,7 @@ from typing import Any
 from satune.tasks.blocks import write_steps
 from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.planbench import BLOCKS, PlanBenchBlocksworld
-from satune.tasks.strips import Fact, Grounder, parse_plan, parse_problem
+from satune.tasks.strips import Fact, Grounder, parse_problem
 from satune.types import Problem, Task
 
 ROUNDS = 20
@@ -41,10 +41,8 @@ def cases(data: str | None, count: int) -> tuple[Task, list[Case]]:
         problems = [p for p in task.problems("all") if p.answer is not None][:count]
     found: list[Case] = []
     for problem in problems:
-        gold = BLOCKS.to_objects(
-            BLOCKS.read_plan(problem.answer),
-            parse_problem(problem.metadata["problem_pddl"]).objects,
-        )
+        objects = parse_problem(problem.metadata["problem_pddl"]).objects
+        gold = BLOCKS.to_objects(BLOCKS.read_plan(problem.answer), objects)
         swapped = [gold[1], gold[0], *gold[2:]]
         found += [(problem, gold), (problem, gold[:-1]), (problem, swapped)]
     return task, found
@@ -53,10 +51,7 @@ def cases(data: str | None, count: int) -> tuple[Task, list[Case]]:
 def rate(task: Task, chosen: Sequence[Case], number: int, repeats: int) -> dict[str, float]:
     """Validations a second, from the text of a message to its grade."""
     work = [
-        (
-            problem,
-            f"Here is my plan.\n[PLAN]\n{write_steps(plan)}\n[PLAN END]\nIt reaches the goal.",
-        )
+        (problem, f"My plan:\n[PLAN]\n{write_steps(plan)}\n[PLAN END]\nIt reaches the goal.")
         for problem, plan in itertools.islice(itertools.cycle(chosen), number)
     ]
     seconds: list[float] = []

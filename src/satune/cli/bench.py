@@ -15,9 +15,7 @@ from satune.types import UserError
 
 
 def bench(
-    name: Annotated[
-        str | None, typer.Argument(help="step, sampling or planning; all if left out")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="one of them; all if left out")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Speed against the peers, as ratios from one run (from a checkout of the repository)."""

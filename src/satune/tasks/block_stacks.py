@@ -100,7 +100,8 @@ def shortest_moves(stacks: str, goal: str) -> tuple[str, ...]:
     start, wanted = read_stacks(stacks), goal_of(goal)
     done: set[str] = set()
     order = itertools.count()
-    waiting = [(must_move(start, wanted), 0, next(order), start, ())]
+    waiting: list[tuple[int, int, int, Below, tuple[str, ...]]] = []
+    heapq.heappush(waiting, (must_move(start, wanted), 0, next(order), start, ()))
     while waiting:
         _, _, _, below, moves = heapq.heappop(waiting)
         if reached(below, wanted):

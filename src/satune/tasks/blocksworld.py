@@ -56,16 +56,12 @@ class Blocksworld:
         subset: str | None = None,
         eval_fraction: float = 0.1,
     ) -> None:
-        if (
-            isinstance(blocks, bool)
-            or not isinstance(blocks, int)
-            or not 3 <= blocks <= MOST_BLOCKS
-        ):
+        if not _is_within(blocks, 3, MOST_BLOCKS):
             raise UserError(
                 f"task blocksworld: blocks is {blocks!r}; give an integer from 3 to {MOST_BLOCKS}"
             )
         letters = max(blocks, 6) if letters is None else letters
-        if isinstance(letters, bool) or not isinstance(letters, int) or not blocks <= letters <= 12:
+        if not _is_within(letters, blocks, 12):
             raise UserError(
                 f"task blocksworld: letters is {letters!r}; give an integer from {blocks} to 12"
             )
@@ -86,9 +82,7 @@ class Blocksworld:
     def problem_at(self, split: str, index: int) -> Problem:
         """Problem ``index`` (from 0) of a generated split's stream."""
         if not self.fresh:
-            raise UserError(
-                "task blocksworld: its problems are rows of a file; use problems(split)"
-            )
+            raise UserError("task blocksworld: its problems are rows; use problems(split)")
         if split not in _TENTHS:
             raise UserError(f"task blocksworld: no split {split!r}; there are {', '.join(_TENTHS)}")
         rng = Key(self.seed, "blocksworld", problem=split, sample=index).rng()
@@ -246,6 +240,10 @@ class Blocksworld:
             plan_length=2 * len(moves),
             problem_pddl=pddl,
         )
+
+
+def _is_within(value: object, lowest: int, highest: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int) and lowest <= value <= highest
 
 
 def _text(entry: Entry) -> str:

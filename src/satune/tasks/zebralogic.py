@@ -1,10 +1,10 @@
 """ZebraLogic: puzzles about houses whose inhabitants differ in every attribute, answered by a grid.
 
-The metric is that of the benchmark's own evaluation (WildEval/ZeroEval): a puzzle is solved if every
-cell of the message's last JSON object is right after ``lower()`` and ``strip()``. Of a cell that is
-a list the first value counts; houses and attributes that the puzzle does not have are ignored;
-their names are case-sensitive. What makes that evaluation stop with an error (a cell that is a
-number, a house that is no object) is a wrong cell here.
+The metric is that of the benchmark's own evaluation (WildEval/ZeroEval): a puzzle is solved if
+every cell of the message's last JSON object is right after ``lower()`` and ``strip()``. Of a cell
+that is a list the first value counts; houses and attributes that the puzzle does not have are
+ignored; their names are case-sensitive. What makes that evaluation stop with an error (a cell that
+is a number, a house that is no object) is a wrong cell here.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Solve this logic puzzle.
 
 {puzzle}
 
-End your answer with one JSON object of this form, every ___ replaced by one of the values that the \
-puzzle lists for that attribute, spelt as it is there:
+End your answer with one JSON object of this form, every ___ replaced by one of the values that \
+the puzzle lists for that attribute, spelt as it is there:
 
 {form}"""
 
