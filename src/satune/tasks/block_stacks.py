@@ -139,12 +139,14 @@ def read_moves(text: str) -> list[str] | None:
 
 def to_actions(below: Mapping[str, str], moves: Sequence[str]) -> list[Fact]:
     """The two actions of each move. Whether they can be executed is for a validator to say."""
-    now, plan = dict(below), []
-    for block, onto in (move.lower() for move in moves):
-        under = now.get(block.upper(), TABLE).lower()
+    now = {block.lower(): under.lower() for block, under in below.items()}
+    plan: list[Fact] = []
+    for move in moves:
+        block, onto = move.lower()
+        under = now.get(block, TABLE)
         plan.append(("pick-up", block) if under == TABLE else ("unstack", block, under))
         plan.append(("put-down", block) if onto == TABLE else ("stack", block, onto))
-        now[block.upper()] = onto.upper()
+        now[block] = onto
     return plan
 
 
