@@ -14,8 +14,9 @@ ROWS = ROOT.parent / "shared" / "benchmarks"
 _PIECES = (
     "{", "}", "[", "]", '"', "\\", "\n", ":", ",", "solution", "House 1", "[plan]", "[plan end]",
     "[STATEMENT]", "pick up", "put down", "stack", "unstack", "the red block", "the blue block",
-    "(", ")", "(stack a b)", "load", "drive", "p0", "l0-0", "package_0", "```json", "</think>", "1.",
-    "=", "AB", "A-", "/", "\x00", "é", "🙂", "\ud800", " " * 30, "{" * 50, "[" * 3000, '{"a":' * 300,
+    "(", ")", "(stack a b)", "load", "drive", "p0", "l0-0", "package_0", "```json", "</think>",
+    "1.", "=", "AB", "A-", "/", "\x00", "é", "🙂", "\ud800", " " * 30, "{" * 50, "[" * 3000,
+    '{"a":' * 300,
 )  # fmt: skip
 
 
@@ -50,8 +51,8 @@ def mangled(text: str, rng: random.Random) -> str:
 
 
 def fuzz(task, cases, number: int, seed: int) -> int:
-    """Grades ``number`` mangled messages made from ``cases``, pairs of a problem and a good message.
-    How many of them scored above 0."""
+    """Grades ``number`` mangled messages made from ``cases``, pairs of a problem and a good
+    message. How many of them scored above 0."""
     rng = random.Random(seed)
     hits = 0
     for _ in range(number):
@@ -63,6 +64,8 @@ def fuzz(task, cases, number: int, seed: int) -> int:
         assert time.process_time() - started < 1.0, text[:200]
         assert answer is None or task.equal(answer, answer)
         assert 0.0 <= grade.score <= 1.0
-        assert all(v >= 0.0 and (v <= 1.0 or k == "plan_length") for k, v in grade.components.items())
+        assert all(
+            v >= 0.0 and (v <= 1.0 or k == "plan_length") for k, v in grade.components.items()
+        )
         hits += grade.score > 0.0
     return hits

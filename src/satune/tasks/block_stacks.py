@@ -196,7 +196,7 @@ def short_form(instance: Instance) -> tuple[str, str]:
         same = read_stacks(state) == below and goal_of(wanted) == goal
     except ValueError as error:
         raise PddlError(f"it has no short form: {error}") from error
-    if not same or instance.avoid or set(goal) - set(below):
+    if not same or instance.avoid or not {*goal, *goal.values()} <= set(below):
         raise PddlError("it has no short form: state or goal is impossible")
     return state, wanted
 

@@ -139,8 +139,8 @@ def _from_datasets(source: str, directory: Path | None) -> list[tuple[str, Row]]
             raise UserError(f"{source}: several splits; give one: {', '.join(sorted(loaded))}")
     else:
         name, *chosen = source.split(":")
-        configuration = chosen[0] if len(chosen) == 2 else None
-        loaded = datasets.load_dataset(name, configuration, split=chosen[-1] if chosen else "train")
+        split = chosen.pop() if chosen else "train"
+        loaded = datasets.load_dataset(name, *chosen, split=split)
     return [(f"{source}, row {i}", dict(row)) for i, row in enumerate(loaded, 1)]
 
 

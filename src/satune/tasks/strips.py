@@ -18,6 +18,7 @@ Fact = tuple[str, ...]
 
 _WORDS = re.compile(r"[()]|[^\s()]+")
 _REQUIREMENTS = {":strips", ":typing", ":negative-preconditions"}
+_CONNECTIVES = ("=", "not", "and", "or", "forall", "exists", "when", "imply")
 _DEEPEST = 50
 _KEPT = 1 << 16
 """Ground actions that a domain keeps."""
@@ -260,7 +261,7 @@ def _typed(words: Sequence[Any]) -> Iterator[tuple[str, str]]:
             raise PddlError("a list stands where a name is due (either is not supported)")
         if word == "-":
             if at + 1 == len(words) or not isinstance(words[at + 1], str):
-                raise PddlError("no type follows a hyphen")
+                raise PddlError("no type's name follows a hyphen (either is not supported)")
             yield from ((name, words[at + 1]) for name in waiting)
             waiting = []
             at += 2
@@ -271,10 +272,10 @@ def _typed(words: Sequence[Any]) -> Iterator[tuple[str, str]]:
 
 
 def _atom(item: Any) -> Fact:
+    if isinstance(item, list) and item and item[0] in _CONNECTIVES:
+        raise PddlError(f"{item[0]} is not supported here")
     if not (isinstance(item, list) and item and all(isinstance(word, str) for word in item)):
         raise PddlError("not an atom (name object ...)")
-    if item[0] in ("=", "not", "and", "or", "forall", "exists", "when", "imply"):
-        raise PddlError(f"{item[0]} is not supported here")
     return tuple(item)
 
 
