@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--data", help="PlanBench Blocksworld rows; generated ones if left out")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--validations", type=int, default=10_000)
-    parser.add_argument("--problems", type=int, default=20, help="for the comparison")
+    parser.add_argument("--problems", type=int, default=20, help="for the comparison; 0: none")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     task, many = cases(arguments.data, 500)
@@ -157,7 +157,7 @@ def main() -> None:
         "benchmark": "planning",
         "rate": rate(task, many, arguments.validations, arguments.repeats),
     }
-    if importlib.util.find_spec("unified_planning") is not None:
+    if arguments.problems and importlib.util.find_spec("unified_planning") is not None:
         chosen = cases(arguments.data, arguments.problems)[1]
         result |= {"peer": "unified_planning.SequentialPlanValidator"}
         result |= {"check": against_peer(chosen, arguments.repeats)}
@@ -170,7 +170,7 @@ def main() -> None:
         f"({figures['per_second']:,.0f} a second)"
     )
     if "check" not in result:
-        print("unified-planning is not installed: nothing to compare with")
+        print("not compared: --problems 0, or unified-planning is not installed")
         return
     check = result["check"]
     print(

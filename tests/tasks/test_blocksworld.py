@@ -183,6 +183,8 @@ def seen(*messages, prompt="AB/C:CBA"):
         # A round of a debate: most voices, then the earliest.
         (seen(("ann", "B-="), ("bob", "BC="), ("cem", "BC=")), "BCAB=CBA"),
         (seen(("ann", "B-="), ("bob", "BC="), ("cem", "CB=")), "B-BC=A/CB"),
+        # A seat has one voice, its last: two for BC, one for CB.
+        (seen(("ann", "CB="), ("cem", "CB="), ("ann", "BC="), ("bob", "BC=")), "BCAB=CBA"),
     ],
 )
 def test_the_expert_adds_a_move_of_a_shortest_way(entries, wanted):
