@@ -1,15 +1,11 @@
 """How many answers a second the graders take.
 
-    python benchmarks/grading.py [--grades 10000] [--rows PLANBENCH.jsonl] [--json]
+    python benchmarks/grading.py [--grades 10000] [--json]
 
 Maths: answers nobody has asked about before, so that nothing comes from the cache of verdicts.
 "integers" are compared in the process itself, "expressions" by math-verify in a worker process;
 "mixed" has two integers in three answers, as MATH-500 does. Beside them stands math-verify itself,
 called in this process with the settings it comes with on the same messages.
-
-Blocksworld (where --rows names a file of PlanBench's rows): from a message in words to the verdict,
-and the carrying out of the plan alone, with the problem read beforehand on both sides, against
-unified-planning's SequentialPlanValidator on the same plans.
 """
 
 from __future__ import annotations
@@ -20,13 +16,10 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from satune.tasks.maths import Maths
-from satune.tasks.planbench import Blocks
-from satune.tasks.strips import execute, parse_problem
 from satune.types import Problem
 
 
@@ -104,65 +97,7 @@ def maths_rows(grades: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def planning_rows(path: Path, grades: int) -> Iterator[dict[str, Any]]:
-    from unified_planning.engines.plan_validator import SequentialPlanValidator
-    from unified_planning.io import PDDLReader
-    from unified_planning.plans import ActionInstance, SequentialPlan
-    from unified_planning.shortcuts import get_environment
-
-    get_environment().credits_stream = None
-    task = Blocks(path)
-    problems = list(task.problems("all"))
-    rounds = [problems[i % len(problems)] for i in range(grades)]
-    texts = {p.id: task.in_words(p.answer) for p in problems}
-    started = time.perf_counter()
-    right = sum(task.grade(p, texts[p.id]).score for p in rounds)
-    seconds = time.perf_counter() - started
-    sample = problems[:: max(1, len(problems) // 50)]
-    ours, theirs = [], []
-    for problem in sample:
-        metadata = problem.metadata
-        domain, instance = metadata["domain_pddl"], metadata["problem_pddl"]
-        planning = parse_problem(domain, instance)
-        steps = [tuple(line.strip("() ").split()) for line in problem.answer.splitlines()]
-        read = PDDLReader().parse_problem_string(domain, instance)
-        actions = [
-            ActionInstance(read.action(name), tuple(map(read.object, rest)))
-            for name, *rest in steps
-        ]
-        plan = SequentialPlan(actions, read.environment)
-        with SequentialPlanValidator() as validator:
-            before = time.perf_counter()
-            validator.validate(read, plan)
-            theirs.append(time.perf_counter() - before)
-        before = time.perf_counter()
-        for _ in range(20):
-            execute(planning, steps)
-        ours.append((time.perf_counter() - before) / 20)
-    yield {
-        "task": "planbench_bw",
-        "answers": "plans",
-        "grades": grades,
-        "seconds": seconds,
-        "grades_per_second": grades / seconds,
-        "right": right / grades,
-        "peer": "unified_planning SequentialPlanValidator",
-        "plans": len(sample),
-        "peer_seconds": sum(theirs),
-        "ratio": sum(theirs) / sum(ours),
-        "smallest_ratio": min(t / o for t, o in zip(theirs, ours, strict=True)),
-    }
-
-
 def show(row: dict[str, Any]) -> None:
-    if row["task"] != "maths":
-        print(
-            f"{row['task']}: {row['grades']:,} grades in {row['seconds']:.2f} s "
-            f"({row['grades_per_second']:,.0f}/s); the check alone against {row['peer']} on "
-            f"{row['plans']} plans: ratio {row['ratio']:,.0f} "
-            f"(least of a plan {row['smallest_ratio']:,.0f})"
-        )
-        return
     print(
         f"{row['task']}, {row['answers']:<12} {row['grades']:,} grades in {row['seconds']:7.2f} s "
         f"({row['grades_per_second']:9,.0f}/s)   math-verify itself {row['peer_seconds']:7.2f} s   "
@@ -174,14 +109,10 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="grading: answers a second")
     parser.add_argument("--grades", type=int, default=10_000)
-    parser.add_argument("--rows", type=Path, help="PlanBench's Blocksworld rows")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
-    measured = maths_rows(arguments.grades)
-    if arguments.rows:
-        measured = chain(measured, planning_rows(arguments.rows, arguments.grades))
-    for row in measured:
+    for row in maths_rows(arguments.grades):
         rows.append(row)
         if not arguments.json:
             show(row)

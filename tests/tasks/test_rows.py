@@ -97,15 +97,20 @@ def test_hub_ids_name_a_set_and_a_split(monkeypatch, tmp_path):
 
     class Hub:
         @staticmethod
-        def load_dataset(name, split):
-            asked.append((name, split))
+        def load_dataset(name, *configuration, split):
+            asked.append((name, *configuration, split))
             return ROWS
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "_extra", lambda module, source: Hub)
     assert len(list(Rows("org/some-set").problems("all"))) == 20
     Rows("org/some-set:test")
-    assert asked == [("org/some-set", "train"), ("org/some-set", "test")]
+    Rows("org/some-set:grid_mode:test")
+    assert asked == [
+        ("org/some-set", "train"),
+        ("org/some-set", "test"),
+        ("org/some-set", "grid_mode", "test"),
+    ]
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):

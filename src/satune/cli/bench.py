@@ -15,14 +15,13 @@ from satune.types import UserError
 
 
 def bench(
-    name: Annotated[
-        str | None, typer.Argument(help="step, sampling, grading or projection; all if left out")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="one of them; all if left out")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Speed against the peers, as ratios from one run (from a checkout of the repository)."""
     folder = Path(__file__).parents[3] / "benchmarks"
-    scripts = {n: folder / f"{n}.py" for n in ("step", "sampling", "grading", "projection")}
+    names = ("step", "sampling", "grading", "planning", "projection")
+    scripts = {n: folder / f"{n}.py" for n in names}
     if name is not None and name not in scripts:
         raise UserError(f"bench: no benchmark {name!r}; there are: {', '.join(scripts)}")
     chosen = {n: scripts[n] for n in ([name] if name else scripts)}

@@ -1,370 +1,250 @@
-"""Blocksworld in a short form: a team rearranges stacks of blocks, one move a message.
+"""Blocksworld to train on: instances without end, in PlanBench's words or in a short form that tiny
+agents can play.
 
-"A/CB>ABC" is a problem: A stands on the table alone, B on C; the goal is the tower with A at the
-bottom, B on it, C on top. Stacks and towers are written from the bottom up. A message holds all
-moves so far and the state they lead to: "BA;AB/C", then "BACB;ABC". A move names the block and
-where it goes, "-" being the table. What counts in the end are the moves.
+In short form a team builds a plan move by move. The prompt "AB/C:CBA" gives state and goal (see
+``block_stacks``); a message is the plan so far, "=", and the state it leads to: "B-=A/B/C", then
+"B-BC=A/CB". Only the plan counts.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
+from satune.tasks import block_stacks, blocks
+from satune.tasks.plan_text import write_plan
+from satune.tasks.planbench import BLOCKS, PlanBenchBlocksworld, grade_plan, grounder
 from satune.tasks.strips import Fact, parse_problem
 from satune.types import Entry, Grade, Key, Problem, UserError
 
-NAMES = "ABCDEF"
-TABLE = "-"
-LONGEST = 2000
-"""Characters of a message that are read, from its end."""
-DRAWS = 20_000
-"""Draws without a problem of the split after which it is taken to be empty."""
+MOST_BLOCKS = 8
+"""Shortest plans for more are too slow to find."""
 
-State = tuple[str, ...]
-"""Stacks from the bottom up, in alphabetical order."""
-
-_MOVES = re.compile(r"(?<![\w-])(?:[A-Z][A-Z-])+(?![\w-])")
-_STEP = re.compile(r"\(\s*(put-down|stack)\s+([^()]*?)\s*\)")
-
-# Tenths of all problems, chosen by the hash of their text. The salt is one that leaves no split
-# empty even with two blocks, where there are four problems.
+# Tenths of all instances by the hash of their short form: splits are disjoint for every seed.
 _TENTHS = {"train": range(8), "eval": range(8, 9), "certify": range(9, 10)}
-_SALT = "blocksworld 2 "
-
-
-def read_problem(text: str) -> tuple[State, State]:
-    """(stacks, towers of the goal) of a problem in short form."""
-    state, _, goal = text.partition(">")
-    return _state(state.split("/")), _state(goal.split("/"))
-
-
-def reached(state: State, goal: State) -> bool:
-    """Whether each of the goal's towers stands somewhere in the state, whatever is under or on
-    it."""
-    return all(any(tower in stack for stack in state) for tower in goal)
-
-
-@functools.lru_cache(maxsize=65536)
-def following(state: State) -> dict[str, State]:
-    """The state after each move that can be made, in the moves' alphabetical order ("-", the table,
-    first)."""
-    found: dict[str, State] = {}
-    for block in sorted(stack[-1] for stack in state):
-        lifted = [stack.removesuffix(block) for stack in state]
-        if "" not in lifted:
-            found[block + TABLE] = _state([*lifted, block])
-        for target in sorted(stack[-1] for stack in lifted if stack and stack in state):
-            onto = (each + block if each.endswith(target) else each for each in lifted)
-            found[block + target] = _state(onto)
-    return found
-
-
-@functools.lru_cache(maxsize=65536)
-def shortest(state: State, goal: State) -> tuple[str, ...] | None:
-    """A plan with the fewest moves, the first of them in alphabetical order; None if there is none.
-
-    Breadth first, so that the plans found first are the shortest ones.
-    """
-    before: dict[State, tuple[State, str] | None] = {state: None}
-    layer = [state]
-    while layer:
-        for at in layer:
-            if reached(at, goal):
-                return _way(before, at)
-        further: list[State] = []
-        for at in layer:
-            for step, after in following(at).items():
-                if after not in before:
-                    before[after] = (at, step)
-                    further.append(after)
-        layer = further
-    return None
-
-
-@functools.cache
-def states(blocks: int) -> tuple[State, ...]:
-    """All states of the first ``blocks`` blocks: 3, 13, 73, 501, 4051 from two to six blocks."""
-    if blocks == 0:
-        return ((),)
-    block, found = NAMES[blocks - 1], []
-    for state in states(blocks - 1):
-        found.append(_state([*state, block]))
-        for at, stack in enumerate(state):
-            others = [*state[:at], *state[at + 1 :]]
-            for cut in range(len(stack) + 1):
-                found.append(_state([*others, stack[:cut] + block + stack[cut:]]))
-    return tuple(sorted(found))
-
-
-def stacks(facts: Iterable[Fact]) -> State:
-    """The stacks that the facts (on x y), x on y, make up, and the blocks of (ontable x).
-
-    Raises ValueError if they are none.
-    """
-    facts = list(facts)
-    on = [(fact[1], fact[2]) for fact in facts if fact[0] == "on"]
-    above = {under: block for block, under in on}
-    below = dict(on)
-    if len(above) != len(on) or len(below) != len(on):
-        raise ValueError("a block stands in two places, or two on one")
-    bottoms = {under for _, under in on if under not in below}
-    bottoms |= {fact[1] for fact in facts if fact[0] == "ontable"}
-    found = []
-    for block in bottoms:
-        stack = [block]
-        while stack[-1] in above:
-            stack.append(above[stack[-1]])
-        found.append("".join(stack))
-    if sum(map(len, found)) != len({*above, *below, *bottoms}):
-        raise ValueError("blocks stand on each other in a circle")
-    return _state(found)
 
 
 class Blocksworld:
-    """Problems of ``blocks`` blocks (2 to 6), generated without end or read from PlanBench's rows.
+    """Instances of ``blocks`` blocks named by some of the first ``letters`` letters.
 
-    Generated ones start from any state with equal chance; the goal is one tower of two or more of
-    the blocks that does not stand yet. They are a function of (seed, split, index); "train", "eval"
-    and "certify" are disjoint by problem whatever the seed. With three blocks there are only 132
-    problems in all, so that the three splits together hold every one that a benchmark may ask:
-    ``exclude`` names a file of PlanBench's rows whose problems are in no split.
+    The initial state is random (see ``block_stacks.random_stacks``); the goal is what stands on
+    what in another random state, or with even chance a part of that, and does not hold yet. Splits
+    "train", "eval" and "certify" are disjoint whatever the seed; instances that differ in the names
+    of their blocks only may lie in different ones.
 
-    ``data`` are PlanBench's rows (``problem_pddl``, ``domain_pddl``); those with ``blocks`` blocks
-    are kept, their blocks called A, B, C in alphabetical order. ``eval_fraction`` of them, chosen
-    by the hash of the ids, form "eval" and "certify", the rest "train", everything "all".
+    ``prompt`` "short" is for tiny agents, "planbench" is the same instance in PlanBench's words
+    (``blocks.PROMPT``). ``data`` are PlanBench rows (see ``planbench``) of at most ``blocks``
+    blocks, shown in the same form; ``subset`` and ``eval_fraction`` are for them.
 
-    With three blocks four moves are enough, with n blocks 2n - 2.
-
-    Raises UserError for a bad option or a bad row (file and line).
+    A plan is graded as PlanBench does: by any valid plan, by ``strips``.
     """
 
     name = "blocksworld"
-    alphabet = NAMES + "-;/>"
-    """Every character that prompts and a player's messages may hold."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ-/:="
+    """Every character that prompts and a player's messages hold in short form."""
 
     def __init__(
         self,
         data: str | Path | None = None,
         seed: int = 0,
         blocks: int = 3,
+        letters: int | None = None,
+        prompt: str = "short",
+        subset: str | None = None,
         eval_fraction: float = 0.1,
-        exclude: str | Path | None = None,
     ) -> None:
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or not 2 <= blocks <= 6:
-            raise UserError(f"task blocksworld: blocks is {blocks!r}; give an integer from 2 to 6")
-        self.blocks = blocks
+        if not _is_within(blocks, 3, MOST_BLOCKS):
+            raise UserError(
+                f"task blocksworld: blocks is {blocks!r}; give an integer from 3 to {MOST_BLOCKS}"
+            )
+        letters = max(blocks, 6) if letters is None else letters
+        if not _is_within(letters, blocks, 12):
+            raise UserError(
+                f"task blocksworld: letters is {letters!r}; give an integer from {blocks} to 12"
+            )
+        if prompt not in ("short", "planbench"):
+            raise UserError(f"task blocksworld: prompt is {prompt!r}; give 'short' or 'planbench'")
+        if subset is not None and data is None:
+            raise UserError("task blocksworld: subset is for rows; give data or drop it")
         self.seed = seed
+        self.blocks = blocks
+        self.prompt = prompt
         self.fresh = data is None
-        """Whether problems can be generated without end, see ``problem_at``."""
-        self._excluded = {p.text for _, p in self._rows(exclude)} if exclude else set[str]()
-        self._kept: list[Problem] = []
-        self._held: list[Problem] = []
+        self._letters = block_stacks.LETTERS[:letters]
+        self._rows: PlanBenchBlocksworld | None = None
         if data is not None:
-            rows = self._rows(data)
-            check_unique([(place, problem.id) for place, problem in rows])
-            problems = [problem for _, problem in rows]
-            fraction = check_fraction(self.name, eval_fraction)
-            self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
+            form = "short" if prompt == "short" else "own"
+            self._rows = PlanBenchBlocksworld(data, seed, eval_fraction, form, subset, blocks)
 
     def problem_at(self, split: str, index: int) -> Problem:
         """Problem ``index`` (from 0) of a generated split's stream."""
         if not self.fresh:
-            raise UserError("task blocksworld: its problems come from a file; use problems(split)")
+            raise UserError("task blocksworld: its problems are rows; use problems(split)")
         if split not in _TENTHS:
             raise UserError(f"task blocksworld: no split {split!r}; there are {', '.join(_TENTHS)}")
         rng = Key(self.seed, "blocksworld", problem=split, sample=index).rng()
-        for _ in range(DRAWS):
-            state = rng.choice(states(self.blocks))
-            tower = rng.sample(NAMES[: self.blocks], rng.randint(2, self.blocks))
-            goal = ("".join(tower),)
-            text = _text(state, goal)
-            if reached(state, goal) or text in self._excluded or _tenth(text) not in _TENTHS[split]:
-                continue
-            return self._problem(f"blocksworld-{split}-{index:06d}", text, split=split, fresh=True)
-        raise UserError(f"task blocksworld: no problem is left for {split!r}; exclude fewer")
+        while True:
+            state, goal = self._draw(rng)
+            form = f"{state}:{goal}"
+            tenth = hashlib.blake2b(form.encode(), digest_size=8).digest()[0] * 10 // 256
+            wanted = block_stacks.goal_of(goal)
+            held = block_stacks.reached(block_stacks.read_stacks(state), wanted)
+            if not held and tenth in _TENTHS[split]:
+                return self._problem(f"blocksworld-{split}-{index:06d}", state, goal)
 
     def problems(self, split: str) -> Iterator[Problem]:
-        """A file's rows of that split, or an endless stream of generated problems."""
-        if self.fresh:
-            return (self.problem_at(split, index) for index in itertools.count())
-        return iter(choose_split(self.name, split, self._kept, self._held))
+        """The rows of that split, or an endless stream of generated instances."""
+        if self._rows is not None:
+            return self._rows.problems(split)
+        return (self.problem_at(split, index) for index in itertools.count())
 
     def extract(self, text: str) -> str | None:
-        """The moves of a message, those before its last ";" if there is one; None without any."""
-        spoken = text[-LONGEST:]
-        before, mark, _ = spoken.rpartition(";")
-        found = _MOVES.findall(before if mark else spoken)
-        return found[-1] if found else None
+        """In short form the moves that a message ends with; else the plan in it, in PDDL."""
+        if self.prompt == "short":
+            return "".join(block_stacks.read_moves(text) or ()) or None
+        return write_plan(blocks.read_blocks_plan(text)) or None
 
     def equal(self, a: str, b: str) -> bool:
         return a == b
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:
-        """1 if the moves can be made from the problem's state and reach its goal, else 0.
-
-        Components: ``plan_length`` in moves (each is two of PlanBench's actions), ``executable``
-        the share of them that could be made and, for a plan that works, ``optimal``: 1 if none is
-        shorter.
-        """
-        plan = None if answer is None else self.extract(answer)
-        if plan is None:
-            return Grade(0.0, {"executable": 0.0, "plan_length": 0.0}, "no moves")
-        state, goal = read_problem(problem.text)
-        length = len(plan) // 2
-        after, ran = _carried_out(state, plan)
-        right = ran == length and reached(after, goal)
-        components = {"executable": ran / length, "plan_length": float(length)}
-        if right:
-            components["optimal"] = float(length <= len(problem.answer) // 2)
-            return Grade(1.0, components, "the goal is reached")
-        why = "the goal is not reached" if ran == length else f"move {ran + 1} cannot be made"
-        return Grade(0.0, components, f"{plan}: {why}")
+        """1 if the plan can be executed and reaches the goal; see ``planbench.grade_plan``."""
+        if self._rows is not None:
+            return self._rows.grade(problem, answer)
+        ground = grounder(BLOCKS, problem.metadata["problem_pddl"])
+        plan = None if self.extract(answer or "") is None else self._read(problem, answer or "")
+        return grade_plan(problem, ground, plan, problem.metadata["plan_length"])
 
     def validate(self) -> None:
-        """Check, on every row or on the first problems of each split, that the gold plan scores 1,
-        alone and in a message, and that it scores 0 without its last move.
+        """Check, on the first problems of each split (or every row), that the shortest plan scores
+        1, in one piece and as a faultless player builds it, and 0 without its last move.
 
         Raises ValueError naming the problem that fails.
         """
-        found = [*self._kept, *self._held]
-        if self.fresh:
-            found = [p for s in _TENTHS for p in itertools.islice(self.problems(s), 50)]
-        for problem in found:
-            plan = problem.answer
-            message = self._message(read_problem(problem.text)[0], plan)
-            gold = [self.grade(problem, a).score for a in (plan, message)]
-            spoilt = [self.grade(problem, a).score for a in (plan[:-2], plan + "AA", "", None)]
-            if gold != [1.0, 1.0] or spoilt != [0.0] * 4:
-                raise ValueError(f"task blocksworld: {problem.id} grades its own plan wrongly")
+        if self._rows is not None:
+            self._rows.validate()
+            return
+        for split in _TENTHS:
+            for problem in itertools.islice(self.problems(split), 50):
+                entries = [Entry("problem", parts=problem.prompt)]
+                for _ in range(problem.metadata["plan_length"] // 2):
+                    said = self.expert(entries, random.Random(0), 0.0)
+                    entries.append(Entry("foreign", said, "player"))
+                said = entries[-1].text
+                cut = self._write(self._below(problem.text), self._moves(said, problem.text)[:-1])
+                good = [self.grade(problem, text).score for text in (said, problem.answer)]
+                if good != [1.0, 1.0] or any(self.grade(problem, t).score for t in (cut, "", None)):
+                    raise ValueError(f"task blocksworld: {problem.id} grades its own plan wrongly")
 
     def expert(self, entries: Sequence[Entry], rng: random.Random, error: float) -> str:
         """What a player who errs with probability ``error`` writes after seeing ``entries``.
 
-        It goes on from the latest message with moves, as far as these can be made, by the first
-        move of a shortest plan. An error is another move that can be made, one that brings the goal
-        no nearer. A plan that reaches the goal is repeated.
+        It adds to the last plan it sees the first move of a shortest way to the goal from where
+        that plan leads. Where several seats have just written plans of one length (a round of a
+        debate), it takes the one most of them wrote, the earliest of these on a tie. An error makes
+        another legal move. A plan that has reached the goal is repeated.
         """
-        text, plan = self._seen(entries)
-        state, goal = read_problem(text)
-        after, ran = _carried_out(state, plan)
-        plan = plan[: 2 * ran]
-        way = shortest(after, goal)
-        if not way:
-            return self._message(state, plan)
-        step = way[0]
-        if rng.random() < error:
-            step = rng.choice(_detours(after, goal) or [step])
-        return self._message(state, plan + step)
+        prompt = next(_text(entry) for entry in entries if entry.kind == "problem")
+        moves = self._current(entries, prompt)
+        start, goal = self._below(prompt), self._goal(prompt)
+        now = block_stacks.after_moves(start, moves)
+        ahead = block_stacks.shortest_moves(block_stacks.write_stacks(now), goal)
+        if ahead:
+            others = [m for m in block_stacks.legal_moves(now) if m != ahead[0]]
+            wrong = rng.random() < error and others
+            moves = [*moves, rng.choice(others) if wrong else ahead[0]]
+        return self._write(start, moves)
 
-    def _seen(self, entries: Sequence[Entry]) -> tuple[str, str]:
-        """The problem and the moves so far."""
-        plan = None
+    def _current(self, entries: Sequence[Entry], prompt: str) -> list[str]:
+        """The plan to go on from: see ``expert``."""
+        voices: dict[str, list[str]] = {}
         for entry in reversed(entries):
-            if entry.kind == "problem":
-                parts = (part["text"] for part in entry.parts if part.get("type") == "text")
-                return "".join(parts) or entry.text, plan or ""
-            if plan is None and entry.kind in ("own", "foreign"):
-                plan = self.extract(entry.text)
-        raise ValueError("there is no problem among the entries")
+            if entry.kind not in ("own", "foreign"):
+                continue
+            moves = self._moves(entry.text, prompt)
+            if not moves:
+                continue
+            said = next(iter(voices.values()), moves)
+            if entry.seat in voices or len(moves) != len(said):
+                break
+            voices[entry.seat] = moves
+        spoken = list(reversed(voices.values()))
+        return max(spoken, key=spoken.count) if spoken else []
 
-    def _message(self, state: State, plan: str) -> str:
-        return f"{plan};{'/'.join(_carried_out(state, plan)[0])}"
+    def _below(self, prompt: str) -> block_stacks.Below:
+        return block_stacks.read_stacks(self._forms(prompt)[0])
 
-    def _problem(self, identity: str, text: str, **metadata: object) -> Problem:
-        plan = shortest(*read_problem(text))
-        assert plan is not None  # every state can be reached from every other
-        return Problem.of(identity, text, "".join(plan), **metadata)
+    def _goal(self, prompt: str) -> str:
+        return self._forms(prompt)[1]
 
-    def _rows(self, source: str | Path) -> list[tuple[str, Problem]]:
-        """(place, problem) of the rows that have ``blocks`` blocks."""
-        found = [
-            (place, problem)
-            for number, (place, row) in enumerate(read_rows(source), 1)
-            for problem in self._from_row(number, place, row)
-        ]
-        if not found:
-            raise UserError(f"{source}: no row has {self.blocks} blocks; change blocks")
-        return found
+    def _forms(self, prompt: str) -> tuple[str, str]:
+        """(state, goal) in short form from a prompt of either form."""
+        if self.prompt == "short":
+            state, _, goal = prompt.partition(":")
+            return state, goal
+        return block_stacks.short_form(parse_problem(blocks.read_statement(prompt)))
 
-    def _from_row(self, number: int, place: str, row: Row) -> list[Problem]:
-        texts = {name: field(place, row, name) for name in ("domain_pddl", "problem_pddl")}
-        try:
-            planning = parse_problem(texts["domain_pddl"], texts["problem_pddl"])
-            if len(planning.objects) != self.blocks:
-                return []
-            short = dict(zip(sorted(planning.objects), NAMES, strict=False))
-            state, goal = (
-                stacks((name, *(short[each] for each in objects)) for name, *objects in facts)
-                for facts in (planning.start, planning.goal)
-            )
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{place}: its PDDL cannot be read: {error}") from error
-        if any(fact[0] != "on" for fact in planning.goal) or reached(state, goal):
-            raise UserError(f"{place}: a goal must be (on x y) facts that do not all hold already")
-        if sum(map(len, state)) != self.blocks:
-            raise UserError(f"{place}: the start does not say where every block stands")
-        identity = str(row.get("id") or f"blocksworld-{number:06d}")
-        return [self._problem(identity, _text(state, goal), names="".join(sorted(short)))]
+    def _moves(self, text: str, prompt: str) -> list[str]:
+        if self.prompt == "short":
+            return block_stacks.read_moves(text) or []
+        objects = [block.lower() for block in self._below(prompt)]
+        plan = blocks.to_objects(blocks.read_blocks_plan(text), dict.fromkeys(objects, "object"))
+        return block_stacks.to_moves(plan)
 
+    def _write(self, start: block_stacks.Below, moves: Sequence[str]) -> str:
+        if self.prompt == "short":
+            after = block_stacks.write_stacks(block_stacks.after_moves(start, moves))
+            return f"{''.join(moves)}={after}"
+        plan = blocks.write_steps(block_stacks.to_actions(start, moves))
+        return f"[PLAN]\n{plan}\n[PLAN END]"
 
-def plan_moves(pddl: str, names: Sequence[str]) -> str:
-    """A plan of pick-up, unstack, put-down and stack as moves; ``names`` are the plan's blocks in
-    the order in which they are called A, B, C."""
-    short = dict(zip(names, NAMES, strict=False))
-    found = ((name, words.split()) for name, words in _STEP.findall(pddl.lower()))
-    return "".join(
-        short[words[0]] + (short[words[1]] if name == "stack" else TABLE) for name, words in found
-    )
+    def _read(self, problem: Problem, answer: str) -> list[Fact]:
+        if self.prompt == "short":
+            moves = block_stacks.read_moves(answer) or []
+            return block_stacks.to_actions(self._below(problem.text), moves)
+        instance = parse_problem(problem.metadata["problem_pddl"])
+        return blocks.to_objects(blocks.read_blocks_plan(answer), instance.objects)
 
+    def _draw(self, rng: random.Random) -> tuple[str, str]:
+        chosen = rng.sample(self._letters, self.blocks)
+        state = block_stacks.random_stacks(chosen, rng)
+        goal: block_stacks.Below = {}
+        while not goal:
+            goal = block_stacks.goal_of(block_stacks.random_stacks(chosen, rng))
+        if len(goal) > 1 and rng.random() < 0.5:
+            kept = rng.sample(sorted(goal), rng.randrange(1, len(goal)))
+            goal = {block: goal[block] for block in kept}
+        return state, block_stacks.write_stacks(goal)
 
-def _state(parts: Iterable[str]) -> State:
-    return tuple(sorted(part for part in parts if part))
-
-
-def _text(state: State, goal: State) -> str:
-    return f"{'/'.join(state)}>{'/'.join(goal)}"
-
-
-def _tenth(text: str) -> int:
-    return hashlib.blake2b((_SALT + text).encode(), digest_size=8).digest()[0] * 10 // 256
-
-
-def _way(before: dict[State, tuple[State, str] | None], at: State) -> tuple[str, ...]:
-    steps: list[str] = []
-    while (came := before[at]) is not None:
-        at, step = came
-        steps.append(step)
-    return tuple(reversed(steps))
-
-
-def _carried_out(state: State, plan: str) -> tuple[State, int]:
-    """The state after as many moves of a plan as can be made, and how many these are."""
-    for made in range(len(plan) // 2):
-        after = following(state).get(plan[2 * made : 2 * made + 2])
-        if after is None:
-            return state, made
-        state = after
-    return state, len(plan) // 2
+    def _problem(self, identity: str, state: str, goal: str) -> Problem:
+        below = block_stacks.read_stacks(state)
+        moves = block_stacks.shortest_moves(state, goal)
+        pddl = blocks.blocks_problem(
+            identity,
+            sorted(block.lower() for block in below),
+            block_stacks.facts(state),
+            block_stacks.goal_facts(goal),
+        )
+        text = f"{state}:{goal}"
+        if self.prompt == "planbench":
+            text = blocks.write_prompt(parse_problem(pddl))
+        return Problem.of(
+            identity,
+            text,
+            self._write(below, moves),
+            fresh=True,
+            short=f"{state}:{goal}",
+            plan_length=2 * len(moves),
+            problem_pddl=pddl,
+        )
 
 
-@functools.lru_cache(maxsize=65536)
-def _detours(state: State, goal: State) -> list[str]:
-    """The moves after which the goal is no nearer than before."""
-    left = len(shortest(state, goal) or ())
-    after = following(state).items()
-    return [step for step, each in after if len(shortest(each, goal) or ()) >= left]
+def _is_within(value: object, lowest: int, highest: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int) and lowest <= value <= highest
+
+
+def _text(entry: Entry) -> str:
+    return entry.text or "".join(part.get("text", "") for part in entry.parts)

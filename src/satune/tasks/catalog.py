@@ -16,7 +16,7 @@ from satune.tasks.autologi import AutoLogi
 from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.guess_number import ArbenchGN, GuessNumber
 from satune.tasks.maths import Aime24, Aime25, Math500, Maths
-from satune.tasks.planbench import Blocks, Logistics
+from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
 from satune.tasks.zebralogic import ZebraLogic
@@ -35,8 +35,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "arbench_sp": SituationPuzzles,
     "autologi": AutoLogi,
     "blocksworld": Blocksworld,
-    "planbench_bw": Blocks,
-    "planbench_logistics": Logistics,
+    "planbench_bw": PlanBenchBlocksworld,
+    "planbench_logistics": PlanBenchLogistics,
     "zebralogic": ZebraLogic,
 }
 

@@ -38,8 +38,8 @@ def find_literal(text: str) -> str | None:
     block = _last_block(text)
     if block is not None:
         return block
-    braces = last_balanced(text, "}")
-    return braces if braces is not None else last_balanced(text, "]")
+    braces = _last_balanced(text, "}")
+    return braces if braces is not None else _last_balanced(text, "]")
 
 
 def read_literal(text: str) -> Any:
@@ -94,7 +94,7 @@ def _last_block(text: str) -> str | None:
     return found
 
 
-def last_balanced(text: str, closer: str) -> str | None:
+def _last_balanced(text: str, closer: str) -> str | None:
     """The outermost balanced pair that closes last; an opener never closed hides nothing."""
     open_at: list[int] = []
     found = None

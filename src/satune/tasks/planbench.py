@@ -1,18 +1,21 @@
-"""PlanBench: plans in natural language for Blocksworld and logistics, checked by carrying them out.
+"""PlanBench, plan generation (karthikv792/LLMs-Planning): Blocksworld and Logistics.
 
-Text becomes a plan the way the benchmark's own evaluation does it (karthikv792/LLMs-Planning): line
-by line, an action's words and the objects in the order in which they stand; a line that is no
-action is passed over. Beyond that, punctuation and articles do not matter, plans in PDDL are read,
-and where a message holds [PLAN] or [PLAN END] only what lies between the last of them counts.
+The metric is the benchmark's own: the share of plans that can be executed from the initial state
+and reach the goal, shortest or not. The plan is read out of the message as the official extraction
+does it, with the additions that ``blocks`` and ``logistics`` name, and executed here (``strips``)
+instead of by VAL.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
+from satune.tasks import block_stacks, blocks, logistics
+from satune.tasks.plan_text import write_plan
 from satune.tasks.sources import (
     Row,
     check_fraction,
@@ -22,68 +25,123 @@ from satune.tasks.sources import (
     hold_out,
     read_rows,
 )
-from satune.tasks.strips import Planning, Step, execute, parse_problem
+from satune.tasks.strips import (
+    Domain,
+    Fact,
+    Grounder,
+    Instance,
+    PddlError,
+    parse_domain,
+    parse_plan,
+    parse_problem,
+)
 from satune.types import Grade, Problem, UserError
 
-COLOURS = {
-    "a": "red", "b": "blue", "c": "orange", "d": "yellow", "e": "white", "f": "magenta",
-    "g": "black", "h": "cyan", "i": "green", "j": "violet", "k": "silver", "l": "gold",
-}  # fmt: skip
-"""What the benchmark calls its blocks."""
-LONGEST = 50_000
-"""Characters of a message that are read, from its end."""
 
-_PDDL = re.compile(r"\(\s*([a-z][\w-]*(?:\s+[\w-]+)*)\s*\)")
-_BLOCK = re.compile(r"\b([a-z]+) block\b|\bblock ([a-z])\b")
-_WORD = re.compile(r"[a-z][\w-]*")
-_LOGISTICS = {"package": "p", "airplane": "a", "truck": "t", "location": "l", "city": "c"}
-_OBJECT = re.compile(r"\b(package|airplane|truck|location|city)[ _-]?(\d+(?:[_-]\d+)?)\b")
-_THOUGHT_ENDS = "</think>"
+@dataclass(frozen=True, eq=False)
+class Words:
+    """A planning domain and its language."""
 
-_FORM = """
+    domain: Domain
+    read_plan: Callable[[str], list[Fact]]
+    to_objects: Callable[[Sequence[Fact], Mapping[str, str]], list[Fact]]
+    write_prompt: Callable[[Instance], str]
+    read_statement: Callable[[str], str]
+    prefix: str
+    """Rows of the upstream files and hub rows name their ``domain``, which starts with this."""
 
-Write the plan between [PLAN] and [PLAN END], one action a line, in these words:
-{actions}"""
+
+BLOCKS = Words(
+    blocks.DOMAIN, blocks.read_blocks_plan, blocks.to_objects, blocks.write_prompt,
+    blocks.read_statement, "blocksworld",
+)  # fmt: skip
+LOGISTICS = Words(
+    logistics.DOMAIN, logistics.read_logistics_plan, logistics.to_objects, logistics.write_prompt,
+    logistics.read_statement, "logistics",
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=2048)
+def grounder(words: Words, problem_pddl: str, domain_pddl: str | None = None) -> Grounder:
+    """Raises PddlError for PDDL that cannot be read."""
+    domain = words.domain if domain_pddl is None else parse_domain(domain_pddl)
+    return Grounder(domain, parse_problem(problem_pddl))
+
+
+def grade_plan(
+    problem: Problem, ground: Grounder, plan: Sequence[Fact] | None, length: int | None
+) -> Grade:
+    """1 if the plan can be executed and reaches the goal, else 0.
+
+    ``plan`` None is no answer; without actions it is right where the goal holds from the start.
+    Components: ``executable`` (the share of the actions before the first that cannot be executed; 1
+    for a plan without actions), ``goal_share`` (the share of the goal's facts that hold where
+    execution ended), ``plan_length`` (actions read) and, where ``length``, that of the reference
+    plan, is known, ``optimal``: the plan is valid and no longer than the reference.
+    """
+    if plan is None:
+        return Grade(0.0, {"executable": 0.0, "goal_share": 0.0}, "no answer")
+    done = ground.execute(plan)
+    components = {
+        "executable": done.executed / done.length if done.length else 1.0,
+        "goal_share": done.goal_share,
+        "plan_length": float(done.length),
+    }
+    if length is not None:
+        components["optimal"] = float(done.valid and done.length <= length)
+    return Grade(float(done.valid), components, f"{done.length} actions; {done.detail}")
 
 
 class PlanBench:
-    """The rows of ``data`` (``problem_pddl``, ``domain_pddl``, ``ground_truth_plan_pddl``;
-    ``query``, or ``statement`` and ``domain_intro``). ``prompt`` "official" asks with the row's own
-    ``query``, an example included; "own" states the problem and the form of the answer without an
-    example, and serves rows that have no query.
+    """The problems of ``data``: rows with ``problem_pddl`` (and, if they differ from the
+    benchmark's, ``domain_pddl``), or the upstream form, rows or a file with ``instances``, whose
+    problems are read from the last [STATEMENT] of ``query``.
 
-    A grade's components: ``executable`` the share of the plan's steps that could be carried out,
-    ``plan_length`` its steps and, for a valid plan, ``optimal``: 1 if it has no more steps than the
-    row's reference plan, which is a shortest one where the benchmark made it so.
+    ``prompt``: "official" is the row's own ``query``, one example and the statement (rows without
+    one get the next); "own" is this project's, without an example; "short" (Blocksworld only) is
+    that of the task ``blocksworld``. ``subset`` keeps the rows of one ``subset``, ``max_blocks``
+    those of so many objects at most.
+
     ``eval_fraction`` of the rows, chosen by the hash of their ids, form the split "eval", the rest
-    "train", everything "all".
-
-    Raises UserError for a bad option or a bad row (file and line).
+    "train", everything "all". Raises UserError naming file and line for a bad row.
     """
 
-    name = "planbench"
     fresh = False
-    actions: ClassVar[tuple[str, ...]] = ()
+    prompts = ("official", "own")
 
     def __init__(
         self,
-        data: str | Path | None = None,
-        seed: int = 0,
-        eval_fraction: float = 0.1,
-        prompt: str = "official",
+        name: str,
+        words: Words,
+        data: str | Path | None,
+        seed: int,
+        eval_fraction: float,
+        prompt: str,
+        subset: str | None,
+        max_objects: int | None = None,
     ) -> None:
         if data is None:
-            raise UserError(f"task {self.name}: it needs data: a JSONL file of PlanBench's rows")
-        if prompt not in ("official", "own"):
-            raise UserError(f"task {self.name}: prompt is {prompt!r}; give 'official' or 'own'")
+            raise UserError(f"task {name}: it needs data: a JSONL or Parquet file, or a hub id")
+        if prompt not in self.prompts:
+            known = ", ".join(self.prompts)
+            raise UserError(f"task {name}: prompt is {prompt!r}; there are {known}")
+        self.name = name
         self.seed = seed
         self.prompt = prompt
-        fraction = check_fraction(self.name, eval_fraction)
-        self._planning: dict[str, Planning] = {}
-        named = [(place, self._problem(place, row)) for place, row in read_rows(data)]
-        check_unique([(place, problem.id) for place, problem in named])
-        self._places = {problem.id: place for place, problem in named}
-        problems = [problem for _, problem in named]
+        self._words = words
+        rows = [
+            (place, self._problem(place, row))
+            for place, row in plan_rows(data, words)
+            if subset is None or row.get("subset") == subset
+        ]
+        if max_objects is not None:
+            rows = [(p, r) for p, r in rows if r.metadata["objects"] <= max_objects]
+        if not rows:
+            raise UserError(f"{data}: no row is left of subset {subset!r} and the sizes asked for")
+        check_unique([(place, problem.id) for place, problem in rows])
+        self._places = {problem.id: place for place, problem in rows}
+        problems = [problem for _, problem in rows]
+        fraction = check_fraction(name, eval_fraction)
         self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
 
     def problems(self, split: str) -> Iterator[Problem]:
@@ -91,243 +149,174 @@ class PlanBench:
         return iter(choose_split(self.name, split, self._kept, self._held))
 
     def extract(self, text: str) -> str | None:
-        """The plan in PDDL, a step a line; None if there is no step."""
-        plan = self._plan(text)
-        return "\n".join(f"({' '.join(step)})" for step in plan) or None
+        """The plan in a message, in PDDL with the names that the message uses; in short form its
+        moves. None if there are no actions."""
+        if self.prompt == "short":
+            return "".join(block_stacks.read_moves(text) or ()) or None
+        return write_plan(self._words.read_plan(text)) or None
 
     def equal(self, a: str, b: str) -> bool:
         return a == b
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:
-        """1 if the plan can be carried out and reaches the goal, else 0. No answer is no plan."""
-        if answer is None:
-            return Grade(0.0, {"executable": 0.0, "plan_length": 0.0}, "no answer")
-        plan = self._plan(answer)
-        outcome = execute(self._planning_of(problem), plan)
-        components = {
-            "executable": outcome.ran / len(plan) if plan else 0.0,
-            "plan_length": float(len(plan)),
-        }
-        if outcome.valid:
-            components["optimal"] = float(len(plan) <= len(problem.answer.splitlines()))
-        detail = outcome.reason if plan else f"no action found; {outcome.reason}"
-        return Grade(float(outcome.valid), components, detail)
+        """1 if the plan can be executed and reaches the goal: see ``grade_plan``."""
+        pddl: str = problem.metadata["problem_pddl"]
+        ground = grounder(self._words, pddl, problem.metadata.get("domain_pddl"))
+        plan = None
+        if answer is not None and answer.strip():
+            plan = self._plan(ground.instance, answer)
+        return grade_plan(problem, ground, plan, problem.metadata.get("plan_length"))
 
     def validate(self) -> None:
-        """Check that each row's reference plan scores 1, in PDDL and in words, and 0 without its
-        last step.
+        """Check that each reference plan scores 1, and that it scores 0 without its last action and
+        as no answer.
 
         Raises UserError naming file and line of the row that fails.
         """
         for problem in (*self._kept, *self._held):
-            steps = problem.answer.splitlines()
-            forms = [problem.answer, self.in_words(problem.answer)]
-            scores = [self.grade(problem, form).score for form in (*forms, "\n".join(steps[:-1]))]
-            if scores != [1.0, 1.0, 0.0]:
-                raise UserError(f"{self._places[problem.id]}: grades its own plan wrongly")
+            if problem.answer is None:
+                continue
+            gold = parse_plan(problem.answer)
+            # Of a plan in short form the last move goes, two actions.
+            cut = gold[:-2] if self.prompt == "short" else gold[:-1]
+            texts = [self._text(plan) for plan in (gold, cut)]
+            scores = [self.grade(problem, text).score for text in texts]
+            if scores != [1.0, 0.0] or self.grade(problem, None).score:
+                raise UserError(
+                    f"{self._places[problem.id]}: the reference plan of {problem.id!r} fails, or "
+                    "its last action is not needed; mend the row"
+                )
 
-    def in_words(self, plan: str) -> str:
-        """A plan in PDDL in the benchmark's words."""
-        return "\n".join(self._sentence(step) for step in _pddl_steps(plan))
+    def _plan(self, instance: Instance, answer: str) -> list[Fact]:
+        if self.prompt == "short":
+            state = block_stacks.read_stacks(block_stacks.short_form(instance)[0])
+            return block_stacks.to_actions(state, block_stacks.read_moves(answer) or ())
+        return self._words.to_objects(self._words.read_plan(answer), instance.objects)
 
-    def _sentence(self, step: Step) -> str:
-        raise NotImplementedError
-
-    def _step(self, line: str) -> Step | None:
-        """The action of one line in lower case, None if it is none."""
-        raise NotImplementedError
-
-    def _statement(self, planning: Planning) -> str:
-        """Start and goal in words."""
-        raise NotImplementedError
-
-    def _plan(self, text: str) -> list[Step]:
-        spoken = text[-LONGEST:].rpartition(_THOUGHT_ENDS)[2].lower()
-        lines = _marked(spoken).splitlines()
-        plan: list[Step] = []
-        for line in lines:
-            steps = _pddl_steps(line, self._known)
-            plan += steps if steps else filter(None, [self._step(line)])
-        return plan
-
-    @property
-    def _known(self) -> frozenset[str]:
-        return frozenset(self.actions)
-
-    def _planning_of(self, problem: Problem) -> Planning:
-        if problem.id not in self._planning:  # an id that take() numbered, or another process's
-            metadata = problem.metadata
-            return parse_problem(metadata["domain_pddl"], metadata["problem_pddl"])
-        return self._planning[problem.id]
+    def _text(self, plan: Sequence[Fact]) -> str:
+        if self.prompt == "short":
+            return "".join(block_stacks.to_moves(plan))
+        return write_plan(plan)
 
     def _problem(self, place: str, row: Row) -> Problem:
-        texts = {name: field(place, row, name) for name in ("problem_pddl", "domain_pddl")}
-        try:
-            planning = parse_problem(texts["domain_pddl"], texts["problem_pddl"])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{place}: its PDDL cannot be read: {error}") from error
-        unknown = set(self.actions) ^ set(planning.actions)
-        if unknown:
-            raise UserError(
-                f"{place}: the domain's actions are {', '.join(planning.actions)}; task "
-                f"{self.name} has {', '.join(self.actions)}"
-            )
-        reference = str(field(place, row, "ground_truth_plan_pddl")).strip()
         query = row.get("query")
-        if self.prompt == "own" or not query:
-            statement = str(row.get("statement") or "").partition("My plan is")[0].strip()
-            intro = str(row.get("domain_intro") or "").strip()
-            parts = [intro, statement or self._statement(planning)]
-            query = "\n\n".join(part for part in parts if part) + self._form(planning)
-        identity = str(field(place, row, "id"))
-        self._planning[identity] = planning
-        subset = row.get("subset")
-        return Problem.of(identity, str(query), reference, subset=subset, **texts)
-
-    def _form(self, planning: Planning) -> str:
-        return _FORM.format(actions="\n".join(self.examples(planning)))
-
-    def examples(self, planning: Planning) -> list[str]:
-        """One sentence an action, to show the form."""
-        raise NotImplementedError
-
-
-class Blocks(PlanBench):
-    """Blocksworld in natural language (``planbench_bw``)."""
-
-    name = "planbench_bw"
-    # In the order of the domain: where a line holds several, the first of these counts.
-    actions = ("pick-up", "put-down", "stack", "unstack")
-
-    def _sentence(self, step: Step) -> str:
-        name, *blocks = step
-        blocks = [f"the {_called(block)} block" for block in blocks]
-        return {
-            "pick-up": "pick up {}",
-            "put-down": "put down {}",
-            "stack": "stack {} on top of {}",
-            "unstack": "unstack {} from on top of {}",
-        }[name].format(*blocks)
-
-    def _step(self, line: str) -> Step | None:
-        line = line.replace("pick up", "pick-up").replace("put down", "put-down")
-        words = set(_WORD.findall(line))
-        name = next((name for name in self.actions if name in words), None)
-        blocks = list(dict.fromkeys(_letters(line)))
-        if name is None or len(blocks) != (1 if name in ("pick-up", "put-down") else 2):
-            return None
-        return (name, *blocks)
-
-    def _statement(self, planning: Planning) -> str:
-        return (
-            f"As initial conditions I have that {_facts(sorted(planning.start))}.\n"
-            f"My goal is to have that {_facts(sorted(planning.goal))}."
-        )
-
-    def examples(self, planning: Planning) -> list[str]:
-        a, b = (*planning.objects, *planning.objects)[:2]
-        return [self._sentence((n, a, b) if "stack" in n else (n, a)) for n in self.actions]
-
-
-class Logistics(PlanBench):
-    """Logistics in natural language (``planbench_logistics``)."""
-
-    name = "planbench_logistics"
-    actions = (
-        "load-truck", "load-airplane", "unload-truck", "unload-airplane",
-        "drive-truck", "fly-airplane",
-    )  # fmt: skip
-
-    def _sentence(self, step: Step) -> str:
-        name, *objects = step
-        objects = [_named(each) for each in objects]
-        if name.startswith("load"):
-            return "load {} into {} at {}".format(*objects)
-        if name.startswith("unload"):
-            return "unload {} from {} at {}".format(*objects)
-        if name == "drive-truck":
-            return "drive {} from {} to {} in {}".format(*objects)
-        return "fly {} from {} to {}".format(*objects)
-
-    def _step(self, line: str) -> Step | None:
-        words = _WORD.findall(line)
-        verb = words[0] if words else ""
-        objects = [
-            _LOGISTICS[kind] + re.sub("_", "-", number) for kind, number in _OBJECT.findall(line)
-        ]
-        if verb in ("load", "unload") and len(objects) >= 2:
-            kind = {"a": "airplane", "t": "truck"}.get(objects[1][0])
-            return (f"{verb}-{kind}", *objects) if kind else None
-        if verb == "fly":
-            return ("fly-airplane", *objects)
-        if verb == "drive":
-            if len(objects) == 3 and objects[1][0] == "l":
-                # A location's name begins with its city's number.
-                objects.append("c" + objects[1][1:].partition("-")[0])
-            return ("drive-truck", *objects)
-        return None
-
-    def _statement(self, planning: Planning) -> str:
-        def said(facts: Sequence[tuple[str, ...]]) -> str:
-            words = {"at": "{} is at {}", "in": "{} is in {}", "in-city": "{} is in the city {}",
-                     "airport": "{} is an airport"}  # fmt: skip
-            return ", ".join(
-                words[name].format(*map(_named, objects))
-                for name, *objects in facts
-                if name in words
+        if query is not None and not isinstance(query, str):
+            raise UserError(f"{place}: query is no text; give the prompt or leave it out")
+        domain = row.get("domain_pddl")
+        try:
+            if row.get("problem_pddl") is not None:
+                pddl = str(row["problem_pddl"])
+            else:
+                pddl = self._words.read_statement(str(field(place, row, "query")))
+            same = domain is None or parse_domain(domain).actions.keys() == (
+                self._words.domain.actions.keys()
             )
+            if not same:
+                raise PddlError("domain_pddl has other actions than this benchmark")
+            # Of equal meaning the built-in one is used, so that episodes need not carry the row's.
+            domain = None if domain is None or _alike(domain, self._words.domain) else domain
+            ground = grounder(self._words, pddl, domain)
+            answer = self._answer(row, ground)
+            text = self._prompt(ground.instance, query)
+        except PddlError as error:
+            raise UserError(f"{place}: {error}; mend or delete the row") from error
+        length = row.get("plan_length")
+        if length is None and answer is not None:
+            length = len(parse_plan(answer))
+        identity = row.get("id")
+        if identity is None:
+            identity = f"{row.get('domain', self._words.prefix)}-{field(place, row, 'instance_id')}"
+        details = {
+            "subset": row.get("subset"),
+            "objects": len(ground.instance.objects),
+            "plan_length": length,
+            "problem_pddl": pddl,
+            "domain_pddl": domain,
+        }
+        return Problem.of(str(identity), text, answer, **_known(details))
 
-        return (
-            f"As initial conditions I have that, {said(sorted(planning.start))}.\n"
-            f"My goal is to have that {said(sorted(planning.goal))}."
+    def _prompt(self, instance: Instance, query: str | None) -> str:
+        if self.prompt == "short":
+            return ":".join(block_stacks.short_form(instance))
+        if self.prompt == "official" and query is not None:
+            return query
+        return self._words.write_prompt(instance)
+
+    def _answer(self, row: Row, ground: Grounder) -> str | None:
+        """The reference plan in PDDL with the problem's names."""
+        given = row.get("ground_truth_plan_pddl", row.get("ground_truth_plan"))
+        if given is None:
+            return None
+        plan = self._words.to_objects(self._words.read_plan(str(given)), ground.instance.objects)
+        return write_plan(plan)
+
+
+class PlanBenchBlocksworld(PlanBench):
+    """``planbench_bw``: see PlanBench."""
+
+    prompts = ("official", "own", "short")
+
+    def __init__(
+        self,
+        data: str | Path | None = None,
+        seed: int = 0,
+        eval_fraction: float = 0.1,
+        prompt: str = "official",
+        subset: str | None = None,
+        max_blocks: int | None = None,
+    ) -> None:
+        super().__init__(
+            "planbench_bw", BLOCKS, data, seed, eval_fraction, prompt, subset, max_blocks
         )
 
-    def examples(self, planning: Planning) -> list[str]:
-        return [
-            "load package_0 into truck_0 at location_0_0",
-            "unload package_0 from airplane_0 at location_1_0",
-            "drive truck_0 from location_0_0 to location_0_1 in city_0",
-            "fly airplane_0 from location_0_0 to location_1_0",
-        ]
+
+class PlanBenchLogistics(PlanBench):
+    """``planbench_logistics``: see PlanBench."""
+
+    def __init__(
+        self,
+        data: str | Path | None = None,
+        seed: int = 0,
+        eval_fraction: float = 0.1,
+        prompt: str = "official",
+        subset: str | None = None,
+    ) -> None:
+        super().__init__(
+            "planbench_logistics", LOGISTICS, data, seed, eval_fraction, prompt, subset
+        )
 
 
-def _marked(text: str) -> str:
-    """What lies between the last [plan] and the [plan end] behind it; all of it without either."""
-    before, _, after = text.rpartition("[plan]")
-    if before.strip() and not after.strip("\n []"):
-        after = before.rpartition("[plan]")[2]
-    return after.partition("[plan end]")[0].partition("[statement]")[0]
+def plan_rows(data: str | Path, words: Words) -> list[tuple[str, Row]]:
+    """Rows as ``read_rows`` has them; of an upstream file (one JSON object) its ``instances``. Rows
+    that name another domain are left out.
+
+    Raises UserError as ``read_rows``.
+    """
+    path = Path(data).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        try:
+            whole = json.loads(path.read_bytes())
+        except ValueError:
+            whole = None  # JSON Lines under another name: read_rows says what is wrong with it
+        if isinstance(whole, dict) and isinstance(whole.get("instances"), list):
+            rows = [(f"{path}, instance {i}", item) for i, item in enumerate(whole["instances"], 1)]
+            for place, row in rows:
+                if not isinstance(row, dict):
+                    raise UserError(f"{place}: it is no JSON object; mend or delete it")
+            return rows
+    return [
+        (place, row)
+        for place, row in read_rows(data)
+        if str(row.get("domain", words.prefix)).startswith(words.prefix)
+    ]
 
 
-def _pddl_steps(text: str, known: frozenset[str] | None = None) -> list[Step]:
-    steps = [tuple(found.split()) for found in _PDDL.findall(text)]
-    return [step for step in steps if known is None or step[0] in known]
+@functools.lru_cache(maxsize=64)
+def _alike(text: str, domain: Domain) -> bool:
+    """Whether a domain's actions are those of another but for the names of their parameters."""
+    given = parse_domain(text).actions
+    return all(given[name].meaning() == action.meaning() for name, action in domain.actions.items())
 
 
-def _called(block: str) -> str:
-    return COLOURS.get(block, block)
-
-
-_LETTERS = {colour: letter for letter, colour in COLOURS.items()}
-
-
-def _letters(line: str) -> list[str]:
-    """The blocks that a line names, as letters, in their order."""
-    found = (colour or letter for colour, letter in _BLOCK.findall(line))
-    names = ((_LETTERS.get(name), name) for name in found)
-    return [letter or name for letter, name in names if letter or len(name) == 1]
-
-
-def _facts(facts: Sequence[tuple[str, ...]]) -> str:
-    words = {
-        "clear": "the {} block is clear", "ontable": "the {} block is on the table",
-        "on": "the {} block is on top of the {} block", "handempty": "the hand is empty",
-        "holding": "the {} block is in the hand",
-    }  # fmt: skip
-    return ", ".join(words[name].format(*map(_called, blocks)) for name, *blocks in facts)
-
-
-def _named(symbol: str) -> str:
-    """``l0-1`` as location_0_1."""
-    kinds = {short: long for long, short in _LOGISTICS.items()}
-    return f"{kinds[symbol[0]]}_{symbol[1:].replace('-', '_')}"
+def _known(details: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in details.items() if value is not None}

@@ -20,17 +20,17 @@ from satune.types import UserError
 Row = dict[str, Any]
 _T = TypeVar("_T")
 
-_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)?(:[\w.\[\]%-]+)?")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+){0,2}")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def read_rows(source: str | Path, bare: str | None = None) -> list[tuple[str, Row]]:
     """(place, row) for each row of ``source``; place is "file, line n" or "file, row n".
 
-    A source is a JSONL or Parquet file, a ``.json`` file that holds one list, a directory
-    written by ``datasets.save_to_disk``, or a hub id ``org/name[/subset][:split]`` (split "train"
-    if left out). A list's items that are no objects become rows with the one field
-    ``bare``, if that is given.
+    A source is a JSONL or Parquet file, a ``.json`` file that holds one list, a directory written
+    by ``datasets.save_to_disk``, or a hub id ``org/name``, ``org/name:split`` (split "train" if
+    left out) or ``org/name:configuration:split``. A list's items that are no objects become rows
+    with the one field ``bare``, if that is given.
 
     Raises UserError for a missing file (naming the nearest), a damaged row, an empty source, and a
     format whose package is not installed.
@@ -158,12 +158,10 @@ def _from_datasets(source: str, directory: Path | None) -> list[tuple[str, Row]]
         if isinstance(loaded, Mapping):
             raise UserError(f"{source}: several splits; give one: {', '.join(sorted(loaded))}")
     else:
-        name, _, split = source.partition(":")
+        name, *chosen = source.split(":")
+        split = chosen.pop() if chosen else "train"
         try:
-            organisation, short, *subset = name.split("/")
-            loaded = datasets.load_dataset(
-                f"{organisation}/{short}", *subset, split=split or "train"
-            )
+            loaded = datasets.load_dataset(name, *chosen, split=split)
         except (OSError, ValueError) as error:
             # No network, no such data set, no such split: the library says which.
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]

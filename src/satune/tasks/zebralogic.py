@@ -1,20 +1,21 @@
-"""ZebraLogic: grids of houses and attributes, graded as the benchmark does (WildEval/ZeroEval).
+"""ZebraLogic: puzzles about houses whose inhabitants differ in every attribute, answered by a grid.
 
-The answer is the last complete JSON object of the message. A cell counts if its text equals the
-solution's, but for case and outer space; of a list the first item is read. The score is 1 if every
-cell is right: puzzle accuracy.
+The metric is that of the benchmark's own evaluation (WildEval/ZeroEval): a puzzle is solved if
+every cell of the message's last JSON object is right after ``lower()`` and ``strip()``. Of a cell
+that is a list the first value counts; houses and attributes that the puzzle does not have are
+ignored; their names are case-sensitive. What makes that evaluation stop with an error (a cell that
+is a number, a house that is no object) is a wrong cell here.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from satune.tasks.literals import last_balanced
+from satune.tasks.json_answers import last_object
 from satune.tasks.sources import (
     Row,
     check_fraction,
@@ -26,29 +27,50 @@ from satune.tasks.sources import (
 )
 from satune.types import Grade, Problem, UserError
 
-LONGEST = 100_000
-"""Characters of an object that are read."""
+Table = dict[str, dict[str, str]]
 
-_SIZE = re.compile(r"([0-9]+)\s*[*x]\s*([0-9]+)")
-_SCALES = ((1e3, "small"), (1e6, "medium"), (1e10, "large"), (math.inf, "x-large"))
+_SCALES = {"small": 10**3, "medium": 10**6, "large": 10**10}
 _PROMPT = """\
+Solve this logic puzzle.
+
 {puzzle}
 
-Work out who lives where. Finish with one JSON object that fills in every cell of this table, in \
-the words of the puzzle, and write nothing behind it:
+End your answer with one JSON object of this form, every ___ replaced by one of the values that \
+the puzzle lists for that attribute, spelt as it is there:
 
 {form}"""
 
 
+def scale(houses: int, attributes: int) -> str:
+    """The class of a puzzle's search space, (houses!) ** attributes candidate grids: "small" below
+    1e3, "medium" below 1e6, "large" below 1e10, else "x-large"."""
+    size = math.factorial(houses) ** attributes
+    return next((name for name, bound in _SCALES.items() if size < bound), "x-large")
+
+
+def read_table(text: str) -> Table | None:
+    """The grid of a message, values lowered and stripped; None if its last JSON object has no
+    object under "solution". Cells that are no text are left out."""
+    found = (last_object(text, "solution") or {}).get("solution")
+    if not isinstance(found, dict):
+        return None
+    table: Table = {}
+    for house, cells in found.items():
+        if isinstance(cells, dict):
+            # Of a list the first value counts, as in the official evaluation.
+            first = {a: c[0] if isinstance(c, list) and c else c for a, c in cells.items()}
+            table[house] = {a: c.lower().strip() for a, c in first.items() if isinstance(c, str)}
+    return table
+
+
 class ZebraLogic:
-    """The rows of ``data`` (``puzzle``, ``solution`` with header and rows, ``id``, ``size``).
+    """The puzzles of ``data``: rows with ``id``, ``size`` ("houses*attributes"), ``puzzle`` and
+    ``solution`` {header, rows}, as allenai/ZebraLogicBench (grid_mode) has them. A hub id needs
+    configuration and split: ``org/name:grid_mode:test``.
 
-    A grade's components are ``cell_accuracy`` and ``parsed`` (an object with a solution was found).
-    A problem's metadata hold ``size``, ``search_space`` = (houses!)^attributes and its ``scale``.
+    A problem's metadata holds ``size``, ``scale``, ``houses`` and ``attributes`` to group by.
     ``eval_fraction`` of the rows, chosen by the hash of their ids, form the split "eval", the rest
-    "train", everything "all".
-
-    Raises UserError for a bad option or a bad row (file and line).
+    "train", everything "all". Raises UserError naming file and line for a bad row.
     """
 
     name = "zebralogic"
@@ -57,18 +79,14 @@ class ZebraLogic:
     def __init__(
         self, data: str | Path | None = None, seed: int = 0, eval_fraction: float = 0.1
     ) -> None:
-        self.seed = seed
-        fraction = check_fraction(self.name, eval_fraction)
         if data is None:
-            raise UserError(
-                "task zebralogic: it needs data: rows of ZebraLogicBench's grid mode with their"
-                " solutions, as a file or as org/name/grid_mode:test on the hub"
-            )
-        rows = read_rows(data)
-        named = [(place, _problem(place, row)) for place, row in rows]
-        check_unique([(place, problem.id) for place, problem in named])
-        self._places = {problem.id: place for place, problem in named}
-        problems = [problem for _, problem in named]
+            raise UserError("task zebralogic: it needs data: a JSONL or Parquet file, or a hub id")
+        self.seed = seed
+        rows = [(place, _problem(place, row)) for place, row in read_rows(data)]
+        check_unique([(place, problem.id) for place, problem in rows])
+        self._places = {problem.id: place for place, problem in rows}
+        problems = [problem for _, problem in rows]
+        fraction = check_fraction(self.name, eval_fraction)
         self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
 
     def problems(self, split: str) -> Iterator[Problem]:
@@ -76,108 +94,101 @@ class ZebraLogic:
         return iter(choose_split(self.name, split, self._kept, self._held))
 
     def extract(self, text: str) -> str | None:
-        """The table of the last complete JSON object, cells in lower case and keys in order, as
-        JSON; None if there is no such object or it has no solution."""
-        table = _table(text)
-        return None if table is None else json.dumps(table, sort_keys=True)
+        """The message's grid as JSON with sorted keys; None without one."""
+        table = read_table(text)
+        if table is None:
+            return None
+        return json.dumps({"solution": table}, sort_keys=True, ensure_ascii=False)
 
     def equal(self, a: str, b: str) -> bool:
         return a == b
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:
-        """1 if every cell of the solution is right, else 0; what is beside it does not count."""
-        table = None if answer is None else _table(answer)
-        if table is None:
-            return Grade(0.0, {"cell_accuracy": 0.0, "parsed": 0.0}, "no JSON with a solution")
-        cells = {
-            (house, attribute): str(value).lower().strip()
-            for house, row in problem.answer.items()
-            for attribute, value in row.items()
-        }
-        wrong = [
-            f"{house} {attribute}"
-            for (house, attribute), value in cells.items()
-            if table.get(house, {}).get(attribute) != value
-        ]
-        share = 1.0 - len(wrong) / len(cells)
-        detail = "every cell is right" if not wrong else f"{len(wrong)} wrong, first: {wrong[0]}"
-        return Grade(float(not wrong), {"cell_accuracy": share, "parsed": 1.0}, detail)
+        """1 if every cell is right, else 0. Components: ``cell_accuracy`` (the share of right
+        cells; 0 without a grid) and ``answered`` (there is a grid)."""
+        table = None if answer is None else read_table(answer)
+        right = total = 0
+        wrong = ""
+        for house, cells in problem.answer.items():
+            for attribute, value in cells.items():
+                given = (table or {}).get(house, {}).get(attribute)
+                total += 1
+                right += given == value.lower().strip()
+                if given != value.lower().strip() and not wrong:
+                    wrong = f"; first wrong: {house}, {attribute}: {given}, expected {value}"
+        components = {"cell_accuracy": right / total, "answered": float(table is not None)}
+        detail = "no grid found" if table is None else f"{right} of {total} cells right{wrong}"
+        return Grade(float(right == total), components, detail)
 
     def validate(self) -> None:
-        """Check that each row's solution scores 1 and that it scores 0 with one cell changed.
+        """Check that each solution as JSON scores 1, and that it scores 0 with two houses' values
+        of an attribute exchanged, without its last house, and as no answer.
 
         Raises UserError naming file and line of the row that fails.
         """
         for problem in (*self._kept, *self._held):
-            spoilt = json.loads(json.dumps(problem.answer))
-            house = next(iter(spoilt))
-            spoilt[house][next(iter(spoilt[house]))] += " not"
-            scores = [
-                self.grade(problem, json.dumps({"solution": t})).score
-                for t in (problem.answer, spoilt)
-            ]
-            if scores != [1.0, 0.0]:
-                raise UserError(f"{self._places[problem.id]}: grades its own solution wrongly")
-
-
-def _table(text: str) -> dict[str, dict[str, str]] | None:
-    """House to attribute to cell, in lower case. Cells that are no text are left out."""
-    found = last_balanced(text, "}")
-    if found is None or len(found) > LONGEST:
-        return None
-    try:
-        value = json.loads(found, strict=False)
-    except (ValueError, RecursionError):
-        return None
-    solution = value.get("solution") if isinstance(value, dict) else None
-    if not isinstance(solution, Mapping):
-        return None
-    return {
-        house: {
-            attribute: cell
-            for attribute, inner in row.items()
-            if (cell := _cell(inner)) is not None
-        }
-        for house, row in solution.items()
-        if isinstance(row, Mapping)
-    }
-
-
-def _cell(value: Any) -> str | None:
-    if isinstance(value, list) and value:
-        value = value[0]
-    return value.lower().strip() if isinstance(value, str) else None
+            gold: Table = problem.answer
+            first, second, *_ = gold
+            attribute = next(iter(gold[first]))
+            swapped = {house: dict(cells) for house, cells in gold.items()}
+            swapped[first][attribute] = gold[second][attribute]
+            swapped[second][attribute] = gold[first][attribute]
+            cut = dict(list(gold.items())[:-1])
+            good = self.grade(problem, json.dumps({"solution": gold}))
+            spoilt = [json.dumps({"solution": table}) for table in (swapped, cut)]
+            if (good.score, good.components["cell_accuracy"]) != (1.0, 1.0) or any(
+                self.grade(problem, answer).score for answer in (*spoilt, "", None)
+            ):
+                raise UserError(
+                    f"{self._places[problem.id]}: the solution of {problem.id!r} cannot be told "
+                    "apart from a damaged one; mend the row"
+                )
 
 
 def _problem(place: str, row: Row) -> Problem:
-    puzzle, solution = field(place, row, "puzzle"), field(place, row, "solution")
+    identity, puzzle = field(place, row, "id"), field(place, row, "puzzle")
     if not isinstance(puzzle, str) or not puzzle.strip():
-        raise UserError(f"{place}: field 'puzzle' is no text; give the puzzle")
-    header = solution.get("header") if isinstance(solution, Mapping) else None
-    rows = solution.get("rows") if isinstance(solution, Mapping) else None
-    if not header or not rows or any(len(cells) != len(header) for cells in rows):
-        raise UserError(f"{place}: field 'solution' is no header with rows of its length")
-    if header[0] != "House":
-        raise UserError(f"{place}: solution: the first column is {header[0]!r}; it must be 'House'")
-    table = {
-        f"House {cells[0]}": dict(zip(header[1:], map(str, cells[1:]), strict=True))
-        for cells in rows
-    }
-    if any("___" in cell for cells in table.values() for cell in cells.values()):
-        raise UserError(f"{place}: the solution is masked; use a copy that holds the solutions")
-    houses, attributes = len(rows), len(header) - 1
-    size = _SIZE.fullmatch(str(row.get("size", "")))
-    if size is not None and (int(size[1]), int(size[2])) != (houses, attributes):
-        raise UserError(
-            f"{place}: size is {row['size']!r}, the solution has {houses}*{attributes} cells"
-        )
-    space = math.factorial(houses) ** attributes
-    form = {house: dict.fromkeys(cells, "...") for house, cells in table.items()}
+        raise UserError(f"{place}: field 'puzzle' is empty; give the puzzle's text")
+    table = _table(place, field(place, row, "solution"))
+    houses, attributes = len(table), len(next(iter(table.values())))
+    size = row.get("size", f"{houses}*{attributes}")
+    if size != f"{houses}*{attributes}":
+        raise UserError(f"{place}: size is {size!r} but the solution is {houses}*{attributes}")
+    form = {house: dict.fromkeys(cells, "___") for house, cells in table.items()}
+    shown = json.dumps({"reasoning": "___", "solution": form}, indent=2)
     return Problem.of(
-        str(field(place, row, "id")),
-        _PROMPT.format(puzzle=puzzle.strip(), form=json.dumps({"solution": form}, indent=1)),
+        str(identity),
+        _PROMPT.format(puzzle=puzzle.strip(), form=shown),
         table,
-        size=f"{houses}*{attributes}",
-        search_space=space,
-        scale=next(name for limit, name in _SCALES if space < limit),
+        size=size,
+        scale=scale(houses, attributes),
+        houses=houses,
+        attributes=attributes,
     )
+
+
+def _table(place: str, solution: Any) -> Table:
+    """House to attribute to value. Raises UserError for another form and for masked solutions."""
+    known = isinstance(solution, Mapping) and {"header", "rows"} <= set(solution)
+    header, rows = (solution["header"], solution["rows"]) if known else ([], [])
+    well_formed = (
+        isinstance(header, list)
+        and isinstance(rows, list)
+        and len(header) > 1
+        and len(set(map(str, header))) == len(header)
+        and header[0] == "House"
+        and len(rows) > 1
+        and all(isinstance(row, list) and len(row) == len(header) for row in rows)
+        and all(isinstance(cell, str) for row in [header, *rows] for cell in row)
+    )
+    if not well_formed:
+        raise UserError(
+            f'{place}: solution is not {{"header": ["House", ...], "rows": [["1", ...], ...]}} '
+            "with two houses or more and as many texts in each row as in the header"
+        )
+    if any(not cell.strip() or set(cell) == {"_"} for row in rows for cell in row[1:]):
+        raise UserError(f"{place}: the solution is masked; get the rows that hold the answers")
+    return {
+        f"House {number}": dict(zip(header[1:], row[1:], strict=True))
+        for number, row in enumerate(rows, 1)
+    }
