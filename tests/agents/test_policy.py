@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from satune.agents.policy import Policy
-from satune.engines.rows import _masks_by_layer
 from satune.types import UserError
 from tiny_models import EOS, Letters, tiny_lm, tiny_policy
 
@@ -196,7 +195,7 @@ def test_a_model_that_reads_pictures_keeps_its_windows() -> None:
     assert policy.context_limit == 512 and not policy.attends_to_everything
     ids, places = torch.arange(1, 13)[None], torch.arange(12)
     causal = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
-    masks = _masks_by_layer(policy.config, causal, places, places[None])
+    masks = policy.masks(places[None], 12)
     with torch.no_grad():
         own = policy.hidden(ids)
         engines = policy.hidden(ids, attention_mask=masks, position_ids=places[None])

@@ -227,7 +227,7 @@ def _check_identities(
     clipped = ratio.clamp(0.8, 1.2)
     pessimistic = (p_old * torch.minimum(ratio * centred, clipped * centred)).sum(-1)
     lower = pessimistic - (p_old * centred).sum(-1)
-    ledger.certificate("identity_b", change, lower, zero, ROUNDING)
+    ledger.certificate("identity_b", change, lower, zero, ROUNDING, one_sided=True)
     share = torch.tanh(ratio.log() / 2)
     balance = ((p_old + p_new) * share * centred).sum(-1)
     ledger.limit("identity_d", balance - change, zero, ROUNDING)

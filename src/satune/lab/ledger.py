@@ -53,11 +53,20 @@ class Ledger:
         self.tallies[name].tightness.append((truth.abs() / bound)[known].clamp(max=1.0))
 
     def certificate(
-        self, name: str, change: Tensor, gain: Tensor, penalty: Tensor, tolerance: Tensor | float
+        self,
+        name: str,
+        change: Tensor,
+        gain: Tensor,
+        penalty: Tensor,
+        tolerance: Tensor | float,
+        *,
+        one_sided: bool = False,
     ) -> Tensor:
-        """J' - J = ``change`` is at least ``gain`` - ``penalty``; which ones are positive [B]."""
+        """J' - J = ``change`` lies within ``penalty`` of ``gain`` (one-sided: not below); which
+        ones certify an improvement, gain - penalty being positive [B]."""
         lower = gain - penalty
-        self._hold(name, ~(lower - change > tolerance), lower - change)
+        missed = gain - change if one_sided else (gain - change).abs()
+        self._hold(name, ~(missed - penalty > tolerance), missed - penalty)
         tally = self.tallies[name]
         known = torch.isfinite(penalty) & (penalty > _ABOVE_ROUNDING * torch.as_tensor(tolerance))
         error = (change - gain).abs()

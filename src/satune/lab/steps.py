@@ -21,24 +21,36 @@ from satune.lab.mdp import (
     total_variation,
     updated,
 )
+from satune.lab.traps import trap_world
 
 SHAPES = ((3, 2, 2), (4, 2, 3), (3, 3, 2))
 """(states, agents, actions) of the instances."""
+TRAPS = ((1, False), (2, False), (2, True))
+"""(agents, whether they are paid for the product of their signs) of the tight worlds."""
 
 
 def check_steps(ledger: Ledger, rng: torch.Generator, instances: int, seed: int) -> int:
     """Check about ``instances`` instances, as many of each mask and shape; how many it were."""
     done = 0
-    batch = -(-instances // (len(MASKS) * len(SHAPES)))
+    batch = -(-instances // (len(MASKS) * len(SHAPES) + len(TRAPS)))
     for mask in MASKS:
         for states, agents, actions in SHAPES:
             ledger.where = f"seed {seed}, {mask}, {states} states, {agents} agents"
             world = random_world(rng, batch, states, agents, actions, mask)
             old = random_policy(rng, world, actions)
-            _check_step(ledger, rng, world, old, int(torch.randint(agents, (1,), generator=rng)))
+            agent = int(torch.randint(agents, (1,), generator=rng))
+            towards = proposal(rng, world, old, agent, evaluate(world, old))
+            _check_step(ledger, rng, world, old, updated(old, agent, towards), agent)
             _check_line_search(ledger, world, old)
             _check_stage(ledger, rng, world, old)
             done += batch
+    for agents, signs in TRAPS:
+        ledger.where = f"seed {seed}, trap of {agents} agents{', signs' if signs else ''}"
+        world, old, new = trap_world(rng, batch, agents, signs=signs)
+        _check_step(ledger, rng, world, old, updated(old, 0, new[:, 0]), 0)
+        _check_line_search(ledger, world, old)
+        _check_stage(ledger, rng, world, old, new)
+        done += batch
     return done
 
 
@@ -59,10 +71,9 @@ def proposal(rng: torch.Generator, world: World, old: Tensor, agent: int, values
 
 
 def _check_step(
-    ledger: Ledger, rng: torch.Generator, world: World, old: Tensor, agent: int
+    ledger: Ledger, rng: torch.Generator, world: World, old: Tensor, new: Tensor, agent: int
 ) -> None:
     values, slack = evaluate(world, old), rounding(world)
-    new = updated(old, agent, proposal(rng, world, old, agent, values))
     after = evaluate(world, new)
     change = after.returns - values.returns
     gamma = world.gamma
@@ -145,8 +156,11 @@ def _check_line_search(ledger: Ledger, world: World, old: Tensor) -> None:
     ledger.certificate("line_search", change, gain, penalty, rounding(world))
 
 
-def _check_stage(ledger: Ledger, rng: torch.Generator, world: World, old: Tensor) -> None:
-    """A sweep over all agents in a random order: fresh, with stale states, and naive."""
+def _check_stage(
+    ledger: Ledger, rng: torch.Generator, world: World, old: Tensor, target: Tensor | None = None
+) -> None:
+    """A sweep over all agents in a random order: fresh, with stale states, and naive. Each moves to
+    its ``target`` [B, N, S, A], or by a proposal of its own."""
     agents = old.shape[1]
     order = torch.randperm(agents, generator=rng).tolist()
     first, slack = evaluate(world, old), agents * rounding(world)
@@ -154,7 +168,8 @@ def _check_stage(ledger: Ledger, rng: torch.Generator, world: World, old: Tensor
     gains, stale_gains, naive_gains, largest, largest_g, tvs, kls = ([] for _ in range(7))
     shifts: list[Tensor] = []
     for agent in order:
-        new = updated(current, agent, proposal(rng, world, current, agent, now))
+        towards = proposal(rng, world, current, agent, now) if target is None else target[:, agent]
+        new = updated(current, agent, towards)
         tv_S = total_variation(current[:, agent], new[:, agent])
         gain_S = gain_by_state(world, new, now)
         mean_tv = (now.occupancy * tv_S).sum(-1).clamp(max=1.0)

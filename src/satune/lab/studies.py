@@ -174,7 +174,7 @@ def softmax_rate(
         logits = logits + gradient / smooth[:, None, None]
         following = objective(logits)
         ledger.certificate("ascent", following - value, torch.zeros_like(value),
-                           torch.zeros_like(value), 1e-12)  # fmt: skip
+                           torch.zeros_like(value), 1e-12, one_sided=True)  # fmt: skip
         value = following
         limit = bounds.rate(smooth, best - start, step)
         ledger.limit("rate", smallest, limit, 1e-12)
