@@ -286,7 +286,7 @@ def test_the_overrides_of_the_guide_parse(name: str) -> None:
     for line in DOMAINS:
         override = line.replace("'", "")
         tasks.add(row(f"table1/{name}", override).task.name)
-    assert tasks == {"arbench_dc", "arbench_sp", "arbench_gn", "planbench_bw"}
+    assert tasks == {"arbench_dc", "arbench_sp", "arbench_gn", "blocksworld"}
 
 
 def test_the_guide_names_every_recipe_and_every_k() -> None:
