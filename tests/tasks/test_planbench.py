@@ -95,6 +95,8 @@ FORMATS = [
     (f"- {PICK}\n* **{STACK}**", 1, 2, "bullets and bold"),
     ("pick up orange block\nstack orange block on top of red block", 1, 2, "no articles"),
     ("pick up orange\nstack orange on red", 1, 2, "colours alone"),
+    ("pick  up the orange block\nstack the orange block on red", 1, 2, "spaces, a colour alone"),
+    (f"{PICK} (not red)\n{STACK} (not blue)", 1, 2, "a remark with a colour, as officially"),
     ("PICK UP THE ORANGE BLOCK\nStack the Orange block on top of the RED block", 1, 2, "capitals"),
     ("pick-up the orange block\nstack the orange block on top of the red block", 1, 2, "a hyphen"),
     ("pickup the orange block\nstack the orange block on the red block", 1, 2, "one word"),
@@ -136,6 +138,7 @@ LOGISTICS_FORMATS = [
     (f"{LOAD}\n{DRIVE}\n{UNLOAD}", 1, 3, "the benchmark's words"),
     (f"[PLAN]\n1. {LOAD}.\n2. {DRIVE}.\n3. {UNLOAD}.\n[PLAN END]", 1, 3, "a numbered list"),
     (f"- {LOAD}\n- {DRIVE.upper()}\n- **{UNLOAD}**", 1, 3, "bullets, capitals and bold"),
+    (f"Step 1: {LOAD}\n**Step 2:** {DRIVE}\nstep_3 {UNLOAD}", 1, 3, "numbered steps"),
     (f"{LOAD}\n{DRIVE.removesuffix(' in city_0')}\n{UNLOAD}", 1, 3, "the city left out"),
     (
         "(load-truck p0 t0 l0-1)\n(drive-truck t0 l0-1 l0-0 c0)\n(unload-truck p0 t0 l0-0)",

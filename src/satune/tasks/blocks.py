@@ -57,8 +57,9 @@ Find actions that lead from the start to the end. Write them in order between [P
 
 _VERBS = ("pick-up", "put-down", "stack", "unstack")
 _COLOUR = "|".join(LETTERS)
-_VERB = re.compile(r"\b(?:(pick)[ _-]?up|(put)[ _-]?down|(stack)|(unstack))\b")
-_BLOCK = re.compile(rf"\b(?:({_COLOUR})|block ([a-z]))\b")
+_VERB = re.compile(r"\b(?:(pick)(?: +|[_-])?up|(put)(?: +|[_-])?down|(stack)|(unstack))\b")
+_BLOCK = re.compile(rf"\b(?:({_COLOUR}) block|block ([a-z]))\b")
+_LOOSE = re.compile(rf"\b(?:({_COLOUR})|block ([a-z]))\b")
 _PDDL = re.compile(
     r"\(\s*(?:(pick-up|put-down)\s+([\w-]+)|(stack|unstack)\s+([\w-]+)\s+([\w-]+))\s*\)"
 )
@@ -74,7 +75,7 @@ def read_blocks_plan(text: str) -> list[Fact]:
 
     A line is an action if it holds a verb and as many different blocks as the verb takes, in
     order; other lines are passed over. So the official extraction has it. Beyond it, actions in
-    PDDL, "red" for "the red block", and "block m" are understood.
+    PDDL, "block m" and, where the blocks named in full do not suit the verb, "red" are understood.
     """
     return read_plan(text, _read_line)
 
@@ -89,8 +90,11 @@ def _read_line(line: str) -> list[Fact]:
     if atoms:
         return atoms
     verb = _VERBS[min(verbs) - 1]
-    blocks = dict.fromkeys(m[1] or m[2] for m in _BLOCK.finditer(line))
-    return [(verb, *blocks)] if len(blocks) == _TAKES[verb] else []
+    for names in (_BLOCK, _LOOSE):
+        blocks = dict.fromkeys(colour or letter for colour, letter in names.findall(line))
+        if len(blocks) == _TAKES[verb]:
+            return [(verb, *blocks)]
+    return []
 
 
 def to_objects(plan: Iterable[Fact], objects: Mapping[str, str]) -> list[Fact]:

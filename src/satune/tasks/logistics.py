@@ -59,7 +59,7 @@ _OBJECT = re.compile(
     r"\b(?:(?:(p)ackage|(t)ruck|(a)irplane|(l)ocation|(c)ity)_|([ptalc]))"
     r"([0-9]+)(?:[_-]([0-9]+))?(?![\w-])"
 )
-_LINE = re.compile(r"[\W\d_]*(load|unload|drive|fly)\b")
+_LINE = re.compile(r"[\W\d_]*+(?:step[\W\d_]*+)?(load|unload|drive|fly)\b")
 _PDDL = re.compile(
     r"\(\s*((?:un)?load-(?:truck|airplane)|drive-truck|fly-airplane)((?:\s+[\w-]+){3,4})\s*\)"
 )
@@ -70,9 +70,10 @@ _FACTS = re.compile(r"(\w+) is (?:(an airport)|(at) (\w+)|in the city (\w+))")
 def read_logistics_plan(text: str) -> list[Fact]:
     """The plan in a message, its objects named as in the problems.
 
-    A line is an action if it starts with a verb (after a number or a bullet) and names objects.
-    One that names the wrong objects stays in the plan, where it cannot be executed. So the official
-    extraction has it; beyond it, bullets, actions in PDDL and short names are understood.
+    A line is an action if it starts with a verb (after a number, a bullet or "Step 1:") and names
+    objects. One that names the wrong objects stays in the plan, where it cannot be executed. So the
+    official extraction has it; beyond it, bullets, steps, actions in PDDL and short names are
+    understood.
     """
     return read_plan(text, _read_line)
 
