@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -215,6 +216,11 @@ def test_a_team_a_run_a_recipe_and_a_model(satune: Run, world: Path, tmp_path: P
     assert sorted(file.read_bytes().splitlines(keepends=True)) == sorted(lines)
     code, stdout, _ = satune(out, "-k", "2", "--out", tmp_path / "trained")
     assert code == 0 and "oracle" in stdout and "seat ann" in stdout
+    # Options of the task hold for another benchmark than the team's own as well.
+    two = (out, "task.numbers=2", "--benchmark", "relay", "--limit", "1", "-k", "1")
+    assert satune(*two, "--max-new-tokens", "4", "--out", tmp_path / "two")[0] == 0
+    row = json.loads((tmp_path / "two" / "conversations.jsonl").read_text().splitlines()[0])
+    assert len(re.findall("[-+*]", row["problem"]["prompt"][0]["text"])) == 1
 
 
 # Bad input

@@ -40,6 +40,8 @@ class Candidate:
     asked: dict[str, Any] = field(default_factory=dict)
     """Keys of a protocol that were given for this evaluation."""
     task: dict[str, Any] = field(default_factory=dict)
+    asked_task: dict[str, Any] = field(default_factory=dict)
+    """Options of the task that were given for this evaluation, whatever task it is."""
     held_out: str | None = None
     seed: int = 0
     conversations: int | None = None
@@ -91,7 +93,13 @@ def local_candidate(
     place = Path(given)
     if path is not None and not place.is_dir():
         _one_of_each(copies, "a recipe")
-        return _of_recipe(load_recipe(path, overrides), progress)
+        candidate = _of_recipe(load_recipe(path, overrides), progress)
+        given_here: dict[str, Any] = {}
+        for text in overrides:
+            if text.startswith("task."):
+                override(given_here, text)
+        candidate.asked_task = given_here.get("task", {})
+        return candidate
     keys = _keys(overrides)
     if (place / "manifest.json").is_file() or (place / "team" / "manifest.json").is_file():
         _one_of_each(copies, "a team")
@@ -147,6 +155,7 @@ def _of_directory(place: Path, keys: dict[str, Any]) -> Candidate:
         protocol=dict(team.protocol),
         asked=keys["protocol"],
         task={**team.task, **keys["task"]},
+        asked_task=keys["task"],
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
         conversations=2 * section.max_rows,
@@ -172,6 +181,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
         {"model": _fingerprint(Path(given)) if local else given, "seats": copies},
         asked=keys["protocol"],
         task=keys["task"],
+        asked_task=keys["task"],
         conversations=2 * section.max_rows,
     )
 

@@ -220,7 +220,8 @@ def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, d
     if name is None:
         raise UserError("--benchmark: is needed, the team has no task of its own; give its name")
     itself = own.get("name") in (name, None)
-    options = {k: v for k, v in own.items() if k not in ("name", "data")} if itself else {}
+    kept = own if itself else candidate.asked_task
+    options = {k: v for k, v in kept.items() if k not in ("name", "data")}
     data, split = wanted.data, "all"
     if data is None and itself:
         data = candidate.held_out or own.get("data")
