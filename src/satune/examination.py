@@ -227,7 +227,7 @@ def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, d
         data = candidate.held_out or own.get("data")
         split = "all" if candidate.held_out or "name" not in own else "eval"
     if candidate.host is not None and takes(name, "host"):
-        options = {"host": candidate.host, **options}
+        options = {**options, "host": candidate.asked_task.get("host", candidate.host)}
     task = load_task(name, data, seed, None, **options)
     if getattr(task, "fresh", False):
         split = "eval"

@@ -293,8 +293,8 @@ class LocalLearner:
             self.load_weights(target)
             return
         for name, parameter in self._parameters.items():
-            start = anchor[name]
-            parameter.copy_(start + scale * (target[name] - start))
+            start = anchor[name].to(parameter.device)
+            parameter.copy_(start + scale * (target[name].to(parameter.device) - start))
 
     def keep_reference(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """Hold the weights the run began with, on the CPU, for a reference KL."""

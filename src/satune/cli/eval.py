@@ -117,6 +117,8 @@ def evaluate(
                 if environment_model is None:
                     raise UserError("--environment-url: name the model by --environment-model")
                 candidate.host = f"{environment_url}#{environment_model}"
+            elif environment_model is not None:
+                raise UserError("--environment-model: say where it is served, --environment-url")
         candidate.open_server = lambda url, model: engine_at(url, {ENVIRONMENT: model})
         if seat is not None:
             candidate.only(seat)

@@ -260,6 +260,7 @@ def _settle(
     state = training.state
     if trial.verdict == "reverted":
         change.revert()
+    known = any(held.version != state.versions[name] for name, held in change.held.items())
     altered = trial.verdict in ("shrunk", "reverted")
     for name, held in change.held.items():
         taken = held.version != state.versions[name]
@@ -271,8 +272,8 @@ def _settle(
     if not altered:
         return outcome
     assert state.batch is not None
-    # The weights of its episodes are those of changes that were not kept.
-    state.batch.spent = trial.verdict == "shrunk" or set(change.held) != {agent}
+    # Its episodes, or their weights, are those of changes that were not kept.
+    state.batch.spent = trial.verdict == "shrunk" or known
     if not outcome.accepted:
         return outcome
     reverted = trial.verdict == "reverted"

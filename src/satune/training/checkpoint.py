@@ -177,6 +177,7 @@ class Checkpoints:
                 f"{path}: holds agents {', '.join(sorted(state['state']['versions']))}, the recipe "
                 f"has {', '.join(sorted(agents))}; resume with the recipe the run was started with"
             )
+        _check_decisions(path, state["state"]["certify"]["spending"], training)
         held: dict[str, tuple[int, int]] = {}
         for agent, learner in training.learners.items():
             learner.load_weights(load_file(path / f"{agent}.weights.safetensors"))
@@ -198,6 +199,18 @@ class Checkpoints:
             if _place(other) > _place(name):
                 shutil.rmtree(self.directory / other, ignore_errors=True)
         self._prune()
+
+
+def _check_decisions(path: Path, spending: Mapping[str, Any], training: Training) -> None:
+    """A gate that was promised too few tests for more stages would refuse all that they bring."""
+    settings = training.settings.certify
+    declared, needed = spending["decisions"], settings.decisions
+    gated = settings.problems > 0 and settings.accept == "certified"
+    if gated and declared is not None and (needed or 0) > declared:
+        raise UserError(
+            f"{path}: the run declared {declared} tests of its confidence, more stages may need "
+            f"{needed}; a new run with certify.decisions: open has no such end"
+        )
 
 
 def _place(name: str) -> tuple[int, float]:

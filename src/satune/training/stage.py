@@ -47,6 +47,7 @@ def run_stage(training: Training) -> None:
         state.batch.reweight(outcome.log_ratio_E)
         training.take(agent, outcome.accepted, last=step == len(state.order))
         training.record_update(stage, step, agent, outcome)
+        del outcome  # it holds the agent as it was, which the next step need not keep in memory
         state.step = step
         if step < len(state.order):
             training.save_step()

@@ -69,7 +69,7 @@ def measure_own_steps(change: Change, episodes: Sequence[Episode]) -> OwnSteps:
         place_T = _places(name, episodes, moments, longest)[packed.turn_T]
         difference_T = measured.logprobs_T.double() - anchor.logprobs_T.double()
         log_ratio_EH.view(-1).index_add_(0, place_T, difference_T)
-        kl_EH.view(-1).index_add_(0, place_T, measured.reverse_kl_T.double())
+        kl_EH.view(-1).index_add_(0, place_T, measured.reverse_kl_T.double().clamp(min=0))
     return OwnSteps(log_ratio_EH, kl_EH)
 
 
