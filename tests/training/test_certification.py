@@ -346,3 +346,36 @@ def test_a_reward_of_noise_is_hardly_ever_certified(
     assert sum(c["positive"] for c in certificates) <= 10
     # The bounds are no mere -1.
     assert sorted(c["lower"] for c in certificates)[100] > -0.3
+
+
+def test_a_revert_over_stages_leaves_no_experience_of_the_team_it_undid(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ann's change of stage 1 is taken back in stage 2, whose batch that ann had drawn."""
+    judged(monkeypatch, [-0.5] * 8)
+    improve = certification.judge
+
+    def bob_fails(run: Training, agent: str, outcome: Any, key: Key) -> Any:
+        if agent == "bob":
+            run.learners["bob"].restore(outcome.before)
+            nothing = torch.zeros_like(outcome.log_ratio_E)
+            outcome = replace(outcome, accepted=False, log_ratio_E=nothing)
+        return improve(run, agent, outcome, key)
+
+    monkeypatch.setattr("satune.training.stage.judge", bob_fails)
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "certify.every=3"])
+    train(run, tolerance=TOLERANCE)
+    rollouts = [(e["stage"], e["step"]) for e in tiny_world.events(tmp_path / "run", "rollout")]
+    assert rollouts == [(1, 1), (2, 1), (2, 2)]
+
+
+def test_a_gate_is_not_extended_beyond_the_tests_it_declared(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, [0.0] * 8)
+    train(tiny_world.training(recipe, tmp_path / "run", GATED), tolerance=TOLERANCE)
+    more = tiny_world.training(recipe, tmp_path / "run", [*GATED, "stages=3"], resume=True)
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    with pytest.raises(UserError, match="declared 8 tests of its confidence, more stages may need"):
+        train(more, tolerance=TOLERANCE, checkpoint="stage-0002")
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
