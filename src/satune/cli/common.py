@@ -57,16 +57,16 @@ def _recipe_folders() -> list[Path]:
 
 
 def shipped_recipe(given: str) -> Path:
-    """A recipe file, or one that ships by its name (``relay``, ``table1/sat-3x-qwen3-4b``)."""
+    """A recipe file, or one that ships by its name (``relay``, ``table1/sat_3x_qwen3_4b``)."""
     path = find_recipe(given)
     if path is not None:
         return path
     from satune.config.checks import nearest
 
-    roots = _recipe_folders()
+    roots = [root for root in _recipe_folders() if root.is_dir()]
     names = [str(p.relative_to(r).with_suffix("")) for r in roots for p in r.rglob("*.yaml")]
     near = nearest(given, sorted(names))
-    mend = f"did you mean {near}?" if near else f"the folder {roots[-1]} holds them"
+    mend = f"did you mean {near}?" if near else f"they lie in {roots[-1] if roots else 'none'}"
     raise UserError(f"{given}: no such file, and no recipe ships by that name; {mend}")
 
 

@@ -40,7 +40,9 @@ def train(
 
     path = shipped_recipe(recipe)
     loaded = load_recipe(path, overrides or [])
-    directory = out or Path("runs") / path.stem
+    # The recipe that a run keeps names that run.
+    own = path.parent if resume and (path.parent / "events.jsonl").is_file() else None
+    directory = out or own or Path("runs") / path.stem
     command = ["satune", "train", recipe, *(overrides or []), "--out", str(directory), "--resume"]
     summary = run_training(
         loaded,
