@@ -497,3 +497,21 @@ def test_ctrl_c_before_the_run_began_prints_no_command(recipe: Path, tmp_path: P
         pytest.skip("interrupted before the command's own first line")
     assert ended.returncode == 130
     assert "interrupted" in ended.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_while_a_module_loads_ends_with_130(tmp_path: Path) -> None:
+    # A class made from a string, as dataclasses are, is where Python would die of the signal.
+    (tmp_path / "interrupted_import.py").write_text("exec('raise KeyboardInterrupt')\n")
+    (tmp_path / "command.py").write_text(
+        "import typer\n"
+        "from satune.cli.main import app, main\n"
+        "@app.command(name='import-it')\n"
+        "def import_it() -> None:\n"
+        "    import interrupted_import\n"
+        "main()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "command", "import-it"],
+        capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -37,12 +38,23 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(2)
     except Interrupted as interrupted:
-        say(f"interrupted; go on with: {interrupted}" if str(interrupted) else "interrupted")
-        sys.exit(130)
+        _leave(f"interrupted; go on with: {interrupted}" if str(interrupted) else "interrupted")
     except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
+        _leave("interrupted")
+    except SystemExit as ended:  # how typer reports a ctrl-C that a command did not catch
+        if ended.code == 130:
+            _leave("interrupted")
+        raise
     except BrokenPipeError:
         # Nobody reads any more; writing the rest at exit would only raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _leave(line: str) -> NoReturn:
+    """End after ctrl-C. Where it came while Python compiled a string (a dataclass does that as its
+    module loads), Python notes it as not caught and dies of the signal whatever the exit code;
+    running another string takes the note away."""
+    say(line)
+    exec("")
+    sys.exit(130)
