@@ -25,8 +25,6 @@ from typing import Any
 LARGER, SMALLER, OTHER = "tiny:llama-m", "tiny:llama-s", "tiny:qwen3-s"
 BEFORE, AFTER = 4, 2
 """Stages before the swap, and after it."""
-SCRATCH_SEEDS = 3
-"""Seeds for which a team with the larger model is trained from the start as well."""
 SETTINGS = (
     "evaluate={problems: 1000, every: 1, greedy: false}",
     "checkpoint={every: stage, keep: 1}",
@@ -83,14 +81,14 @@ def swapped(source: Path, out: Path, *options: str) -> dict[str, Any]:
     return json.loads(kept.read_text())
 
 
-def continued(run: Path, out: Path) -> list[dict[str, Any]]:
-    """Train a copy of the run on; its evaluations after that."""
+def trained_on(run: Path, out: Path) -> Path:
+    """A copy of the run, trained for the stages after a swap."""
     if not (out / "summary.json").is_file():
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(run, out)
         (out / "summary.json").unlink(missing_ok=True)
         satune("train", out / "recipe.yaml", f"stages={BEFORE + AFTER}", "--out", out, "--resume")
-    return evaluations(out)[-AFTER:]
+    return out
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
@@ -110,44 +108,43 @@ def give(*seats: str, model: str = LARGER) -> list[str]:
 
 def one_seed(out: Path, seed: int) -> list[dict[str, Any]]:
     """A team, its swaps, and what becomes of each."""
-    small = team(*[SMALLER] * 3)
-    start = trained(out / f"seed-{seed}-start", seed, small, BEFORE)
-    stayed = continued(start, out / f"seed-{seed}-stayed")
+    bases = learned(out, seed)
+    start, larger = bases["start"], bases["larger-start"]
+    beside = {start: evaluations(bases["stayed"])[-AFTER:]}
+    beside[larger] = evaluations(bases["larger-stayed"])[-AFTER:]
     cases: list[tuple[str, Path, list[str]]] = [
         ("one seat, drawn", start, [*give("second"), *DRAWN, *RAMP]),
         ("one seat, as it is", start, [*give("second"), *NAIVE]),
-    ]
-    if seed == 0:
-        cases += [
-            ("two seats, drawn", start, [*give("first", "second"), "--together", *DRAWN, *RAMP]),
-            ("all seats, drawn", start,
-             [*give("first", "second", "third"), "--together", *DRAWN, *RAMP]),
-        ]  # fmt: skip
-        larger = trained(out / "larger-start", seed, team(SMALLER, LARGER, SMALLER), BEFORE)
-        cases += [
-            ("downgrade, drawn", larger, [*give("second", model=SMALLER), *DRAWN, *RAMP]),
-        ]
+        ("two seats, drawn", start, [*give("first", "second"), "--together", *DRAWN, *RAMP]),
+        ("all seats, drawn", start,
+         [*give("first", "second", "third"), "--together", *DRAWN, *RAMP]),
+        ("downgrade, drawn", larger, [*give("second", model=SMALLER), *DRAWN, *RAMP]),
+    ]  # fmt: skip
     rows = []
     for label, source, options in cases:
         name = f"seed-{seed}-{label.replace(', ', '-').replace(' ', '-')}"
         result = swapped(source, out / name, *options)
         row: dict[str, Any] = {"label": label, "seed": seed, "result": result}
         if result["out"] is not None and (out / name / "recipe.yaml").is_file():
-            row["on"] = continued(out / name, out / f"{name}-on")
-        beside = stayed
-        if source != start:
-            beside = continued(source, out / f"seed-{seed}-larger-stayed")
-        row["stayed"] = beside
+            row["on"] = evaluations(trained_on(out / name, out / f"{name}-on"))[-AFTER:]
+        row["stayed"] = beside[source]
         rows.append(row)
-    if seed < SCRATCH_SEEDS:
-        scratch = trained(
-            out / f"seed-{seed}-scratch", seed, team(SMALLER, LARGER, SMALLER), BEFORE + AFTER
-        )
-        rows.append({
-            "label": "larger from the start", "seed": seed, "on": evaluations(scratch)[-AFTER:],
-            "stayed": stayed,
-        })  # fmt: skip
+    rows.append({
+        "label": "larger from the start", "seed": seed,
+        "on": evaluations(bases["larger-stayed"])[-AFTER:], "stayed": beside[start],
+    })  # fmt: skip
     return rows
+
+
+def learned(out: Path, seed: int) -> dict[str, Path]:
+    """The teams that swaps begin with, small and with a larger model, and each trained on."""
+    models = {"": team(*[SMALLER] * 3), "larger-": team(SMALLER, LARGER, SMALLER)}
+    found = {}
+    for kind, agents in models.items():
+        start = trained(out / f"seed-{seed}-{kind}start", seed, agents, BEFORE)
+        found[f"{kind}start"] = start
+        found[f"{kind}stayed"] = trained_on(start, out / f"seed-{seed}-{kind}stayed")
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
