@@ -46,6 +46,7 @@ class ScriptedEngine:
         self.begun: list[Key] = []
         self.ended: list[Key] = []
         self.events: list[tuple[str, Key]] = []
+        self.closed = 0
 
     async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
         self.events.append(("generate", key))
@@ -69,6 +70,9 @@ class ScriptedEngine:
     def end(self, key: Key) -> None:
         self.ended.append(key)
         self.events.append(("end", key))
+
+    async def close(self) -> None:
+        self.closed += 1
 
 
 class Letters:

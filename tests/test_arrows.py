@@ -47,6 +47,7 @@ ARROWS: dict[str, set[str] | None] = {
     "coin_rollout": None,
     "projecting": None,
     "reseating": None,
+    "swap_output": None,
     "swapping": None,
     "description": None,
     "quickstart": None,

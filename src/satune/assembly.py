@@ -18,6 +18,7 @@ from satune.config.schema import AgentSection, Recipe
 from satune.demonstrations import demonstrate
 from satune.engines.local import LocalEngine
 from satune.engines.roles import SCRIPTED, OpenServer, with_roles
+from satune.engines.servers import OpenSeats, open_seats, with_served
 from satune.evaluation import Evaluation, evaluate
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take
@@ -48,6 +49,7 @@ class Cast:
     team: Team
     engine: Engine
     progress: Progress = no_progress
+    open_seats: OpenSeats = open_seats
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
         return take(self.task, "train", count, offset)
@@ -94,7 +96,10 @@ def overlap_note(task: Task, held_out: tuple[Task, str]) -> str:
 
 
 def assemble(
-    recipe: Recipe, progress: Progress = no_progress, open_server: OpenServer | None = None
+    recipe: Recipe,
+    progress: Progress = no_progress,
+    open_server: OpenServer | None = None,
+    open_seats: OpenSeats = open_seats,
 ) -> Cast:
     """Load or build everything a recipe names. Raises UserError for whatever cannot be had."""
     resolved = recipe.team.resolved()
@@ -103,15 +108,7 @@ def assemble(
         recipe.protocol.name, list(resolved.seats), None, **recipe.protocol.options
     )
     specs = [
-        AgentSpec(
-            name=name,
-            model=model_path(agent, recipe, protocol, resolved.seats, progress),
-            temperature=agent.temperature,
-            template=TemplateSettings(**agent.template.model_dump()),
-            lora=lora_spec(agent),
-            delta=agent.delta,
-            trust_remote_code=agent.trust_remote_code,
-        )
+        agent_spec(name, agent, model_path(agent, recipe, protocol, resolved.seats, progress))
         for name, agent in resolved.agents.items()
     ]
     team = build_team(
@@ -126,13 +123,19 @@ def assemble(
         task=recipe.task.model_dump(),
     )
     engine = with_roles(
-        local_engine(team.policies, team.seats, recipe),
+        team_engine(team, recipe, open_seats),
         getattr(task, "role_player", SCRIPTED),
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
         open_server=open_server,
     )
-    return Cast(recipe, task, held_out, protocol, team, engine, progress)
+    return Cast(recipe, task, held_out, protocol, team, engine, progress, open_seats)
+
+
+def team_engine(team: Team, recipe: Recipe, open_seats: OpenSeats) -> Engine:
+    """What draws a team's completions: its own models here, those of served agents there."""
+    local = local_engine(team.policies, team.seats, recipe)
+    return with_served(local, team.served, team.seats, open_seats)
 
 
 def local_engine(
@@ -146,12 +149,22 @@ def local_engine(
     )
 
 
-def lora_spec(agent: AgentSection) -> LoraSpec | None:
-    if agent.lora is None:
-        return None
-    targets = agent.lora.targets
-    return LoraSpec(
-        agent.lora.rank, agent.lora.alpha, None if targets == ("all-linear",) else targets
+def agent_spec(name: str, section: AgentSection, model: str) -> AgentSpec:
+    """A recipe's agent as the team is built of it, from the model at ``model``."""
+    lora = None
+    if section.lora is not None:
+        targets = section.lora.targets
+        every = targets == ("all-linear",)
+        lora = LoraSpec(section.lora.rank, section.lora.alpha, None if every else targets)
+    return AgentSpec(
+        name=name,
+        model=model,
+        temperature=section.temperature,
+        template=TemplateSettings(**section.template.model_dump()),
+        lora=lora,
+        delta=section.delta,
+        trust_remote_code=section.trust_remote_code,
+        server=section.server.model_dump() if section.server else {},
     )
 
 

@@ -6,12 +6,11 @@ served model among them.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from satune.core.confidence import Spending
-from satune.rollout import Job, play_jobs
+from satune.rollout import Job, play_jobs, run_alone
 from satune.swap.handover import (
     HandOver,
     HandOverSettings,
@@ -41,9 +40,8 @@ class Table:
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def play(self, jobs: Sequence[Job]) -> list[Episode]:
-        return asyncio.run(
-            play_jobs(jobs, protocol=self.protocol, task=self.task, progress=self.progress)
-        )
+        played = play_jobs(jobs, protocol=self.protocol, task=self.task, progress=self.progress)
+        return run_alone(played, list({id(job.engine): job.engine for job in jobs}.values()))
 
     def hand_over(
         self,

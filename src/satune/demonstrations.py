@@ -72,6 +72,8 @@ class _ExpertEngine:
 
     def end(self, key: Key) -> None: ...
 
+    async def close(self) -> None: ...
+
 
 def demonstrate(
     task: Task,

@@ -1,4 +1,5 @@
-"""Objects that a user names in a recipe: ``path/to/file.py:name`` or ``package.module:name``.
+"""What a user names in a recipe: objects as ``path/to/file.py:name`` or ``package.module:name``,
+models at a server as ``http://ADDRESS/v1#MODEL``.
 
 Standard library only.
 """
@@ -19,6 +20,19 @@ from types import ModuleType
 from typing import Any
 
 from satune.types import UserError
+
+
+def served(model: str) -> tuple[str, str] | None:
+    """(address, name there) of a model at an OpenAI-compatible server; None for any other model.
+
+    Raises UserError where a part is missing.
+    """
+    if not model.startswith(("http://", "https://")):
+        return None
+    address, _, name = model.partition("#")
+    if not name or not address.partition("//")[2]:
+        raise UserError(f"{model}: names no model there; give http://ADDRESS/v1#MODEL")
+    return address, name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,10 +1,9 @@
-"""A trained team as a run or a team directory holds it, the same team with newcomers in some seats,
-and the new directory that is made of both."""
+"""A trained team as a run or a team directory holds it, and the same team with newcomers in some
+seats."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,21 +13,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from satune.agents.loading import AgentSpec, Precision, load_policies
-from satune.agents.mixture import MixturePolicy, tokenizer_difference
+from satune.agents.loading import Precision, load_policies
+from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
-from satune.agents.rendering import TemplateSettings
-from satune.assembly import Cast, Progress, assemble, local_engine, lora_spec, model_path
-from satune.config.load import load_recipe, save_recipe
-from satune.config.schema import AgentSection, Recipe, TeamSection
-from satune.loading import nearest
-from satune.swap.transplant import Newcomer, copy_team, transplant, written_beside
-from satune.team import FORMAT, Team, add_mixtures, read_manifest
+from satune.assembly import Cast, Progress, agent_spec, assemble, model_path, team_engine
+from satune.config.load import load_recipe
+from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
+from satune.engines.roles import WithRoles
+from satune.engines.servers import OpenSeats, open_seats
+from satune.loading import nearest, served
+from satune.team import Team, add_mixtures, read_manifest
 from satune.training.checkpoint import Checkpoints
-from satune.training.run_directory import RunDirectory, strict_json, write_atomically
+from satune.training.run_directory import RunDirectory
 from satune.types import UserError
-
-NEWCOMERS = "newcomers"
 
 
 @dataclass(slots=True)
@@ -99,7 +96,9 @@ def _recipe_of_team(path: Path, recipe: Path | None) -> Recipe:
             lora = {**lora, "targets": lora["targets"] or ["all-linear"]}
         agents[name] = AgentSection.model_validate(
             {
-                "model": str(path / entry["dir"]),
+                "model": entry.get("served") or str(path / entry["dir"]),
+                "frozen": "served" in entry,
+                "server": entry.get("server"),
                 "temperature": entry["temperature"],
                 "template": entry["template"],
                 "delta": entry["delta"],
@@ -125,9 +124,9 @@ def check_seat(found: Found, seat: str) -> None:
         raise UserError(f"--seat {seat}: the team has no such seat{nearest(seat, found.seats)}")
 
 
-def load_found(found: Found, progress: Progress) -> Cast:
+def load_found(found: Found, progress: Progress, open_seats: OpenSeats = open_seats) -> Cast:
     """The team as it is in the checkpoint, ready to play."""
-    cast = assemble(found.recipe, progress)
+    cast = assemble(found.recipe, progress, open_seats=open_seats)
     if found.run is None:
         manifest, section = read_manifest(found.path), found.recipe.team
         add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
@@ -146,8 +145,9 @@ def load_found(found: Found, progress: Progress) -> Cast:
 def _fitting(found: Found, team: Team) -> Recipe:
     """The recipe, with messages that leave room in every context where nobody has said how long
     they may be."""
-    room = min(policy.context_limit for policy in team.policies.values()) // 4
     rollout = found.recipe.rollout
+    limits = [policy.context_limit // 4 for policy in team.policies.values()]
+    room = min(limits, default=rollout.max_new_tokens)
     if found.given or rollout.max_new_tokens <= room:
         return found.recipe
     shorter = rollout.model_copy(update={"max_new_tokens": max(1, room)})
@@ -215,38 +215,57 @@ def with_newcomer(
     *,
     loaded: Policy | None = None,
     tiny: Mapping[str, Any] | None = None,
+    server: Mapping[str, Any] | None = None,
 ) -> Candidate:
     """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training but for the
-    settings in ``tiny``; ``loaded`` is the policy where there is one already. Raises UserError
-    where the model does not load."""
+    settings in ``tiny``; one that is served is asked as ``server`` says, and from then on frozen.
+    ``loaded`` is the policy where there is one already. Raises UserError where the model does not
+    load."""
     cast = base.cast
     recipe, team = cast.recipe, cast.team
     incumbent = team.seats[seat]
     # A text that was written for the incumbent's template says nothing to another tokenizer.
     had = recipe.team.resolved().agents[incumbent]
-    section = had.model_copy(update={"model": model, "trust_remote_code": False})
+    at_server = served(model) is not None
+    section = had.model_copy(
+        update={
+            "model": model,
+            "trust_remote_code": False,
+            "lora": None if at_server else had.lora,
+            "frozen": at_server or (had.frozen and incumbent in team.policies),
+            "server": ServerSection(**(server or {})) if at_server else None,
+        }
+    )
     if loaded is None:
         taught = recipe.model_copy(update={"tiny": recipe.tiny.model_copy(update=tiny or {})})
         model = model_path(section, taught, cast.protocol, team.seats, cast.progress)
     section = section.model_copy(update={"model": model})
     sections, name = reseated(recipe.team, seat, section)
     section = sections.resolved().agents[name]
-    policy = loaded or _load(recipe, sections, name, section)
-    if section.template.chat is not None and tokenizer_difference(
-        team.policies[incumbent].tokenizer, policy.tokenizer
+    policy = loaded if loaded or at_server else _load(recipe, sections, name, section)
+    if section.template.chat is not None and not _same_tokenizer(
+        team.policies.get(incumbent), policy
     ):
         plain = section.template.model_copy(update={"chat": None})
         section = section.model_copy(update={"template": plain})
         sections = sections.model_copy(update={"agents": {**sections.agents, name: section}})
     resolved = sections.resolved()
-    policies = {n: policy if n == name else team.policies[n] for n in resolved.agents}
-    specs = {n: _spec(name, section) if n == name else team.specs[n] for n in resolved.agents}
+    playing = {**team.policies, name: policy}
+    policies = {n: p for n in resolved.agents if (p := playing.get(n)) is not None}
+    spec = agent_spec(name, section, section.model)
+    specs = {n: spec if n == name else team.specs[n] for n in resolved.agents}
     new_team = Team(
         policies, specs, dict(resolved.seats), sections.sharing, team.protocol, team.task
     )
     new_recipe = recipe.model_copy(update={"team": sections})
-    kept = {n: m for n, m in base.newcomers.items() if n in policies}
+    kept = {n: m for n, m in base.newcomers.items() if n in resolved.agents}
     return Candidate(with_team(cast, new_recipe, new_team), kept | {name: model})
+
+
+def _same_tokenizer(incumbent: Policy | None, newcomer: Policy | None) -> bool:
+    if incumbent is None or newcomer is None:
+        return False
+    return tokenizer_difference(incumbent.tokenizer, newcomer.tokenizer) is None
 
 
 def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:
@@ -259,137 +278,17 @@ def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:
 
 def with_team(cast: Cast, recipe: Recipe, team: Team) -> Cast:
     """The cast with another team, and an engine that serves it."""
-    engine = local_engine(team.policies, team.seats, recipe)
-    return Cast(recipe, cast.task, cast.held_out, cast.protocol, team, engine, cast.progress)
-
-
-def _spec(name: str, section: AgentSection) -> AgentSpec:
-    return AgentSpec(
-        name=name,
-        model=section.model,
-        temperature=section.temperature,
-        template=TemplateSettings(**section.template.model_dump()),
-        lora=lora_spec(section),
-        delta=section.delta,
-        trust_remote_code=section.trust_remote_code,
-    )
+    engine = team_engine(team, recipe, cast.open_seats)
+    if isinstance(cast.engine, WithRoles):
+        engine = WithRoles(engine, cast.engine.roles)
+    return replace(cast, recipe=recipe, team=team, engine=engine)
 
 
 def _load(recipe: Recipe, team: TeamSection, name: str, section: AgentSection) -> Policy:
     return load_policies(
-        [_spec(name, section)],
+        [agent_spec(name, section, section.model)],
         shared_base=team.sharing == "lora",
         precision=Precision.of(team.dtype, recipe.optimizer.autocast),
         device=team.device,
         seed=recipe.seed,
     )[name]
-
-
-# -- the new directory ----------------------------------------------------------------------------
-
-
-def write_result(
-    found: Found,
-    candidate: Candidate,
-    out: Path,
-    event: Mapping[str, Any],
-    *,
-    certify_offset: int,
-    evidence: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write the candidate as ``found`` was: a run that training goes on with, or a team. Complete
-    or absent; ``found`` is only read."""
-    mixed = any(isinstance(p, MixturePolicy) for p in candidate.cast.team.policies.values())
-    with written_beside(out) as beside:
-        if found.run is None:
-            _write_team(found, candidate, beside, out)
-        elif mixed:
-            # Nothing of a mixture is trained, so that no run goes on from it.
-            candidate.cast.team.save(beside, final=out)
-        if found.run is None or mixed:
-            write_atomically(beside / "swap.json", strict_json(event) + "\n")
-        else:
-            _write_run(found, candidate, beside, out, event, certify_offset)
-        if evidence:
-            lines = "".join(f"{strict_json(row)}\n" for row in evidence)
-            write_atomically(beside / "swap-evidence.jsonl", lines)
-
-
-def _write_run(
-    found: Found,
-    candidate: Candidate,
-    beside: Path,
-    out: Path,
-    event: Mapping[str, Any],
-    certify_offset: int,
-) -> None:
-    assert found.run is not None and found.checkpoint is not None
-    team, target = candidate.cast.team, RunDirectory(beside)
-    recipe = candidate.cast.recipe
-    sections = dict(recipe.team.agents)
-    for name, model in candidate.newcomers.items():
-        where = _save_newcomer(team, name, model, beside / NEWCOMERS, out / NEWCOMERS)
-        sections[name] = sections[name].model_copy(update={"model": where})
-    transplant(
-        found.run,
-        found.checkpoint,
-        target,
-        agents=list(team.policies),
-        newcomers={n: Newcomer(weights_of(team.policies[n])) for n in candidate.newcomers},
-        beta=recipe.trust_region.beta,
-        reference=recipe.objective.reference_kl > 0,
-        certify_offset=certify_offset,
-        event=event,
-    )
-    section = recipe.team.model_copy(update={"agents": sections})
-    save_recipe(recipe.model_copy(update={"team": section}), target.recipe)
-    team.save(target.team, final=out / "team")
-
-
-def _save_newcomer(team: Team, name: str, model: str, beside: Path, final: Path) -> str:
-    """Keep a newcomer's model beside the run, as the team has it; what the recipe is to call it.
-
-    Under an adapter it is the base as it came: the adapter's weights lie in the checkpoint.
-    """
-    beside.mkdir(exist_ok=True)
-    source, policy = Path(model), team.policies[name]
-    if policy.adapter is None:
-        team.save_agent(name, beside, final, {})
-        if (source / "tiny.json").is_file():
-            shutil.copy2(source / "tiny.json", beside / name / "tiny.json")
-    elif not source.is_dir():
-        return model
-    else:
-        shutil.copytree(source, beside / name)
-        base = Path(str(policy.causal_lm.config._name_or_path))
-        if (source / "adapter_config.json").is_file() and base.is_dir():
-            shutil.copytree(base, beside / base.name, dirs_exist_ok=True)
-    return str(final.resolve() / name)
-
-
-def _write_team(found: Found, candidate: Candidate, beside: Path, out: Path) -> None:
-    team, manifest = candidate.cast.team, read_manifest(found.path)
-    old = manifest["agents"]
-    kept = {n: old[n] for n in team.policies if n not in candidate.newcomers}
-    dirs = [folder for entry in kept.values() for folder in _folders(entry)]
-    left_out = [f for entry in old.values() for f in _folders(entry) if f not in dirs]
-    entries: dict[str, Any] = {}
-    for name in team.policies:
-        entry = kept[name] if name in kept else team.entry(name)
-        entries[name] = entry | {"sharing": team.sharing}
-    for folder in (f for n in candidate.newcomers for f in _folders(entries[n])):
-        if (found.path / folder).exists() and folder not in left_out:
-            raise UserError(f"{found.path}: holds a {folder!r} that is no agent; move it away")
-    copy_team(
-        found.path,
-        beside,
-        manifest=manifest | {"format": FORMAT, "seats": team.seats, "agents": entries},
-        left_out=[*left_out, "swap.json", "swap-evidence.jsonl"],
-    )
-    for name in candidate.newcomers:
-        team.save_agent(name, beside, out, {})
-
-
-def _folders(entry: Mapping[str, Any]) -> list[str]:
-    """The directories of an agent in its team's."""
-    return [entry["dir"], *([entry["mixture"]["dir"]] if "mixture" in entry else [])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,7 +29,7 @@ from satune.types import (
 
 __all__ = [
     "Job", "Talk", "episode_from_row", "episode_to_row",
-    "play", "play_jobs", "rollout", "rollout_sync",
+    "play", "play_jobs", "rollout", "rollout_sync", "run_alone",
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
@@ -199,19 +199,33 @@ def rollout_sync(
     concurrency: int | None = None,
 ) -> list[Episode]:
     """``rollout`` in an event loop of its own, for callers that are not coroutines."""
-    return asyncio.run(
-        rollout(
-            problems,
-            samples,
-            key,
-            seats=seats,
-            protocol=protocol,
-            engine=engine,
-            task=task,
-            progress=progress,
-            concurrency=concurrency,
-        )
+    played = rollout(
+        problems,
+        samples,
+        key,
+        seats=seats,
+        protocol=protocol,
+        engine=engine,
+        task=task,
+        progress=progress,
+        concurrency=concurrency,
     )
+    return run_alone(played, [engine])
+
+
+def run_alone(
+    played: Coroutine[Any, Any, list[Episode]], engines: Sequence[Engine]
+) -> list[Episode]:
+    """What ``played`` gives, in an event loop of its own; the engines are closed at its end."""
+
+    async def whole() -> list[Episode]:
+        try:
+            return await played
+        finally:
+            for engine in engines:
+                await engine.close()
+
+    return asyncio.run(whole())
 
 
 async def _converse(

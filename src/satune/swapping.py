@@ -5,15 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.assembly import Cast, Progress, no_progress
 from satune.coin_rollout import Side, Table
+from satune.config.schema import ServerSection
 from satune.core.confidence import Spending
+from satune.engines.servers import open_seats
 from satune.evaluation import Evaluation, paired_difference
-from satune.loading import nearest
+from satune.loading import nearest, served
 from satune.projecting import EXAMINED, look_at, project_seat
 from satune.reseating import (
     Candidate,
@@ -22,7 +27,6 @@ from satune.reseating import (
     find_team,
     load_found,
     with_newcomer,
-    write_result,
 )
 from satune.scalars import scalar_writer
 from satune.swap.handover import (
@@ -30,6 +34,7 @@ from satune.swap.handover import (
     mixture_kl,
 )
 from satune.swap.transplant import refuse_existing
+from satune.swap_output import write_result
 from satune.types import Key, UserError
 
 Method = Literal["auto", "project", "handover"]
@@ -46,7 +51,8 @@ Watch = Callable[[str, Mapping[str, Any]], None]
 class SwapRequest:
     """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``rounds``: the most that a
     distillation takes. ``tiny``: keys of the recipe's section by that name which a tiny newcomer is
-    taught by instead. ``out`` None: beside the source."""
+    taught by instead. ``server``: how a served newcomer is asked, as
+    ``team.agents.*.server`` of a recipe. ``out`` None: beside the source."""
 
     source: Path
     seats: Sequence[str]
@@ -58,6 +64,7 @@ class SwapRequest:
     otherwise: Literal["mixture", "refuse", "handover"] = "refuse"
     rounds: int = 50
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    server: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
     out: Path | None = None
     hand_over: HandOverSettings = field(default_factory=HandOverSettings)
@@ -90,7 +97,9 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
     tell = watch or (lambda kind, fields: None)
     for line in found.passed:
         tell("note", {"text": line})
-    team = Candidate(load_found(found, progress))
+    answers = out.with_name(out.name + ".answers.jsonl")
+    asked = partial(open_seats, answers=answers)
+    team = Candidate(load_found(found, progress, asked))
     groups = [pairs] if request.together else [[pair] for pair in pairs]
     job = _Swap(request, found, team, len(groups), progress, tell)
     # Every model is loaded, and every method found fit, before the first is measured.
@@ -125,6 +134,7 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
             "source": str(request.source.resolve()),
         }
         write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
+        answers.unlink(missing_ok=True)
         result["out"] = str(out)
         tell("swap", {"stage": found.stage, **event})
         if found.run is not None and found.recipe.log.tensorboard:
@@ -149,14 +159,35 @@ def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Fo
     if not request.dry_run:
         refuse_existing(out)
     found = find_team(source, request.recipe)
+    _check_server(request)
     for seat, model in pairs:
         check_seat(found, seat)
-        if model.startswith(("http://", "https://")):
+        try:
+            at_server = served(model) is not None
+        except UserError as error:
+            raise UserError(f"--with {error}") from None
+        if at_server and request.method == "project":
             raise UserError(
-                f"--with {model}: a served model has no weights to keep in a team directory; hand "
-                "the seat over from Python (docs/swap.md), or give a directory or a hub id"
+                f"--with {model}: a server shows no distributions to project; use --method handover"
             )
     return found, out
+
+
+_OPTIONS = {"requests_per_minute": "rpm", "tokens_per_minute": "tpm"}
+
+
+def _check_server(request: SwapRequest) -> None:
+    try:
+        ServerSection(**request.server)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        option = _OPTIONS.get(name, name).replace("_", "-")
+        raise UserError(f"--{option}: {first['msg'].lower()}") from None
+    if request.server and not any(m.startswith("http") for m in request.models):
+        name = next(iter(request.server))
+        option = _OPTIONS.get(name, name).replace("_", "-")
+        raise UserError(f"--{option}: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
 
 
 def _overall(verdicts: Sequence[str]) -> str:
@@ -198,23 +229,30 @@ class _Swap:
 
     def seat(self, team: Candidate, group: Sequence[tuple[str, str]]) -> Candidate:
         for seat, model in group:
-            team = with_newcomer(team, seat, model, tiny=self.request.tiny)
+            team = with_newcomer(
+                team, seat, model, tiny=self.request.tiny, server=self.request.server
+            )
         return team
 
     def method(self, old: Candidate, new: Candidate, group: Sequence[tuple[str, str]]) -> str:
         """The method of a group. Raises UserError where projection is asked for and impossible."""
         asked = self.request.method
         for seat, model in group:
-            difference = tokenizer_difference(
-                old.cast.team.policies[old.agent_of(seat)].tokenizer,
-                new.cast.team.policies[new.agent_of(seat)].tokenizer,
-            )
+            incumbent = old.cast.team.policies.get(old.agent_of(seat))
+            newcomer = new.cast.team.policies.get(new.agent_of(seat))
+            if incumbent is None or newcomer is None:
+                if asked == "project":
+                    raise UserError(
+                        f"--seat {seat}: is filled by a served model; use --method handover"
+                    )
+                return "handover"
+            difference = tokenizer_difference(incumbent.tokenizer, newcomer.tokenizer)
             if difference is not None and asked == "project":
                 raise UserError(
                     f"--with {model}: its tokenizer is not that of seat {seat} ({difference}); "
                     "use --method handover"
                 )
-            if isinstance(old.cast.team.policies[old.agent_of(seat)], MixturePolicy):
+            if isinstance(incumbent, MixturePolicy):
                 if asked == "project":
                     raise UserError(
                         f"--seat {seat}: is filled by a mixture of two models already; use "

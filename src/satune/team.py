@@ -14,10 +14,12 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from satune.agents.loading import AgentSpec, LoraSpec, Precision, load_policies
+from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
-from satune.agents.rendering import ChatRenderer, TemplateSettings
-from satune.types import Sampling, Seat, UserError
+from satune.agents.rendering import ChatRenderer
+from satune.loading import served
+from satune.types import Renderer, Sampling, Seat, UserError
 
 FORMAT = 1
 
@@ -26,6 +28,7 @@ FORMAT = 1
 class Team:
     """Agents by name, and the agent of each seat in speaking order.
 
+    An agent whose model is served elsewhere has a spec and no policy.
     ``protocol`` and ``task`` are the recipe's, kept so that a saved team says how it plays.
     """
 
@@ -35,13 +38,20 @@ class Team:
     sharing: str = "separate"
     protocol: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
-    renderers: dict[str, ChatRenderer] = field(init=False)
+    renderers: dict[str, Renderer] = field(init=False)
 
     def __post_init__(self) -> None:
         self.renderers = {
-            name: ChatRenderer(policy.tokenizer, self.specs[name].template, policy.context_limit)
-            for name, policy in self.policies.items()
+            name: ChatRenderer(policy.tokenizer, spec.template, policy.context_limit)
+            if (policy := self.policies.get(name)) is not None
+            else MessageRenderer(spec.template)
+            for name, spec in self.specs.items()
         }
+
+    @property
+    def served(self) -> dict[str, AgentSpec]:
+        """The agents whose models are served elsewhere."""
+        return {name: spec for name, spec in self.specs.items() if name not in self.policies}
 
     def seats_for(self, max_new_tokens: int, **sampling: Any) -> list[Seat]:
         """The seats as rollout takes them, each at its agent's temperature unless overridden."""
@@ -76,7 +86,7 @@ class Team:
         manifest = {
             "format": FORMAT,
             "seats": self.seats,
-            "agents": {name: self.entry(name) for name in self.policies},
+            "agents": {name: self.entry(name) for name in self.specs},
             "protocol": dict(self.protocol),
             "task": dict(self.task),
         }
@@ -86,18 +96,20 @@ class Team:
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an agent."""
-        spec, policy = self.specs[name], self.policies[name]
-        mixed = isinstance(policy, MixturePolicy)
-        mixture = {"dir": f"{name}-newcomer", "delta": policy.delta} if mixed else None
-        return {
-            "dir": name,
+        spec, policy = self.specs[name], self.policies.get(name)
+        entry: dict[str, Any] = {"dir": name} if policy else {"served": spec.model}
+        entry |= {
             "temperature": spec.temperature,
             "template": asdict(spec.template),
             "sharing": self.sharing,
             "delta": spec.delta,
             "lora": asdict(spec.lora) if spec.lora else None,
-            **({"mixture": mixture} if mixture else {}),
         }
+        if policy is None:
+            entry["server"] = dict(spec.server)
+        if isinstance(policy, MixturePolicy):
+            entry["mixture"] = {"dir": f"{name}-newcomer", "delta": policy.delta}
+        return entry
 
     def save_agent(self, name: str, beside: Path, final: Path, bases: dict[str, str]) -> None:
         """Write an agent's directory into ``beside``, which will lie at ``final``; ``bases`` has
@@ -185,15 +197,15 @@ def load_team(
     sharing = "separate"
     for name, entry in manifest["agents"].items():
         sharing = entry["sharing"]
-        lora = entry.get("lora")
         specs.append(
             AgentSpec(
                 name=name,
-                model=str(directory / entry["dir"]),
+                model=entry.get("served") or str(directory / entry["dir"]),
                 temperature=entry["temperature"],
                 template=TemplateSettings(**entry["template"]),
-                lora=_lora(lora),
+                lora=_lora(entry.get("lora")),
                 delta=entry["delta"],
+                server=entry.get("server", {}),
             )
         )
     team = build_team(
@@ -244,9 +256,9 @@ def build_team(
     protocol: Mapping[str, Any] | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> Team:
-    """Load every agent's model. Raises UserError as ``load_policies`` does."""
+    """Load every local agent's model. Raises UserError as ``load_policies`` does."""
     policies = load_policies(
-        specs,
+        [spec for spec in specs if served(spec.model) is None],
         shared_base=sharing == "lora",
         precision=Precision.of(dtype, autocast),
         device=device,

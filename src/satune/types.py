@@ -251,6 +251,10 @@ class Engine(Protocol):
 
     def end(self, key: Key) -> None: ...
 
+    async def close(self) -> None:
+        """Let go of what belongs to the running event loop; the engine may be used in another."""
+        ...
+
 
 class Learner(Protocol):
     """What training talks to: one agent's parameters and optimiser, never the module itself.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class LoraSpec:
 
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
-    """What an agent is made from. ``model`` is a directory or a hub id."""
+    """What an agent is made from. ``model`` is a directory or a hub id, or says where the model is
+    served; ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe."""
 
     name: str
     model: str
@@ -42,6 +43,7 @@ class AgentSpec:
     lora: LoraSpec | None = None
     delta: float | None = None
     trust_remote_code: bool = False
+    server: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

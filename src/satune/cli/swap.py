@@ -17,7 +17,9 @@ def swap(
     seat: Annotated[list[str], typer.Option(help="the seat to be given; may be repeated")],
     model: Annotated[
         list[str],
-        typer.Option("--with", help="its new model: a directory, a hub id, tiny:<family>-<size>"),
+        typer.Option(
+            "--with", help="a directory, hub id, tiny:<family>-<size> or http://ADDRESS/v1#MODEL"
+        ),
     ],
     method: Annotated[str, typer.Option(help="auto, project or handover")] = "auto",
     delta: Annotated[float | None, typer.Option(help="trust region of a projection, nats")] = None,
@@ -33,6 +35,12 @@ def swap(
     ] = "refuse",
     rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 50,
     dry_run: Annotated[bool, typer.Option(help="measure only")] = False,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="variable with a server's key [default: OPENAI_API_KEY]")
+    ] = None,
+    rpm: Annotated[float | None, typer.Option(help="requests a minute to a server")] = None,
+    tpm: Annotated[float | None, typer.Option(help="tokens a minute to a server")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="requests at a time")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="rollout settings and task for a team directory")
     ] = None,
@@ -43,6 +51,12 @@ def swap(
     from satune.swap.handover import HandOverSettings
     from satune.swapping import SwapRequest
 
+    server = {
+        "api_key_env": api_key_env,
+        "requests_per_minute": rpm,
+        "tokens_per_minute": tpm,
+        "concurrency": concurrency,
+    }
     settings = HandOverSettings(tolerance, confidence, problems, samples, looks)
     request = SwapRequest(
         source=source,
@@ -54,6 +68,7 @@ def swap(
         dry_run=dry_run,
         otherwise=otherwise,
         rounds=rounds,
+        server={key: value for key, value in server.items() if value is not None},
         recipe=recipe,
         out=out,
         hand_over=settings,

@@ -24,6 +24,7 @@ from satune.cli.common import (
     shipped_recipe,
     show_result,
 )
+from satune.loading import served
 from satune.types import UserError
 
 
@@ -100,7 +101,8 @@ def _train(
         for line in passed:
             display.note(f"{line}; going on from {name}")
     directory.start(resume=resume)
-    if all(is_tiny(agent.model) for agent in recipe.team.agents.values()):
+    local = [a.model for a in recipe.team.agents.values() if served(a.model) is None]
+    if all(map(is_tiny, local)):
         # Their matrices are too small to share: two threads were slower than one.
         torch.set_num_threads(1)
     with ExitStack() as stack:

@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from satune.config.schema import AgentSection, Recipe
+from satune.loading import served
+from satune.types import UserError
 
 Fault = tuple[str, str]
 
@@ -68,6 +70,25 @@ def _agents_are_sound(recipe: Recipe) -> Iterator[Fault]:
                 f"must be 0, got {agent.lora.dropout:g}: with dropout the policy that is scored"
                 " is not the one that was sampled; remove the key",
             )
+
+
+def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
+    for name, agent in recipe.team.agents.items():
+        path = f"team.agents.{name}"
+        try:
+            at_server = served(agent.model) is not None
+        except UserError as error:
+            yield f"{path}.model", str(error)
+            continue
+        if not at_server:
+            if agent.server is not None:
+                yield f"{path}.server", "is for a model at http://ADDRESS/v1#MODEL; remove the key"
+        elif recipe.team.sharing == "shared":
+            yield f"{path}.model", "is served, and served weights cannot be shared with the team"
+        elif agent.lora is not None:
+            yield f"{path}.lora", "a served model takes no adapter; remove the key"
+        elif not agent.frozen:
+            yield f"{path}.frozen", "a served model cannot be trained; set frozen to true"
 
 
 def _delta(value: float) -> str:
@@ -203,6 +224,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _protocol_names_seats,
     _agents_are_sound,
     _shared_agents_agree,
+    _served_agents_are_still,
     _somebody_learns,
     _trust_region_is_sound,
     _groups_can_be_compared,

@@ -78,8 +78,22 @@ class LoraSection(Section):
         return "all-linear" if self.targets == ("all-linear",) else list(self.targets)
 
 
+class ServerSection(Section):
+    """How the server of a model at ``http://ADDRESS/v1#MODEL`` is asked."""
+
+    api_key_env: Annotated[str, Field(min_length=1)] = "OPENAI_API_KEY"
+    concurrency: Count = 32
+    retries: Whole = 8
+    timeout: Positive = 1200.0
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    stream: bool = False
+    seed: bool = True
+
+
 class AgentSection(Section):
-    """One agent: a model path, a hub id or ``tiny:<family>-<size>``, and what is its own."""
+    """One agent: a model path, a hub id, ``tiny:<family>-<size>`` or, where it is frozen,
+    ``http://ADDRESS/v1#MODEL``; and what is its own."""
 
     model: Annotated[str, Field(min_length=1)]
     temperature: float = 1.0
@@ -89,6 +103,7 @@ class AgentSection(Section):
     learning_rate: Positive | None = None
     frozen: bool = False
     trust_remote_code: bool = False
+    server: ServerSection | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,9 @@ class TeamSection(Section):
             # A saved adapter keeps the rank and targets it was saved with.
             agents = {
                 name: agent
-                if agent.lora or Path(agent.model, "adapter_config.json").is_file()
+                if agent.lora
+                or agent.model.startswith(("http://", "https://"))
+                or Path(agent.model, "adapter_config.json").is_file()
                 else agent.model_copy(update={"lora": LoraSection()})
                 for name, agent in self.agents.items()
             }

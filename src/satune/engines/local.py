@@ -70,6 +70,8 @@ class LocalEngine:
                     store.forget((*conversation, seat))
         self._note()
 
+    async def close(self) -> None: ...
+
     async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
         """Draw a completion. Raises UserError for an unknown seat or a prompt without ids."""
         if seat not in self.seats:

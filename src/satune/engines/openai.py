@@ -73,7 +73,6 @@ class _Session:
     loop: asyncio.AbstractEventLoop
     client: httpx.AsyncClient
     gate: asyncio.Semaphore
-    pace: Pace
 
 
 class OpenAIEngine:
@@ -110,6 +109,7 @@ class OpenAIEngine:
         self._local = address.host in ("localhost", "127.0.0.1", "::1")
         self._key_variable = key_variable
         self._session: _Session | None = None
+        self._pace = Pace(self.settings.requests_per_minute, self.settings.tokens_per_minute)
         self._limit_field = "max_tokens"
         self._file = JsonLines(answers) if answers is not None else None
         self._answers: dict[str, Completion] = {}
@@ -183,7 +183,6 @@ class OpenAIEngine:
                     verify=not (self._local and self.base_url.startswith("http:")),
                 ),
                 asyncio.Semaphore(settings.concurrency),
-                Pace(settings.requests_per_minute, settings.tokens_per_minute),
             )
         return self._session
 
@@ -213,7 +212,7 @@ class OpenAIEngine:
         settings = self.settings
         begun = time.monotonic()
         for attempt in range(settings.retries + 1):
-            await session.pace.turn()
+            await self._pace.turn()
             self.requests += 1
             self.repeated += attempt > 0
             field = self._limit_field
@@ -226,12 +225,12 @@ class OpenAIEngine:
                 trouble = _one_line(error)
             else:
                 if reply is not None:
-                    session.pace.spent(reply.prompt_tokens + reply.completion_tokens)
+                    self._pace.spent(reply.prompt_tokens + reply.completion_tokens)
                     return reply
                 trouble = self._passing(response, str(body["model"]), field)
                 wanted = retry_after(response.headers.get("retry-after"))
                 if wanted is not None:
-                    session.pace.pause(min(wanted, 10 * _LONGEST_DELAY))
+                    self._pace.pause(min(wanted, 10 * _LONGEST_DELAY))
             if attempt < settings.retries:
                 longest = min(_LONGEST_DELAY, settings.first_delay * 2.0**attempt)
                 # Requests that failed together must not come back together.

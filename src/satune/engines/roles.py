@@ -70,6 +70,10 @@ class WithRoles:
     def end(self, key: Key) -> None:
         self.team.end(key)
 
+    async def close(self) -> None:
+        await self.team.close()
+        await self.roles.close()
+
 
 class LocalRole:
     """A model in this process that answers prompts of messages, rendered by its own chat template.
@@ -113,6 +117,8 @@ class LocalRole:
     def begin(self, key: Key) -> None: ...
 
     def end(self, key: Key) -> None: ...
+
+    async def close(self) -> None: ...
 
     def _ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if not self._takes_system and messages[0]["role"] == "system" and len(messages) > 1:

@@ -40,3 +40,7 @@ class RoutedEngine:
     def end(self, key: Key) -> None:
         for engine in self.engines:
             engine.end(key)
+
+    async def close(self) -> None:
+        for engine in self.engines:
+            await engine.close()
