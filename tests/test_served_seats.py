@@ -258,3 +258,19 @@ def test_a_recipe_with_one_is_checked(case: str, world: Path, tmp_path: Path) ->
     path.write_text(yaml.safe_dump(text, sort_keys=False))
     with pytest.raises(UserError, match=re.escape(says)):
         load_recipe(path)
+
+
+def test_a_description_counts_what_lies_here(satune: Run, world: Path) -> None:  # noqa: F811
+    served = ("team.agents.bob.model=http://host/v1#good", "team.agents.bob.frozen=true")
+    code, out, err = satune("describe", world / "recipe.yaml", *served, "--json")
+    assert code == 0, err
+    whole, found = (
+        json.loads(satune("describe", world / "recipe.yaml", "--json")[1]),
+        json.loads(out),
+    )
+    bob = found["agents"]["bob"]
+    assert not bob["trained"] and "parameters" not in bob and set(bob["memory"].values()) == {0}
+    assert 2 * found["memory"]["all_weights"] == whole["memory"]["all_weights"]
+    assert found["memory"]["largest_step"] == whole["memory"]["largest_step"]
+    code, out, err = satune("describe", world / "recipe.yaml", *served)
+    assert code == 0 and "http://host/v1#good" in out, err

@@ -16,8 +16,10 @@ from satune.agents.zoo import is_tiny, tiny_model
 from satune.assembly import load_tasks, overlap_note
 from satune.config.load import recipe_text
 from satune.config.schema import AgentSection, Recipe
+from satune.loading import served
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_PARTS = ("weights", "gradients", "optimizer", "anchor_and_proposal")
 _DEVICE = 80 * 10**9
 """What a common accelerator holds; the description says whether that is enough."""
 
@@ -44,8 +46,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "delta": section.delta or recipe.trust_region.delta,
             "trained": not section.frozen and recipe.stages > 0,
         }
-        sizes = _sizes(section)
-        if sizes is not None:
+        if served(section.model) is not None:
+            # Elsewhere it may take what it takes.
+            entry["memory"] = dict.fromkeys(_PARTS, 0)
+        elif (sizes := _sizes(section)) is not None:
             parameters, adapter, numbers = sizes
             shared = recipe.team.sharing == "lora" and section.model in counted
             counted.add(section.model)
@@ -58,12 +62,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             trained = 0 if still else (adapter if section.lora else parameters)
             entry["parameters"] = parameters
             entry["trained_parameters"] = trained
-            entry["memory"] = {
-                "weights": base_bytes + (adapter * master if section.lora else 0),
-                "gradients": trained * master,
-                "optimizer": 2 * trained * master,
-                "anchor_and_proposal": 2 * trained * master,
-            }
+            weights = base_bytes + (adapter * master if section.lora else 0)
+            step = trained * master
+            entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
             total += entry["memory"]["weights"]
             if numbers is not None:
                 # Keys and values have the weights' precision, under autocast too.
@@ -151,7 +152,8 @@ def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
     if together is None:
         return f"{device}: not known here, the size of a model is missing"
     if together > _DEVICE:
-        whole = any(agent["trained_parameters"] == agent["parameters"] for agent in agents.values())
+        sized = [agent for agent in agents.values() if "parameters" in agent]
+        whole = any(agent["trained_parameters"] == agent["parameters"] for agent in sized)
         mend = "; adapters take less (team.sharing=lora)" if whole else ""
         return f"{device}: too small by {_bytes(together - _DEVICE)}{mend}"
     caches = [agent["cache"]["token"] for agent in agents.values() if "cache" in agent]
