@@ -94,9 +94,14 @@ def overlap_note(task: Task, held_out: tuple[Task, str]) -> str:
 
 
 def assemble(
-    recipe: Recipe, progress: Progress = no_progress, open_server: OpenServer | None = None
+    recipe: Recipe,
+    progress: Progress = no_progress,
+    open_server: OpenServer | None = None,
+    *,
+    roles: bool = True,
 ) -> Cast:
-    """Load or build everything a recipe names. Raises UserError for whatever cannot be had."""
+    """Load or build everything a recipe names; without ``roles`` the engine is the team's alone,
+    for a caller who attaches them. Raises UserError for whatever cannot be had."""
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
     protocol = load_protocol(
@@ -127,7 +132,7 @@ def assemble(
     )
     engine = with_roles(
         local_engine(team.policies, team.seats, recipe),
-        getattr(task, "role_player", SCRIPTED),
+        getattr(task, "role_player", SCRIPTED) if roles else SCRIPTED,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
         open_server=open_server,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from satune.cli.common import (
@@ -19,6 +18,7 @@ from satune.cli.common import (
     Out,
     Overrides,
     RecipeFile,
+    open_console,
     quiet_libraries,
     say,
     shipped_recipe,
@@ -70,7 +70,7 @@ def run_training(
         if summary["stages"] >= recipe.stages:
             say(f"{out}: the run is finished; its summary follows")
             return summary
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         with Display(console) as display:
             return _train(recipe, directory, display, resume=resume, checkpoint=checkpoint)
@@ -142,7 +142,7 @@ def open_server(address: str, model: str) -> Any:
 
 
 def show_summary(summary: dict[str, Any]) -> None:
-    console = Console()
+    console = open_console()
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
