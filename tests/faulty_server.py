@@ -1,7 +1,8 @@
 """A small OpenAI-compatible server as a process of its own on loopback, which fails on demand.
 
-Its models reduce arithmetic expressions as ``tasks.relay`` wants it; an answer is a function of
-model, messages and seed. Faults come by the number of the request. Standard library and relay only.
+Its models reduce arithmetic expressions as ``tasks.relay`` wants it, or play a detective and the
+suspects of ``tasks.arbench_dc``; an answer is a function of model, messages and seed. Faults come
+by the number of the request. Standard library and relay only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -27,6 +29,7 @@ from typing import Any
 from satune.tasks.relay import last_expression, reduce_once
 
 ERRORS = {"good": 0.1, "poor": 0.5}
+ACTORS = ("detective", "suspect")
 KINDS = (
     "429", "500", "truncate", "garbage", "empty", "slow", "reset", "error", "503", "refuse"
 )  # fmt: skip
@@ -36,6 +39,9 @@ CLOSED = 0.15
 SLOW = 1.2
 
 
+SEEN = ("requests", "answered", "bodies", "most", "times", "keys")
+
+
 class State:
     faults: tuple[str, ...] = ()
     key = ""
@@ -43,6 +49,8 @@ class State:
     requests = 0
     answered: list[str] = []  # noqa: RUF012
     bodies: list[dict[str, Any]] = []  # noqa: RUF012
+    times: list[float] = []  # noqa: RUF012
+    keys: list[str] = []  # noqa: RUF012
     most = open = 0
     lock = threading.Lock()
     server: ThreadingHTTPServer
@@ -54,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None: ...
 
     def do_GET(self) -> None:
-        found = {n: getattr(State, n) for n in ("requests", "answered", "bodies", "most")}
+        found = {n: getattr(State, n) for n in SEEN}
         self.reply(200, json.dumps(found))
 
     def do_POST(self) -> None:
@@ -69,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             State.open += 1
             State.most = max(State.most, State.open)
             State.bodies.append(body)
+            State.times.append(time.monotonic())
+            State.keys.append(self.headers.get("Authorization") or "")
         try:
             fault = State.faults[number % len(State.faults)] if State.faults else ""
             self.answer(body, fault)
@@ -81,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(404, "Not Found")
         if State.key and self.headers.get("Authorization") != f"Bearer {State.key}":
             return self.error(401, f"Incorrect key: {self.headers.get('Authorization')}")
-        if body["model"] not in ERRORS:
+        if body["model"] not in (*ERRORS, *ACTORS):
             return self.error(404, f"The model `{body['model']}` does not exist.")
         if "max_tokens" in body and fault == "renamed":
             return self.error(400, "Unsupported 'max_tokens'. Use 'max_completion_tokens' instead.")
@@ -163,11 +173,25 @@ def written(body: dict[str, Any]) -> tuple[str, str]:
     asked = json.dumps([body["model"], body["messages"], body.get("seed")], sort_keys=True)
     name = hashlib.sha256(asked.encode()).hexdigest()[:16]
     rng = random.Random(name)
+    if body["model"] in ACTORS:
+        return acted(body, rng), name
     expression = reduce_once(last_expression(body["messages"][-1]["content"]) or "0")
     if rng.random() < ERRORS[body["model"]]:
         head = expression.split("+")[0].split("-")[0]
         expression = str(int(head or 0) + 1) + expression[len(head) :]
     return expression, name
+
+
+def acted(body: dict[str, Any], rng: random.Random) -> str:
+    """A suspect's sentence, or a detective's choice, or question: one in four is put to nobody."""
+    if body["model"] == "suspect":
+        return f"I saw {rng.choice(['nothing', 'the cook', 'a light'])} at {rng.randrange(1, 13)}."
+    asked = "\n".join(m["content"] for m in body["messages"] if m["role"] == "user")
+    if "That was the last question." in asked:
+        return f"Answer: {rng.choice('ABCDE')}"
+    names = re.findall(r"^- (.+?): ", asked.partition("\nsuspects:\n")[2], re.MULTILINE)[:5]
+    name = rng.choice(names) if names and rng.random() < 0.75 else "Nobody"
+    return f"Question for {name}: what did you see at {rng.randrange(1, 13)}?"
 
 
 class Listener(ThreadingHTTPServer):
@@ -209,7 +233,8 @@ class Server:
         self._call(json.dumps(values).encode())
 
     def fresh(self, faults: Sequence[str] = (), **values: Any) -> None:
-        start = {"requests": 0, "answered": [], "bodies": [], "most": 0, "key": "", "delay": 0.0}
+        start = {"requests": 0, "most": 0, "key": "", "delay": 0.0}
+        start |= {"answered": [], "bodies": [], "times": [], "keys": []}
         self.set(**{**start, **values}, faults=list(faults))
 
     def seen(self) -> dict[str, Any]:

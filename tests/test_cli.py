@@ -25,7 +25,10 @@ from satune.config.load import load_recipe
 from satune.training.run_directory import RunDirectory
 
 Run = Callable[..., tuple[int, str, str]]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SOURCES = str(Path(__file__).resolve().parents[1] / "src")
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": SOURCES
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

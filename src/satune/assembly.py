@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,8 @@ from satune.agents.zoo import is_tiny, tiny_directory
 from satune.config.schema import AgentSection, Recipe
 from satune.demonstrations import demonstrate
 from satune.engines.local import LocalEngine
-from satune.engines.roles import SCRIPTED, OpenServer, with_roles
-from satune.engines.servers import OpenSeats, open_seats, with_served
+from satune.engines.roles import SCRIPTED, with_roles
+from satune.engines.servers import Servers, with_served
 from satune.evaluation import Evaluation, evaluate
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take
@@ -49,7 +49,7 @@ class Cast:
     team: Team
     engine: Engine
     progress: Progress = no_progress
-    open_seats: OpenSeats = open_seats
+    servers: Servers = field(default_factory=Servers)
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
         return take(self.task, "train", count, offset)
@@ -98,10 +98,13 @@ def overlap_note(task: Task, held_out: tuple[Task, str]) -> str:
 def assemble(
     recipe: Recipe,
     progress: Progress = no_progress,
-    open_server: OpenServer | None = None,
-    open_seats: OpenSeats = open_seats,
+    servers: Servers | None = None,
+    *,
+    roles: bool = True,
 ) -> Cast:
-    """Load or build everything a recipe names. Raises UserError for whatever cannot be had."""
+    """Load or build everything a recipe names; without ``roles`` the engine is the team's alone,
+    for a caller who attaches them. Raises UserError for whatever cannot be had."""
+    servers = servers or Servers()
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
     protocol = load_protocol(
@@ -123,19 +126,19 @@ def assemble(
         task=recipe.task.model_dump(),
     )
     engine = with_roles(
-        team_engine(team, recipe, open_seats),
-        getattr(task, "role_player", SCRIPTED),
+        team_engine(team, recipe, servers),
+        getattr(task, "role_player", SCRIPTED) if roles else SCRIPTED,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
-        open_server=open_server,
+        open_server=servers.model,
     )
-    return Cast(recipe, task, held_out, protocol, team, engine, progress, open_seats)
+    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers)
 
 
-def team_engine(team: Team, recipe: Recipe, open_seats: OpenSeats) -> Engine:
+def team_engine(team: Team, recipe: Recipe, servers: Servers) -> Engine:
     """What draws a team's completions: its own models here, those of served agents there."""
     local = local_engine(team.policies, team.seats, recipe)
-    return with_served(local, team.served, team.seats, open_seats)
+    return with_served(local, team.served, team.seats, servers)
 
 
 def local_engine(

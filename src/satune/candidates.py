@@ -7,21 +7,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from satune.agents.loading import AgentSpec, Precision, misspelt_path
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.config.load import load_recipe, override, recipe_text
 from satune.config.schema import EngineSection, Recipe
 from satune.engines.roles import OpenServer
+from satune.engines.servers import Servers, with_served
 from satune.loading import nearest
 from satune.types import Engine, Sampling, Seat, UserError
 
+if TYPE_CHECKING:  # httpx is an extra
+    from satune.engines.openai import OpenAIEngine
+
 PAPER_TOKENS = 32768
 PAPER_TEMPERATURE = 0.8
-ENVIRONMENT = "environment"
-"""The seat under which ``rollout`` asks for roles that are not players."""
 
 
 @dataclass(slots=True)
@@ -48,7 +51,10 @@ class Candidate:
     """How many conversations may be open at a time; None: all."""
     host: str | None = None
     """Who plays an environment's roles where the task has a choice and nobody made it."""
-    open_server: OpenServer | None = None
+    open_server: OpenServer = field(default_factory=lambda: Servers().model)
+    precision: Precision = field(default_factory=Precision)
+    device: str = "auto"
+    """Of whoever plays an environment's roles in this process."""
 
     def sampled(self, temperature: float | None, max_new_tokens: int | None) -> list[Seat]:
         """The seats, with another temperature or limit where one is given."""
@@ -64,9 +70,12 @@ class Candidate:
         self.seats, self.protocol = kept, {"name": "solo"}
 
 
-def served_candidate(names: str, copies: int, engine: Any) -> Candidate:
+def served_candidate(
+    names: str, copies: int, overrides: Sequence[str], engine: OpenAIEngine
+) -> Candidate:
     """Models at a server, a seat each (``names`` are separated by commas), or ``copies`` of one.
-    ``engine`` is an ``OpenAIEngine``, which is told the seats' models here."""
+    ``engine`` is told the seats' models here. Overrides are protocol.* and task.*."""
+    keys = _keys(overrides, ("protocol", "task"))
     models = [name.strip() for name in names.split(",")]
     if not all(models):
         raise UserError(f"TEAM: {names!r} leaves a name empty; give model or model,model,...")
@@ -78,12 +87,20 @@ def served_candidate(names: str, copies: int, engine: Any) -> Candidate:
         [Seat(name, model, renderer, sampling) for name, model in seats.items()],
         engine,
         {"models": seats},
+        asked=keys["protocol"],
+        task=keys["task"],
+        asked_task=keys["task"],
         conversations=engine.settings.concurrency,
     )
 
 
 def local_candidate(
-    given: str, path: Path | None, copies: int, overrides: Sequence[str], progress: Any
+    given: str,
+    path: Path | None,
+    copies: int,
+    overrides: Sequence[str],
+    progress: Any,
+    servers: Servers,
 ) -> Candidate:
     """The team that ``given`` names; ``path`` is where a recipe of that name lies, if one does.
 
@@ -93,7 +110,7 @@ def local_candidate(
     place = Path(given)
     if path is not None and not place.is_dir():
         _one_of_each(copies, "a recipe")
-        candidate = _of_recipe(load_recipe(path, overrides), progress)
+        candidate = _of_recipe(load_recipe(path, overrides), progress, servers)
         given_here: dict[str, Any] = {}
         for text in overrides:
             if text.startswith("task."):
@@ -103,7 +120,7 @@ def local_candidate(
     keys = _keys(overrides)
     if (place / "manifest.json").is_file() or (place / "team" / "manifest.json").is_file():
         _one_of_each(copies, "a team")
-        return _of_directory(place, keys)
+        return _of_directory(place, keys, servers)
     if place.is_dir() and not any(
         (place / name).is_file() for name in ("config.json", "adapter_config.json")
     ):
@@ -113,15 +130,19 @@ def local_candidate(
             if unfinished
             else f"{given}: holds neither a team (manifest.json) nor a model (config.json)"
         )
+    misspelt = misspelt_path(given)
+    if misspelt:
+        raise UserError(f"{given}: no such team, recipe or model ({misspelt})")
     if not place.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
         raise UserError(f"{given}: no such team, recipe or model; give a directory or a hub id")
     return _of_model(given, copies, keys)
 
 
-def _of_recipe(recipe: Recipe, progress: Any) -> Candidate:
+def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
     from satune.assembly import assemble
 
-    cast = assemble(recipe, progress)
+    # Its roles are those of whatever task is played: the examination attaches them.
+    cast = assemble(recipe, progress, servers, roles=False)
     models = {a.model for a in recipe.team.agents.values() if Path(a.model).is_dir()}
     return Candidate(
         cast.team.seats_for(recipe.rollout.max_new_tokens),
@@ -135,10 +156,12 @@ def _of_recipe(recipe: Recipe, progress: Any) -> Candidate:
         held_out=recipe.evaluate.data,
         seed=recipe.seed,
         conversations=2 * recipe.engine.max_rows,
+        precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
+        device=recipe.team.device,
     )
 
 
-def _of_directory(place: Path, keys: dict[str, Any]) -> Candidate:
+def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Candidate:
     from satune.team import load_team
 
     directory = place if (place / "manifest.json").is_file() else place / "team"
@@ -150,7 +173,7 @@ def _of_directory(place: Path, keys: dict[str, Any]) -> Candidate:
     limit = recipe.rollout.max_new_tokens if recipe else _room(team)
     return Candidate(
         team.seats_for(limit),
-        _engine(team, section),
+        with_served(_engine(team, section), team.served, team.seats, servers),
         {"team": _fingerprint(directory)},
         protocol=dict(team.protocol),
         asked=keys["protocol"],
@@ -159,11 +182,11 @@ def _of_directory(place: Path, keys: dict[str, Any]) -> Candidate:
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
         conversations=2 * section.max_rows,
+        **_placed(keys),
     )
 
 
 def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
-    from satune.agents.loading import AgentSpec
     from satune.agents.zoo import is_tiny
     from satune.team import build_team
 
@@ -183,13 +206,19 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
         task=keys["task"],
         asked_task=keys["task"],
         conversations=2 * section.max_rows,
+        **_placed(keys),
     )
+
+
+def _placed(keys: dict[str, Any]) -> dict[str, Any]:
+    """Where the team of those keys lies, and roles with it."""
+    dtype = keys["team"].get("dtype", "float32")
+    return {"precision": Precision.of(dtype), "device": keys["team"].get("device", "auto")}
 
 
 def _room(team: Any) -> int:
     """Tokens a message may have where nothing says it: the paper's, or half the context."""
-    shortest = min(policy.context_limit for policy in team.policies.values())
-    return min(PAPER_TOKENS, shortest // 2)
+    return min([PAPER_TOKENS, *(p.context_limit // 2 for p in team.policies.values())])
 
 
 def _engine(team: Any, section: EngineSection) -> Engine:
@@ -220,12 +249,13 @@ def _engine_section(keys: dict[str, Any], recipe: Recipe | None) -> EngineSectio
         raise UserError(f"command line: {where}: {first['msg'].lower()}") from None
 
 
-def _keys(overrides: Sequence[str]) -> dict[str, Any]:
+def _keys(
+    overrides: Sequence[str], known: Sequence[str] = ("protocol", "task", "engine", "team")
+) -> dict[str, Any]:
     """The overrides of a team that is no recipe, by section."""
     data: dict[str, Any] = {}
     for text in overrides:
         override(data, text)
-    known = ("protocol", "task", "engine", "team")
     for section in data:
         if section not in known:
             raise UserError(f"command line: {section}: unknown here{nearest(section, known)}")
@@ -233,10 +263,11 @@ def _keys(overrides: Sequence[str]) -> dict[str, Any]:
     for section, value in found.items():
         if isinstance(value, str):
             found[section] = {"name": value}
-    for key in found["team"]:
+    where = found.get("team", {})
+    for key in where:
         if key not in ("device", "dtype"):
             raise UserError(f"command line: team.{key}: only team.device and team.dtype are heeded")
-    if found["team"].get("dtype", "float32") not in ("float32", "float64", "bfloat16"):
+    if where.get("dtype", "float32") not in ("float32", "float64", "bfloat16"):
         raise UserError("command line: team.dtype: give float32, bfloat16 or float64")
     return found
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
 from satune.agents.zoo import is_tiny, tiny_model
 from satune.assembly import load_tasks, overlap_note
+from satune.cli.common import open_console
 from satune.config.load import recipe_text
 from satune.config.schema import AgentSection, Recipe
 from satune.loading import served
@@ -164,7 +164,7 @@ def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
 
 
 def show_description(description: dict[str, Any]) -> None:
-    console = Console()
+    console = open_console()
     console.print(yaml.safe_dump(description["recipe"], sort_keys=False), highlight=False)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for column in ("agent", "model", "seats", "parameters", "trained", "weights", "one step"):

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from satune.agents.loading import Precision
 from satune.candidates import Candidate, file_identity
 from satune.engines.roles import SCRIPTED, with_roles
 from satune.evaluation import Evaluation, Scores, summarise
@@ -29,6 +29,7 @@ SAMPLES = {
 }  # fmt: skip
 """K of the paper by benchmark."""
 OTHER_SAMPLES = 8
+_FILES = ("settings.json", "conversations.jsonl", "answers.jsonl")
 GENERATED = 128
 """Problems of a task that generates them without end."""
 
@@ -58,19 +59,39 @@ class Wanted:
             raise UserError(f"--temperature: is {self.temperature}; give 0 (greedy) or more")
 
 
-def start(out: Path) -> None:
-    """Refuse a directory with contents that an evaluation would mix with (UserError)."""
+@contextmanager
+def place(out: Path) -> Iterator[None]:
+    """The directory of an evaluation, made where it is not there. One that is left by an exception
+    before anything was answered is left as it was found.
+
+    Raises UserError for a directory with contents that an evaluation would mix with.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        begun = (out / "settings.json").is_file()
-        if not begun and any(path.name != "answers.jsonl" for path in out.iterdir()):
-            raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")
+        found = {path.name: path.stat().st_size for path in out.iterdir()}
+    begun = "settings.json" in found
+    if not begun and set(found) - {"answers.jsonl"}:
+        raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")
+    try:
+        yield
+    except BaseException:
+        ours = [path for path in map(out.joinpath, _FILES) if path.exists()]
+        grown = any(p.stat().st_size > found.get(p.name, 0) for p in ours if p.suffix == ".jsonl")
+        if not begun and not grown:
+            for path in ours:
+                if path.name not in found:
+                    path.unlink()
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
 
 
 async def examine(
     candidate: Candidate, wanted: Wanted, out: Path, progress: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
-    """Play what is not in ``out`` yet (``start`` came first), and give the report, which is written
+    """Play what is not in ``out`` yet (in its ``place``), and give the report, which is written
     there too.
 
     Raises UserError for what cannot be had, and for an ``out`` that holds another evaluation.
@@ -80,8 +101,8 @@ async def examine(
     engine = with_roles(
         candidate.engine,
         getattr(task, "role_player", SCRIPTED),
-        precision=Precision(),
-        device="auto",
+        precision=candidate.precision,
+        device=candidate.device,
         open_server=candidate.open_server,
     )
     seats = candidate.sampled(wanted.temperature, wanted.max_new_tokens)

@@ -21,6 +21,9 @@ from typing import Any
 
 from satune.types import UserError
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""The environment variable that holds a server's key where no other is named."""
+
 
 def served(model: str) -> tuple[str, str] | None:
     """(address, name there) of a model at an OpenAI-compatible server; None for any other model.

@@ -20,7 +20,7 @@ from satune.assembly import Cast, Progress, agent_spec, assemble, model_path, te
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
 from satune.engines.roles import WithRoles
-from satune.engines.servers import OpenSeats, open_seats
+from satune.engines.servers import Servers
 from satune.loading import nearest, served
 from satune.team import Team, add_mixtures, read_manifest
 from satune.training.checkpoint import Checkpoints
@@ -124,9 +124,9 @@ def check_seat(found: Found, seat: str) -> None:
         raise UserError(f"--seat {seat}: the team has no such seat{nearest(seat, found.seats)}")
 
 
-def load_found(found: Found, progress: Progress, open_seats: OpenSeats = open_seats) -> Cast:
+def load_found(found: Found, progress: Progress, servers: Servers | None = None) -> Cast:
     """The team as it is in the checkpoint, ready to play."""
-    cast = assemble(found.recipe, progress, open_seats=open_seats)
+    cast = assemble(found.recipe, progress, servers)
     if found.run is None:
         manifest, section = read_manifest(found.path), found.recipe.team
         add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
@@ -278,7 +278,7 @@ def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:
 
 def with_team(cast: Cast, recipe: Recipe, team: Team) -> Cast:
     """The cast with another team, and an engine that serves it."""
-    engine = team_engine(team, recipe, cast.open_seats)
+    engine = team_engine(team, recipe, cast.servers)
     if isinstance(cast.engine, WithRoles):
         engine = WithRoles(engine, cast.engine.roles)
     return replace(cast, recipe=recipe, team=team, engine=engine)

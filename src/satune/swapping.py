@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from satune.assembly import Cast, Progress, no_progress
 from satune.coin_rollout import Side, Table
 from satune.config.schema import ServerSection
 from satune.core.confidence import Spending
-from satune.engines.servers import open_seats
+from satune.engines.servers import Servers
 from satune.evaluation import Evaluation, paired_difference
 from satune.loading import nearest, served
 from satune.projecting import EXAMINED, look_at, project_seat
@@ -98,8 +97,7 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
     for line in found.passed:
         tell("note", {"text": line})
     answers = out.with_name(out.name + ".answers.jsonl")
-    asked = partial(open_seats, answers=answers)
-    team = Candidate(load_found(found, progress, asked))
+    team = Candidate(load_found(found, progress, Servers(answers=answers)))
     groups = [pairs] if request.together else [[pair] for pair in pairs]
     job = _Swap(request, found, team, len(groups), progress, tell)
     # Every model is loaded, and every method found fit, before the first is measured.

@@ -10,9 +10,12 @@ import yaml
 
 import tiny_world
 from satune.agents.loading import AgentSpec, Precision, load_policies
-from satune.assembly import assemble
+from satune.assembly import assemble, no_progress
+from satune.candidates import local_candidate
 from satune.config.load import load_recipe
 from satune.engines.roles import LocalRole, WithRoles, with_roles
+from satune.engines.servers import Servers
+from satune.examination import Wanted, examine
 from satune.rollout import rollout_sync
 from satune.types import Key, Prompt, Sampling, UserError
 from scripted import ScriptedEngine
@@ -21,6 +24,12 @@ PUZZLES = [
     {"id": f"p{i}", "surface": f"{i}+{i}", "bottom": str(2 * i), "key_question": []}
     for i in range(1, 4)
 ]
+
+ASKING = """
+async def asking(talk):
+    await talk.say(talk.seats[0])
+    return "Q: is it so?"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +96,51 @@ def test_a_server_is_opened_by_whoever_assembles(world):
             opened.append((seat, prompt.messages[0]["role"], key.purpose))
             return await super().generate(seat, Prompt(({},)), sampling, key)
 
-    def open_server(address, model):
-        opened.append((address, model))
-        return Server(lambda *_: "Yes")
+    class Known(Servers):
+        def model(self, url, name, key_variable=None):
+            opened.append((url, name))
+            return Server(lambda *_: "Yes")
 
     recipe = recipe_with(world, "server", host="http://localhost:1/v1#m")
-    with pytest.raises(UserError, match="http://localhost:1/v1 cannot be asked here"):
-        assemble(recipe)
-    cast = assemble(recipe, open_server=open_server)
+    cast = assemble(recipe, no_progress, Known())
     assert opened == [("http://localhost:1/v1", "m")]
     play(cast)
     assert all(call == ("environment", "system", "environment") for call in opened[1:])
 
 
+@pytest.mark.parametrize("kind", ["local", "served"])
+def test_an_evaluation_attaches_roles_once(world, tmp_path, monkeypatch, kind):
+    loaded, opened = [], []
+
+    def counted(specs, **options):
+        loaded.append((specs[0].model, options["device"], options["precision"]))
+        return load_policies(specs, **options)
+
+    def open_server(address, model):
+        opened.append((address, model))
+        return ScriptedEngine(lambda *_: "Yes")
+
+    monkeypatch.setattr("satune.engines.roles.load_policies", counted)
+    host = f"model:{world[0] / 'host'}" if kind == "local" else "http://localhost:1/v1#m"
+    recipe_with(world, f"once-{kind}", host=host)
+    (tmp_path / "asking.py").write_text(ASKING)
+    path = world[0] / f"once-{kind}.yaml"
+    candidate = local_candidate(str(path), path, 1, ["team.dtype=float64"], no_progress, Servers())
+    candidate.open_server = open_server
+    data, protocol = str(world[0] / "sp.jsonl"), f"{tmp_path / 'asking.py'}:asking"
+    wanted = Wanted(samples=1, data=data, protocol=protocol, max_new_tokens=4)
+    report = asyncio.run(examine(candidate, wanted, tmp_path, no_progress))
+    assert report["environment_tokens"] > 0
+    # Where the recipe's team lies, and in its precision.
+    local = [(str(world[0] / "host"), "cpu", Precision.of("float64"))]
+    served = [("http://localhost:1/v1", "m")]
+    assert (loaded, opened) == ((local, []) if kind == "local" else ([], served))
+
+
 def test_without_a_model_for_roles_the_teams_engine_stays_as_it_is(world):
     team = ScriptedEngine(lambda *_: "")
     options = {"precision": Precision.of("float32"), "device": "cpu"}
+    options["open_server"] = Servers().model
     assert with_roles(team, ("scripted", "", ""), **options) is team
     with pytest.raises(UserError, match="agent host: cannot load model"):
         with_roles(team, ("model", str(world[0] / "nowhere"), ""), **options)

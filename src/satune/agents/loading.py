@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -106,13 +108,31 @@ def load_policies(
 
     policies: dict[str, Policy] = {}
     for spec in specs:
+        misspelt = misspelt_path(spec.model)
+        if misspelt:
+            raise UserError(_cannot_load(spec, spec.model, misspelt))
         try:
             policies[spec.name] = load(spec)
         except UserError:
             raise
         except (*_UNLOADABLE, TypeError) as error:
-            raise UserError(_cannot_load(spec, spec.model, error)) from error
+            raise UserError(_cannot_load(spec, spec.model, _said(error))) from error
     return policies
+
+
+def misspelt_path(model: str) -> str:
+    """What is wrong with a model in a directory that lies here and holds nothing of the name, where
+    the hub's cache has none of it either; "" for any other. The hub would be asked again and again
+    for what is no id of it.
+    """
+    path = Path(model)
+    cached = Path(constants.HF_HUB_CACHE, "models--" + model.replace("/", "--"))
+    if "/" not in model or path.exists() or not path.parent.is_dir() or cached.is_dir():
+        return ""
+    names = [item.name for item in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    mend = f"did you mean {path.parent / close[0]}?" if close else "nothing there is named like it"
+    return f"{path.parent} has no {path.name}; {mend}"
 
 
 def _device(name: str) -> torch.device:
@@ -178,21 +198,25 @@ def _load_model(spec: AgentSpec, model_id: str, dtype: torch.dtype) -> Any:
             attn_implementation="sdpa",
         )
     except _UNLOADABLE as error:
-        raise UserError(_cannot_load(spec, model_id, error)) from error
+        raise UserError(_cannot_load(spec, model_id, _said(error))) from error
 
 
 def _load_tokenizer(spec: AgentSpec, model_id: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_id, trust_remote_code=spec.trust_remote_code)
     except _UNLOADABLE as error:
-        raise UserError(_cannot_load(spec, model_id, error)) from error
+        raise UserError(_cannot_load(spec, model_id, _said(error))) from error
 
 
-def _cannot_load(spec: AgentSpec, model_id: str, error: Exception) -> str:
+def _said(error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if len(reason) > 160:
         reason = reason[:157] + "..."
+    return f"{type(error).__name__}: {reason}"
+
+
+def _cannot_load(spec: AgentSpec, model_id: str, reason: str) -> str:
     return (
-        f"agent {spec.name}: cannot load model {model_id!r} ({type(error).__name__}: {reason}); "
+        f"agent {spec.name}: cannot load model {model_id!r} ({reason}); "
         "give a directory with config.json and safetensors weights, or a hub id that can be reached"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from satune.types import UserError
 
@@ -21,9 +22,21 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option(help="the run's directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
+_UNBOUNDED = 1_000_000
+"""Columns of what is no terminal; rich would take 80."""
+
 
 class Interrupted(Exception):
     """Ctrl-C, with the command that goes on."""
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Where results (or, with ``stderr``, progress and notes) are shown. A terminal's lines are
+    wrapped to its width; into a file or a pipe each line and each row of a table stays one line."""
+    made = Console(stderr=stderr)
+    if not made.file.isatty():
+        made.width = _UNBOUNDED
+    return made
 
 
 def say(line: str) -> None:

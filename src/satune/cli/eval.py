@@ -7,8 +7,9 @@ import os
 import shlex
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,10 +18,19 @@ from satune.cli.common import (
     Interrupted,
     Overrides,
     find_recipe,
+    open_console,
     quiet_libraries,
     show_result,
 )
+from satune.loading import KEY_VARIABLE
 from satune.types import UserError
+
+if TYPE_CHECKING:  # their libraries take seconds to load
+    from satune.candidates import Candidate
+
+
+ENVIRONMENT_KEY = "ENVIRONMENT_API_KEY"
+"""The environment variable that holds the key of an environment's server beside --base-url."""
 
 
 def evaluate(
@@ -29,40 +39,128 @@ def evaluate(
         typer.Argument(help="a team or run directory, a recipe, a model; models with --base-url"),
     ],
     overrides: Overrides = None,
-    benchmark: Annotated[str | None, typer.Option(help="a task's name or file.py:Task")] = None,
-    data: Annotated[str | None, typer.Option(help="the benchmark's rows")] = None,
-    k: Annotated[int | None, typer.Option("-k", help="conversations a problem")] = None,
-    protocol: Annotated[str | None, typer.Option(help="a name, or file.py:function")] = None,
-    protocol_option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE")] = None,
-    limit: Annotated[int | None, typer.Option(help="so many problems only")] = None,
-    base_url: Annotated[str | None, typer.Option(help="of an OpenAI-compatible server")] = None,
-    out: Annotated[Path | None, typer.Option(help="where everything is written")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="a task's name or file.py:Task", show_default="the team's own task"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="the benchmark's rows",
+            show_default="held out of the team's own task, else the task's published ones",
+        ),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "-k",
+            help="conversations a problem",
+            show_default="the paper's for the benchmark, 8 where it names none; 1 when greedy",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="a name, or file.py:function",
+            show_default="the team's own, else solo for one seat and vote for several",
+        ),
+    ] = None,
+    protocol_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", show_default="the protocol's own")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="so many problems only",
+            show_default="all; 128 of a task that generates without end",
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(help="of an OpenAI-compatible server", show_default="none, models load here"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="where everything is written", show_default="runs/eval-BENCHMARK-DATE-TIME"
+        ),
+    ] = None,
     seats: Annotated[int, typer.Option(help="so many seats for one model")] = 1,
-    seat: Annotated[str | None, typer.Option(help="this seat alone, without its team")] = None,
-    temperature: Annotated[float | None, typer.Option(help="in place of each agent's own")] = None,
+    seat: Annotated[
+        str | None,
+        typer.Option(help="this seat alone, without its team", show_default="the whole team"),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="in place of each agent's own",
+            show_default="each agent's; the paper's 0.8 for a model that was not trained here",
+        ),
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="temperature 0")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="a message")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="of everything random")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="conversations at a time")] = None,
-    rpm: Annotated[float | None, typer.Option(help="requests a minute")] = None,
-    tpm: Annotated[float | None, typer.Option(help="tokens a minute")] = None,
-    timeout: Annotated[float | None, typer.Option(help="seconds a request")] = None,
-    retries: Annotated[int | None, typer.Option(help="of a request that failed")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="a message",
+            show_default="the recipe's, else the paper's 32768 or half the context of a model here",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="of everything random", show_default="the recipe's, else 0"),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            help="conversations at a time",
+            show_default="32 at a server, twice engine.max_rows here",
+        ),
+    ] = None,
+    rpm: Annotated[
+        float | None, typer.Option(help="requests a minute and server", show_default="no limit")
+    ] = None,
+    tpm: Annotated[
+        float | None, typer.Option(help="tokens a minute and server", show_default="no limit")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="seconds a request", show_default="1200")
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option(help="of a request that failed", show_default="8")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="answers piece by piece")] = False,
     server_seed: Annotated[bool, typer.Option(help="send a seed with each request")] = True,
     api_key_env: Annotated[
-        str, typer.Option(help="the environment variable that holds the server's key")
-    ] = "OPENAI_API_KEY",
-    environment_model: Annotated[
-        str | None, typer.Option(help="plays roles that are not players")
+        str | None,
+        typer.Option(
+            help="the environment variable that holds the key of --base-url",
+            show_default=KEY_VARIABLE,
+        ),
     ] = None,
-    environment_url: Annotated[str | None, typer.Option(help="where that model is served")] = None,
+    environment_model: Annotated[
+        str | None,
+        typer.Option(
+            help="plays roles that are not players",
+            show_default="the task's host; with --base-url its first model",
+        ),
+    ] = None,
+    environment_url: Annotated[
+        str | None,
+        typer.Option(help="where that model is served", show_default="the address of --base-url"),
+    ] = None,
+    environment_key_env: Annotated[
+        str | None,
+        typer.Option(
+            help="the environment variable that holds the key of that model's server",
+            show_default=f"{ENVIRONMENT_KEY} beside --base-url, {KEY_VARIABLE} without it",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
-    from satune.candidates import ENVIRONMENT, local_candidate, served_candidate
     from satune.config.load import override
-    from satune.examination import Wanted, examine, start
+    from satune.engines.servers import Servers
+    from satune.examination import Wanted, examine, place
     from satune.progress import Display
 
     if greedy and temperature is not None:
@@ -88,30 +186,34 @@ def evaluate(
     directory = out or Path("runs") / f"eval-{Path(benchmark or 'own').stem}-{stamp}"
     command = ["satune", *sys.argv[1:], *([] if out else ["--out", str(directory)])]
 
+    keys = {"--api-key-env": api_key_env, "--environment-key-env": environment_key_env}
+    for option, variable in keys.items():
+        if variable is not None and not os.environ.get(variable):
+            raise UserError(f"{option}: ${variable} is not set; export it")
+    if base_url is None and api_key_env is not None:
+        raise UserError(
+            "--api-key-env: is for --base-url; the key of an environment's server is named by "
+            "--environment-key-env"
+        )
     given = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
     given |= {"requests_per_minute": rpm, "tokens_per_minute": tpm}
     server = {name: value for name, value in given.items() if value is not None}
-    server |= {"stream": stream, "seed": server_seed}
+    server |= ({"stream": True} if stream else {}) | ({} if server_seed else {"seed": False})
+    usual = KEY_VARIABLE if base_url is None else ENVIRONMENT_KEY
+    servers = Servers(server, usual, directory / "answers.jsonl")
 
-    opened: list[Any] = []
+    def candidate_of(display: Display) -> Candidate:
+        from satune.candidates import local_candidate, served_candidate
 
-    def engine_at(url: str, models: dict[str, str]) -> Any:
-        opened.append(_server_engine(url, models, server, api_key_env, directory))
-        return opened[-1]
-
-    def candidate_of(display: Display) -> Any:
         if base_url is not None:
-            if overrides:
-                raise UserError(f"{overrides[0]}: a served model has no keys; use the options")
-            engine = engine_at(base_url, {})
-            candidate = served_candidate(team, seats, engine)
+            engine = servers.at(base_url, api_key_env or KEY_VARIABLE)
+            candidate = served_candidate(team, seats, overrides or [], engine)
             host = environment_model or candidate.seats[0].agent
-            engine.models[ENVIRONMENT] = host
             candidate.host = f"{environment_url or base_url}#{host}"
         else:
             quiet_libraries()
             candidate = local_candidate(
-                team, find_recipe(team), seats, overrides or [], display.progress
+                team, find_recipe(team), seats, overrides or [], display.progress, servers
             )
             if environment_url is not None:
                 if environment_model is None:
@@ -119,70 +221,53 @@ def evaluate(
                 candidate.host = f"{environment_url}#{environment_model}"
             elif environment_model is not None:
                 raise UserError("--environment-model: say where it is served, --environment-url")
-        candidate.open_server = lambda url, model: engine_at(url, {ENVIRONMENT: model})
+        if "host" in candidate.asked_task and (environment_model or environment_url):
+            raise UserError("task.host: who plays it is also said by --environment-*; drop one")
+        candidate.open_server = partial(servers.model, key_variable=environment_key_env)
         if seat is not None:
             candidate.only(seat)
         return candidate
 
-    from rich.console import Console
-
-    async def play(candidate: Any, display: Display) -> dict[str, Any]:
+    async def play(candidate: Candidate, display: Display) -> dict[str, Any]:
         try:
             return await examine(candidate, wanted, directory, display.progress)
         finally:
-            for engine in opened:
-                await engine.close()
+            await servers.close()
 
-    start(directory)
-    with Display(Console(stderr=True)) as display:
-        try:
+    try:
+        with place(directory), Display(open_console(stderr=True)) as display:
             candidate = candidate_of(display)
             report = asyncio.run(play(candidate, display))
-        except KeyboardInterrupt:
-            raise Interrupted(shlex.join(command) if directory.is_dir() else "") from None
-        requests, repeated, reused = (
-            sum(getattr(engine, name) for engine in opened)
-            for name in ("requests", "repeated", "reused")
-        )
-        if repeated or reused:
-            display.note(
-                f"{requests} requests, {repeated} of them repetitions; "
-                f"{reused} answers were on file"
+            requests, repeated, reused = (
+                sum(getattr(engine, name) for engine in servers.engines)
+                for name in ("requests", "repeated", "reused")
             )
+            if repeated or reused:
+                display.note(
+                    f"{requests} requests, {repeated} of them repetitions; "
+                    f"{reused} answers were on file"
+                )
+    except KeyboardInterrupt:
+        raise Interrupted(shlex.join(command) if directory.is_dir() else "") from None
     show_result({**report, "out": str(directory)}, as_json, show_report)
 
 
-def _server_engine(
-    url: str, models: dict[str, str], server: dict[str, Any], variable: str, directory: Path
-) -> Any:
-    try:
-        from satune.engines.openai import OpenAIEngine, ServerSettings
-    except ModuleNotFoundError as error:
-        raise UserError(f"--base-url: needs {error.name}; pip install 'satune[openai]'") from None
-    if variable != "OPENAI_API_KEY" and not os.environ.get(variable):
-        raise UserError(f"--api-key-env: ${variable} is not set; export it")
-    settings = ServerSettings(**server)
-    return OpenAIEngine(
-        url, models, settings, key_variable=variable, answers=directory / "answers.jsonl"
-    )
-
-
 def show_report(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = open_console()
     k = report["k"]
     table = Table(header_style="bold", box=None, pad_edge=False)
     table.add_column("")
     for column in ("avg", "95%", "pass", "majority", "answers", "read + written"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = [("team", report["team"], report["budget"]["team"])]
-    rows += [
-        (f"seat {name}", row, report["budget"]["seats"][name])
-        for name, row in report["seats"].items()
-    ]
-    if "pooled" in report:
+    for name, row in report["seats"].items():
+        rows.append((f"seat {name}", row, report["budget"]["seats"][name]))
+    if len(rows) == 2 and rows[1][1] == rows[0][1]:
+        # The one seat of a team is the team, the best seat, and all the messages.
+        del rows[0]
+    elif "pooled" in report:
         rows.append(("all messages", report["pooled"], report["budget"]["pooled"]))
         rows.append(("oracle", report["oracle"], report["budget"]["oracle"]))
     for label, row, budget in rows:
@@ -197,10 +282,11 @@ def show_report(report: dict[str, Any]) -> None:
             f"{_count(budget['prompt_tokens'])} + {_count(budget['completion_tokens'])}",
         )
     console.print(table)
+    notes = "A seat's answer is its last message, the oracle takes the best seat's. "
+    notes = notes if len(rows) > 1 else ""
     console.print(
         f"{report['benchmark']}: {report['problems']} problems, {k} conversations each "
-        f"({report['protocol']['name']}). A seat's answer is its last message, the oracle takes "
-        "the best seat's; answers are counted a problem, tokens in all.",
+        f"({report['protocol']['name']}). {notes}Answers are counted a problem, tokens in all.",
         highlight=False,
         soft_wrap=True,
     )

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from satune.cli.common import AsJson, say, show_result
+from satune.cli.common import AsJson, open_console, say, show_result
 
 
 def grade(
@@ -33,7 +32,7 @@ def grade(
     from satune.progress import Display
 
     count = workers or min(len(os.sched_getaffinity(0)), 8)
-    with Display(Console(stderr=True)) as display:
+    with Display(open_console(stderr=True)) as display:
         result = grade_file(
             name,
             responses,
@@ -58,7 +57,7 @@ def grade(
 
 
 def show_grades(result: dict[str, Any]) -> None:
-    console = Console()
+    console = open_console()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")

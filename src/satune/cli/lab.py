@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from satune.cli.common import AsJson, say, show_result
+from satune.cli.common import AsJson, open_console, say, show_result
 
 
 def lab(
@@ -30,7 +29,7 @@ def lab(
         out.mkdir(parents=True, exist_ok=True)
     # The matrices are too small to share between threads.
     torch.set_num_threads(1)
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     with Display(console) as display:
         found = run_lab(seeds, instances, lambda done, total: display.progress(done, total, "lab"))
     write_atomically(out / "lab.json", strict_json(found) + "\n")
@@ -49,7 +48,7 @@ def lab(
 
 def show_lab(found: dict[str, Any]) -> None:
     """The table of bounds and the fitted exponents."""
-    console = Console()
+    console = open_console()
     table = Table(header_style="bold", box=None, pad_edge=False)
     for column in ("bound", "held", "checked", "median tightness", "positive", "then decreased"):
         table.add_column(column, justify="left" if column == "bound" else "right")

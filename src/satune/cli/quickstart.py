@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from satune.cli.common import AsJson, Out, shipped_recipe, show_result
+from satune.cli.common import AsJson, Out, open_console, shipped_recipe, show_result
 from satune.cli.train import run_training, show_summary
 
 NEWCOMER = "tiny:llama-m"
@@ -76,7 +75,7 @@ def show_all(summary: dict[str, Any]) -> None:
             f"{how} within {swap['delta']:g} nats a token: reward {swap['before']:.3f} to "
             f"{swap['after']:.3f}, {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
-    Console().print(
+    open_console().print(
         f"swap: seat {', '.join(swap['seats'])} to {NEWCOMER}, {what}; the newcomer as it is would "
         f"have changed it by {swap['naive_difference'][0]:+.3f}. The swapped team: {swap['out']}",
         highlight=False,

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from satune.cli.common import AsJson, Out, quiet_libraries, show_result
+from satune.cli.common import AsJson, Out, open_console, quiet_libraries, show_result
 
 
 def swap(
@@ -91,12 +90,12 @@ def run_swap(request: Any) -> dict[str, Any]:
 
     if all(is_tiny(each) for each in request.models):
         torch.set_num_threads(1)
-    with Display(Console(stderr=True)) as display:
+    with Display(open_console(stderr=True)) as display:
         return perform(request, display.progress, display.watch)
 
 
 def show_swap(result: dict[str, Any]) -> None:
-    console = Console()
+    console = open_console()
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     for column in ("seat", "model", "method", "before", "newcomer", "change", "verdict"):
         table.add_column(column, justify="right" if column in ("before", "newcomer") else "left")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from satune.cli.common import (
@@ -19,13 +18,13 @@ from satune.cli.common import (
     Out,
     Overrides,
     RecipeFile,
+    open_console,
     quiet_libraries,
     say,
     shipped_recipe,
     show_result,
 )
 from satune.loading import served
-from satune.types import UserError
 
 
 def train(
@@ -71,7 +70,7 @@ def run_training(
         if summary["stages"] >= recipe.stages:
             say(f"{out}: the run is finished; its summary follows")
             return summary
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         with Display(console) as display:
             return _train(recipe, directory, display, resume=resume, checkpoint=checkpoint)
@@ -106,7 +105,7 @@ def _train(
         # Their matrices are too small to share: two threads were slower than one.
         torch.set_num_threads(1)
     with ExitStack() as stack:
-        cast = assemble(recipe, display.progress, open_server)
+        cast = assemble(recipe, display.progress)
         overlap = overlap_note(cast.task, cast.held_out)
         if overlap:
             display.note(overlap)
@@ -133,18 +132,8 @@ def _train(
     return summary
 
 
-def open_server(address: str, model: str) -> Any:
-    """An engine for an environment's roles at an OpenAI-compatible server; the key is read from
-    $OPENAI_API_KEY."""
-    try:
-        from satune.engines.openai import OpenAIEngine
-    except ModuleNotFoundError as error:
-        raise UserError(f"{address}: needs {error.name}; pip install 'satune[openai]'") from None
-    return OpenAIEngine(address, {"environment": model})
-
-
 def show_summary(summary: dict[str, Any]) -> None:
-    console = Console()
+    console = open_console()
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")

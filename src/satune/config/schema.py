@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from satune.loading import KEY_VARIABLE
+
 # Names become directory names and parts of dotted overrides, hence neither dots nor slashes.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -81,7 +83,7 @@ class LoraSection(Section):
 class ServerSection(Section):
     """How the server of a model at ``http://ADDRESS/v1#MODEL`` is asked."""
 
-    api_key_env: Annotated[str, Field(min_length=1)] = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, Field(min_length=1)] = KEY_VARIABLE
     concurrency: Count = 32
     retries: Whole = 8
     timeout: Positive = 1200.0

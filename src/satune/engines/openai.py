@@ -29,6 +29,7 @@ from satune.engines.replies import (
     retry_after,
 )
 from satune.lines import JsonLines
+from satune.loading import KEY_VARIABLE
 from satune.types import Completion, Key, Prompt, Sampling, UserError
 
 _RETRIED = {408, 409, 425, 429}
@@ -66,6 +67,26 @@ class ServerSettings:
                 raise UserError(f"server: {name} is {value}; give a number above 0")
 
 
+class Answers:
+    """What servers answered, by request, on file (None: it is not kept). Engines may share one: a
+    request is named by its key, model and content, and no two of an evaluation have one key."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = JsonLines(path) if path is not None else None
+        rows = self._file.read() if self._file is not None else []
+        self._held = {row["request"]: Completion(**row["completion"]) for row in rows}
+
+    def get(self, request: str) -> Completion | None:
+        return self._held.get(request)
+
+    def keep(self, request: str, key: Key, completion: Completion) -> None:
+        if self._file is not None:
+            self._file.append(
+                {"request": request, "key": asdict(key), "completion": asdict(completion)}
+            )
+            self._held[request] = completion
+
+
 @dataclass(slots=True)
 class _Session:
     """What belongs to one event loop."""
@@ -79,9 +100,10 @@ class OpenAIEngine:
     """Asks ``base_url``/chat/completions for ``models[seat]``; prompts need messages only.
 
     The key is read from the environment variable ``key_variable`` and goes nowhere but into the
-    request. ``answers`` is the file of what was answered (None: nothing is kept). Completions have
-    no ids, so that training refuses their turns. ``requests``, ``repeated`` and ``reused`` count
-    requests sent, those of them that were repetitions, and answers taken from the file.
+    request. ``answers`` is the file of what was answered, or one that several engines share (None:
+    nothing is written). Completions have no ids, so that training refuses their turns.
+    ``requests``, ``repeated`` and ``reused`` count requests sent, those of them that were
+    repetitions, and answers that were held already.
 
     Raises UserError for an address that is none or holds a key.
     """
@@ -92,10 +114,10 @@ class OpenAIEngine:
         models: Mapping[str, str],
         settings: ServerSettings | None = None,
         *,
-        key_variable: str = "OPENAI_API_KEY",
-        answers: Path | None = None,
+        key_variable: str = KEY_VARIABLE,
+        answers: Answers | Path | None = None,
     ) -> None:
-        address = _address(base_url)
+        address = address_of(base_url)
         if address.username or address.password or address.query:
             raise UserError(
                 f"base URL of {address.host}: it holds a key or a query; give the key in the "
@@ -107,14 +129,11 @@ class OpenAIEngine:
         self.requests = self.repeated = self.reused = 0
         self._url = f"{self.base_url}/chat/completions"
         self._local = address.host in ("localhost", "127.0.0.1", "::1")
-        self._key_variable = key_variable
+        self.key_variable = key_variable
         self._session: _Session | None = None
         self._pace = Pace(self.settings.requests_per_minute, self.settings.tokens_per_minute)
         self._limit_field = "max_tokens"
-        self._file = JsonLines(answers) if answers is not None else None
-        self._answers: dict[str, Completion] = {}
-        for row in self._file.read() if self._file is not None else []:
-            self._answers[row["request"]] = Completion(**row["completion"])
+        self._answers = answers if isinstance(answers, Answers) else Answers(answers)
 
     # -- what rollouts call ----------------------------------------------------------------------
 
@@ -126,11 +145,18 @@ class OpenAIEngine:
         """
         if seat not in self.models:
             raise UserError(f"no model for the seat {seat!r}; there are: {', '.join(self.models)}")
-        body = self._body(seat, prompt, sampling, key)
+        return await self.complete(self.models[seat], prompt, sampling, key)
+
+    async def complete(
+        self, model: str, prompt: Prompt, sampling: Sampling, key: Key
+    ) -> Completion:
+        """``generate`` for whoever that ``model`` of the server plays."""
+        body = self._body(model, prompt, sampling, key)
         identity = _identity(body, key)
-        if identity in self._answers:
+        held = self._answers.get(identity)
+        if held is not None:
             self.reused += 1
-            return self._answers[identity]
+            return held
         session = self._open()
         async with session.gate:
             reply = await self._ask(session, body)
@@ -141,11 +167,7 @@ class OpenAIEngine:
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,
         )
-        if self._file is not None:
-            self._file.append(
-                {"request": identity, "key": asdict(key), "completion": asdict(completion)}
-            )
-        self._answers[identity] = completion
+        self._answers.keep(identity, key, completion)
         return completion
 
     def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
@@ -187,14 +209,14 @@ class OpenAIEngine:
         return self._session
 
     def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self._key_variable, "").strip()
+        key = os.environ.get(self.key_variable, "").strip()
         if not key.isascii() or not key.isprintable():
-            raise UserError(f"${self._key_variable}: holds characters that no key has; set it anew")
+            raise UserError(f"${self.key_variable}: holds characters that no key has; set it anew")
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def _body(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> dict[str, Any]:
+    def _body(self, model: str, prompt: Prompt, sampling: Sampling, key: Key) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "model": self.models[seat],
+            "model": model,
             "messages": list(prompt.messages),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -274,9 +296,9 @@ class OpenAIEngine:
 
     def _refuse(self, status: int, said: str, model: str, location: str) -> NoReturn:
         if status in (401, 403):
-            held = os.environ.get(self._key_variable)
+            held = os.environ.get(self.key_variable)
             state = "refuses the key in" if held else "wants a key; set"
-            line = f"the server {state} ${self._key_variable} (status {status}: {said})"
+            line = f"the server {state} ${self.key_variable} (status {status}: {said})"
         elif status == 404:
             line = (
                 f"status 404 for the model {model!r} ({said}); name a model that it serves, or "
@@ -292,12 +314,13 @@ class OpenAIEngine:
 
     def _clean(self, text: str) -> str:
         """``text`` on one line, without the key should the server have repeated it."""
-        key = os.environ.get(self._key_variable, "").strip()
+        key = os.environ.get(self.key_variable, "").strip()
         text = " ".join(text.split())
         return text.replace(key, "***") if key else text
 
 
-def _address(base_url: str) -> httpx.URL:
+def address_of(base_url: str) -> httpx.URL:
+    """``base_url``, read. Raises UserError for what is no address."""
     try:
         address = httpx.URL(base_url)
     except httpx.InvalidURL:

@@ -27,19 +27,17 @@ def with_roles(
     *,
     precision: Precision,
     device: str,
-    open_server: OpenServer | None = None,
+    open_server: OpenServer,
 ) -> Engine:
     """``team``, and beside it the engine that ``player`` names: ("scripted", "", ""), ("model",
     path or hub id, "") or ("server", address, model).
 
-    Raises UserError for a model that cannot be loaded, and for a server where none can be opened.
+    Raises UserError for a model that cannot be loaded, and as ``open_server`` does.
     """
     kind, where, served = player
     if kind == "scripted":
         return team
     if kind == "server":
-        if open_server is None:
-            raise UserError(f"task.host: {where} cannot be asked here; give model:PATH_OR_ID")
         return WithRoles(team, open_server(where, served))
     spec = AgentSpec("host", where)
     policies = load_policies([spec], shared_base=False, precision=precision, device=device, seed=0)

@@ -1,57 +1,127 @@
-"""Engines for agents whose models are served elsewhere, beside the engine of local ones."""
+"""Models at servers: an engine an address, so that each has one pace, and who plays there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from satune.agents.loading import AgentSpec
 from satune.engines.routed import RoutedEngine
-from satune.loading import served
-from satune.types import Engine, UserError
+from satune.loading import KEY_VARIABLE, served
+from satune.types import Completion, Engine, Key, Prompt, Sampling, UserError
 
-OpenSeats = Callable[[str, Mapping[str, str], Mapping[str, Any]], Engine]
-"""(address, the model of each seat, options of ``team.agents.*.server``) to an engine."""
+if TYPE_CHECKING:  # httpx is an extra
+    from satune.engines.openai import Answers, OpenAIEngine
 
 
-def open_seats(
-    address: str,
-    models: Mapping[str, str],
-    options: Mapping[str, Any],
-    answers: Path | None = None,
-) -> Any:
-    """An engine over an OpenAI-compatible server; ``answers`` is the file of what it answered.
-    Raises UserError without the package that asks, and for options out of range."""
-    try:
-        from satune.engines.openai import OpenAIEngine, ServerSettings
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{address}: to ask a server needs {error.name}; pip install 'satune[openai]'"
-        ) from None
-    options = dict(options)
-    variable = options.pop("api_key_env", "OPENAI_API_KEY")
-    settings = ServerSettings(**options)
-    return OpenAIEngine(address, models, settings, key_variable=variable, answers=answers)
+class Servers:
+    """Engines by address, each opened when it is first asked for. What they answer lies together in
+    the file ``answers`` (None: nothing is written).
+
+    ``given`` are options of ``team.agents.*.server`` that hold for every server, whatever an agent
+    says. An address is sent the key in its own environment variable, and no other's;
+    ``key_variable`` is that of an address for which none is named.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Any] | None = None,
+        key_variable: str = KEY_VARIABLE,
+        answers: Path | None = None,
+    ) -> None:
+        self._given = dict(given or {})
+        self._key_variable = key_variable
+        self._path = answers
+        self._answers: Answers | None = None
+        self._engines: dict[str, OpenAIEngine] = {}
+
+    @property
+    def engines(self) -> list[OpenAIEngine]:
+        return list(self._engines.values())
+
+    def at(
+        self, url: str, key_variable: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> OpenAIEngine:
+        """The engine of an address, the same one each time. ``options`` None: asked as it is
+        already, or as every other.
+
+        Raises UserError for what is no address, for options out of range, for an address whose key
+        or options were said to be others, and without the package that asks.
+        """
+        try:
+            from satune.engines.openai import Answers, OpenAIEngine, ServerSettings, address_of
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{url}: to ask a server needs {error.name}; pip install 'satune[openai]'"
+            ) from None
+        address = str(address_of(url)).rstrip("/")
+        settings = ServerSettings(**{**(options or {}), **self._given})
+        if address not in self._engines:
+            if self._answers is None:
+                self._answers = Answers(self._path)
+            self._engines[address] = OpenAIEngine(
+                url,
+                {},
+                settings,
+                key_variable=key_variable or self._key_variable,
+                answers=self._answers,
+            )
+        engine = self._engines[address]
+        if key_variable not in (None, engine.key_variable):
+            raise UserError(
+                f"{engine.base_url}: its key is in ${engine.key_variable} and in ${key_variable}; "
+                "name one of them"
+            )
+        if options is not None and settings != engine.settings:
+            raise UserError(
+                f"{engine.base_url}: is to be asked in two ways; give every agent there the same "
+                "server section"
+            )
+        return engine
+
+    def model(self, url: str, name: str, key_variable: str | None = None) -> ServedModel:
+        """The model ``name`` at an address. Raises UserError as ``at``."""
+        return ServedModel(self.at(url, key_variable), name)
+
+    async def close(self) -> None:
+        for engine in self.engines:
+            await engine.close()
+
+
+class ServedModel:
+    """A model at a server, for whoever it plays; others may use the server too."""
+
+    def __init__(self, server: OpenAIEngine, model: str) -> None:
+        self._server = server
+        self._model = model
+
+    async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
+        return await self._server.complete(self._model, prompt, sampling, key)
+
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+        raise AssertionError("a served model is not trained")
+
+    def begin(self, key: Key) -> None: ...
+
+    def end(self, key: Key) -> None: ...
+
+    async def close(self) -> None:
+        await self._server.close()
 
 
 def with_served(
-    local: Engine,
-    specs: Mapping[str, AgentSpec],
-    seats: Mapping[str, str],
-    open_seats: OpenSeats,
+    local: Engine, specs: Mapping[str, AgentSpec], seats: Mapping[str, str], servers: Servers
 ) -> Engine:
-    """``local``, and the servers of the agents in ``specs`` for the seats they fill: one engine for
-    those that are asked alike at one address."""
-    asked: dict[Any, dict[str, str]] = {}
-    for seat, agent in seats.items():
-        at = served(specs[agent].model) if agent in specs else None
-        if at is not None:
-            alike = (at[0], tuple(sorted(specs[agent].server.items())))
-            asked.setdefault(alike, {})[seat] = at[1]
-    if not asked:
-        return local
+    """``local``, and the models of the served agents in ``specs`` for the seats that they fill."""
     there: dict[str, Engine] = {}
-    for (address, options), models in asked.items():
-        there |= dict.fromkeys(models, open_seats(address, models, dict(options)))
-    return RoutedEngine(local, there, {seats[seat]: engine for seat, engine in there.items()})
+    for name, spec in specs.items():
+        at = served(spec.model)
+        assert at is not None
+        options = dict(spec.server)
+        variable = options.pop("api_key_env", KEY_VARIABLE)
+        there[name] = ServedModel(servers.at(at[0], variable, options), at[1])
+    if not there:
+        return local
+    of_seats = {seat: there[agent] for seat, agent in seats.items() if agent in there}
+    return RoutedEngine(local, of_seats, there)
