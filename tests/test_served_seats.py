@@ -274,3 +274,25 @@ def test_a_description_counts_what_lies_here(satune: Run, world: Path) -> None: 
     assert found["memory"]["largest_step"] == whole["memory"]["largest_step"]
     code, out, err = satune("describe", world / "recipe.yaml", *served)
     assert code == 0 and "http://host/v1#good" in out, err
+
+
+@pytest.mark.parametrize("what", ["team", "recipe.yaml"])
+def test_an_evaluation_plays_with_it(
+    what: str,
+    satune: Run,  # noqa: F811
+    world: Path,
+    swapped: Any,
+    server: Server,
+    tmp_path: Path,
+) -> None:
+    data = ("--data", world / "rows.jsonl", "-k", "2", "--out", tmp_path / "eval", "--json")
+    code, out, err = satune("eval", swapped[0] / what, *data)
+    assert code == 0, err
+    report, asked = json.loads(out), server.seen()
+    assert report["problems"] == 12
+    assert report["team"]["avg_at_k"] == report["seats"]["bob"]["avg_at_k"] > 0.6
+    assert report["seats"]["ann"]["avg_at_k"] < 0.1
+    assert asked["requests"] == 24 and {body["model"] for body in asked["bodies"]} == {"good"}
+    # What was answered is on file, as with a team that is served whole.
+    assert satune("eval", swapped[0] / what, *data)[0] == 0
+    assert server.seen()["requests"] == 24
