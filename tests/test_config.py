@@ -114,6 +114,12 @@ def test_an_objective_without_a_name_is_sat(relay: Path) -> None:
         ("team.agents.ada.model.x=3",
          "command line: team.agents.ada.model.x: team.agents.ada.model is 'tiny:qwen3-s'"
          " and has no keys"),
+        ("team.agents.bem.temperature=0.5",
+         "command line: team.agents.bem.temperature: the team has no agent 'bem'; did you mean"
+         " 'ben'? (a new agent is given whole: team.agents.bem={model: ...})"),
+        ("team.agents.zoe.lora.rank=3",
+         "command line: team.agents.zoe.lora.rank: the team has no agent 'zoe'; the agents are"
+         " ada, ben (a new agent is given whole: team.agents.zoe={model: ...})"),
         ("rollout.problms=3", "command line: rollout.problms: unknown key;"
          " did you mean rollout.problems?"),
         ("rollout.problems=many", "command line: rollout.problems: expected an integer,"
@@ -122,6 +128,13 @@ def test_an_objective_without_a_name_is_sat(relay: Path) -> None:
 )  # fmt: skip
 def test_bad_overrides(relay: Path, override: str, expected: str) -> None:
     assert message(relay, override) == expected
+
+
+def test_an_override_may_add_an_agent(relay: Path) -> None:
+    whole = "team.agents.dave={model: 'tiny:qwen3-s'}"
+    agents = load_recipe(relay, [whole, "team.agents.dave.temperature=0.5"]).team.agents
+    assert list(agents) == ["ada", "ben", "dave"]
+    assert agents["dave"].temperature == 0.5
 
 
 def test_an_override_that_is_not_yaml(relay: Path) -> None:
