@@ -1,11 +1,14 @@
 """How many answers a second the graders take.
 
-    python benchmarks/grading.py [--grades 10000] [--json]
+    python benchmarks/grading.py [--grades 10000] [--checks 200] [--json]
 
 Maths: answers nobody has asked about before, so that nothing comes from the cache of verdicts.
 "integers" are compared in the process itself, "expressions" by math-verify in a worker process;
 "mixed" has two integers in three answers, as MATH-500 does. Beside them stands math-verify itself,
 called in this process with the settings it comes with on the same messages.
+
+AutoLogi: what a check costs whose own code does nothing, which is to start the sandbox's processes,
+hear of them, and see them end.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from satune.tasks import sandbox
 from satune.tasks.maths import Maths
 from satune.types import Problem
 
@@ -97,6 +102,20 @@ def maths_rows(grades: int) -> Iterator[dict[str, Any]]:
             }
 
 
+def sandbox_row(checks: int) -> dict[str, Any]:
+    """Milliseconds of one check after the other: the median and the range of the middle 90%."""
+    code = "def inputs_check(inputs):\n    return True\nconstraint_list = [lambda inputs: True]\n"
+    taken = []
+    for _ in range(checks):
+        started = time.perf_counter()
+        verdict = sandbox.check(code, "[1]")
+        taken.append(1000 * (time.perf_counter() - started))
+        assert verdict.holds, verdict
+    low, *_, high = statistics.quantiles(taken, n=20)
+    median = statistics.median(taken)
+    return {"task": "autologi", "checks": checks, "milliseconds": median, "middle": [low, high]}
+
+
 def show(row: dict[str, Any]) -> None:
     print(
         f"{row['task']}, {row['answers']:<12} {row['grades']:,} grades in {row['seconds']:7.2f} s "
@@ -109,6 +128,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="grading: answers a second")
     parser.add_argument("--grades", type=int, default=10_000)
+    parser.add_argument("--checks", type=int, default=200, help="2 or more")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
@@ -116,8 +136,15 @@ def main() -> None:
         rows.append(row)
         if not arguments.json:
             show(row)
+    started = sandbox_row(arguments.checks)
     if arguments.json:
-        print(json.dumps({"benchmark": "grading", "rows": rows}))
+        print(json.dumps({"benchmark": "grading", "rows": rows, "sandbox": started}))
+    else:
+        low, high = started["middle"]
+        print(
+            f"autologi, an empty check: {started['milliseconds']:.1f} ms (median of "
+            f"{arguments.checks}; nine in ten from {low:.1f} to {high:.1f})"
+        )
 
 
 if __name__ == "__main__":

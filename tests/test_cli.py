@@ -146,12 +146,99 @@ def test_resume_without_a_checkpoint_starts_anew(satune: Run, recipe: Path, tmp_
     shutil.rmtree(out / "team")
     events = (out / "events.jsonl").read_bytes().splitlines(keepends=True)
     (out / "events.jsonl").write_bytes(b"".join(events[:2]))
-    assert satune("train", recipe, "--out", out, "--resume")[0] == 0
+    code, _, stderr = satune("train", recipe, "--out", out, "--resume")
+    assert code == 0
+    assert nothing_to_resume(stderr) == [f"{out}: nothing to resume: {NO_CHECKPOINT}"]
     assert tiny_world.events(out) == tiny_world.events(whole)
     assert tiny_world.team_files(out) == tiny_world.team_files(whole)
-    # And in a directory that is not there at all.
-    assert satune("train", recipe, "--out", tmp_path / "new", "--resume")[0] == 0
-    assert tiny_world.events(tmp_path / "new") == tiny_world.events(whole)
+    # And in a directory that is not there at all; brackets are no markup.
+    new = tmp_path / "new [bold]"
+    code, stdout, stderr = satune("train", recipe, "--out", new, "--resume", "--json")
+    assert code == 0
+    assert nothing_to_resume(stderr) == [f"{new}: nothing to resume: no run; a new one begins"]
+    assert json.loads(stdout) == json.loads((new / "summary.json").read_text())
+    assert tiny_world.events(new) == tiny_world.events(whole)
+
+
+NO_CHECKPOINT = "no checkpoint of the run; it begins anew"
+
+
+def nothing_to_resume(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if "nothing to resume" in line]
+
+
+def test_a_resume_that_goes_on_does_not_say_that_it_begins(
+    satune: Run, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first = satune("train", recipe, "stages=1", "--out", out)
+    assert first[0] == 0 and not nothing_to_resume(first[2])
+    code, _, stderr = satune("train", recipe, "stages=2", "--out", out, "--resume")
+    assert code == 0 and not nothing_to_resume(stderr)
+
+
+def test_nothing_begins_among_other_files(satune: Run, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    line = refused(satune("train", recipe, "--out", tmp_path, "--resume"))
+    assert line == f"{tmp_path}: is not empty and holds no run; give another --out"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def run_of_one_stage(
+    satune: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A run started with overrides, in a directory whose name no recipe has."""
+    monkeypatch.chdir(tmp_path)
+    assert satune("train", recipe, "stages=1", "seed=3", "--out", "first try")[0] == 0
+    return tmp_path / "first try"
+
+
+def test_a_runs_own_recipe_resumes_that_run(
+    satune: Run, recipe: Path, run_of_one_stage: Path, tmp_path: Path
+) -> None:
+    own = run_of_one_stage / "recipe.yaml"
+    summary = json.loads((run_of_one_stage / "summary.json").read_text())
+    # It holds what was overridden, so that nothing has to be said again.
+    code, stdout, stderr = satune("train", own, "--resume", "--json")
+    assert (code, json.loads(stdout)) == (0, summary)
+    assert "the run is finished" in stderr
+    assert "another recipe (seed)" in refused(satune("train", own, "seed=4", "--resume"))
+    # What may be overridden is; a relative path will do.
+    assert satune("train", "first try/recipe.yaml", "stages=2", "--resume")[0] == 0
+    assert satune("train", recipe, "stages=2", "seed=3", "--out", "whole")[0] == 0
+    team = tiny_world.team_files(tmp_path / "whole")
+    assert tiny_world.team_files(run_of_one_stage) == team
+    # An older checkpoint of it, without --resume beside.
+    older = tiny_world.checkpoints(run_of_one_stage).names()[0]
+    assert satune("train", own, "stages=2", "--resume-from", older)[0] == 0
+    assert tiny_world.team_files(run_of_one_stage) == team
+    assert not (tmp_path / "runs").exists()
+    # --out goes before it.
+    missing = satune("train", own, "--out", "whole", "--resume-from", "stage-0044")
+    assert "whole/checkpoints: no checkpoint" in refused(missing)
+
+
+def test_any_other_recipe_has_a_directory_of_its_name(
+    satune: Run, run_of_one_stage: Path, tmp_path: Path
+) -> None:
+    own = run_of_one_stage / "recipe.yaml"
+    before = (run_of_one_stage / "events.jsonl").read_bytes()
+    # A copy names no run, wherever it lies; what is no run's recipe does not either.
+    shutil.copy(own, run_of_one_stage / "beside.yaml")
+    shutil.copy(own, tmp_path / "recipe.yaml")
+    for copy, name in ((run_of_one_stage / "beside.yaml", "beside"), ("recipe.yaml", "recipe")):
+        code, _, stderr = satune("train", copy, "stages=0", "--resume")
+        assert code == 0
+        assert nothing_to_resume(stderr) == [
+            f"runs/{name}: nothing to resume: no run; a new one begins"
+        ]
+        assert RunDirectory(tmp_path / "runs" / name).finished
+    # Without --resume a run's recipe starts another run.
+    shutil.rmtree(tmp_path / "runs")
+    assert satune("train", own, "stages=0")[0] == 0
+    assert RunDirectory(tmp_path / "runs" / "recipe").finished
+    assert (run_of_one_stage / "events.jsonl").read_bytes() == before
 
 
 def test_quickstart_prints_one_json_object(
@@ -295,6 +382,14 @@ def test_shipped_recipes_by_name(satune: Run) -> None:
     assert "no recipe ships by that name; did you mean table1/sat_3x_qwen3_4b?" in line
 
 
+def test_an_override_of_an_agent_that_is_not_there(satune: Run, recipe: Path) -> None:
+    for command in ("describe", "train"):
+        assert refused(satune(command, recipe, "team.agents.dave.model=tiny:llama-s")) == (
+            "command line: team.agents.dave.model: the team has no agent 'dave'; the agents are "
+            "ann, bob (a new agent is given whole: team.agents.dave={model: ...})"
+        )
+
+
 def test_describe_counts_adapters(satune: Run, recipe: Path) -> None:
     code, stdout, _ = satune("describe", recipe, "team.sharing=lora", "--json")
     assert code == 0
@@ -417,7 +512,8 @@ def test_directories_that_cannot_be_used(satune: Run, recipe: Path, tmp_path: Pa
         satune("train", recipe, "stages=1", "--out", out)
     )
     changed = satune("train", recipe, "stages=1", "optimizer.lr=2e-3", "--out", out, "--resume")
-    assert "started with another recipe (optimizer.lr)" in refused(changed)
+    assert "started with another recipe (optimizer.lr)" in (said := refused(changed))
+    assert "or with this file; stages alone may change" in said
     older = ["--out", str(out), "--resume-from", "stage-0044"]
     assert "no checkpoint 'stage-0044'" in refused(satune("train", recipe, "stages=1", *older))
     assert (out / "events.jsonl").read_bytes() == before

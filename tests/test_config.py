@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from hypothesis import strategies as st
 from satune.config import schema, yaml12
 from satune.config.load import differences, load_recipe, recipe_text, save_recipe
 from satune.config.schema import DapoSection, GspoSection, SatSection
+from satune.launch import RESUMABLE, check_recipe_unchanged
+from satune.protocols.catalog import PROTOCOLS
+from satune.tasks.catalog import TASKS, load_task
+from satune.training.run_directory import RunDirectory
 from satune.types import UserError
+
+GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
 
 BASE = """\
 team:
@@ -114,6 +121,12 @@ def test_an_objective_without_a_name_is_sat(relay: Path) -> None:
         ("team.agents.ada.model.x=3",
          "command line: team.agents.ada.model.x: team.agents.ada.model is 'tiny:qwen3-s'"
          " and has no keys"),
+        ("team.agents.bem.temperature=0.5",
+         "command line: team.agents.bem.temperature: the team has no agent 'bem'; did you mean"
+         " 'ben'? (a new agent is given whole: team.agents.bem={model: ...})"),
+        ("team.agents.zoe.lora.rank=3",
+         "command line: team.agents.zoe.lora.rank: the team has no agent 'zoe'; the agents are"
+         " ada, ben (a new agent is given whole: team.agents.zoe={model: ...})"),
         ("rollout.problms=3", "command line: rollout.problms: unknown key;"
          " did you mean rollout.problems?"),
         ("rollout.problems=many", "command line: rollout.problems: expected an integer,"
@@ -122,6 +135,13 @@ def test_an_objective_without_a_name_is_sat(relay: Path) -> None:
 )  # fmt: skip
 def test_bad_overrides(relay: Path, override: str, expected: str) -> None:
     assert message(relay, override) == expected
+
+
+def test_an_override_may_add_an_agent(relay: Path) -> None:
+    whole = "team.agents.dave={model: 'tiny:qwen3-s'}"
+    agents = load_recipe(relay, [whole, "team.agents.dave.temperature=0.5"]).team.agents
+    assert list(agents) == ["ada", "ben", "dave"]
+    assert agents["dave"].temperature == 0.5
 
 
 def test_an_override_that_is_not_yaml(relay: Path) -> None:
@@ -354,9 +374,8 @@ def test_a_template_that_is_neither_text_nor_file(relay: Path) -> None:
 
 
 def test_every_key_is_documented_with_its_default() -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "recipe.md").read_text()
-    documented = defaults(text)
-    headings = " ".join(line for line in text.splitlines() if line.startswith("#"))
+    documented = defaults(GUIDE)
+    headings = " ".join(line for line in GUIDE.splitlines() if line.startswith("#"))
     for section in sections(schema.Recipe):
         for name, field in section.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, schema.Section):
@@ -376,6 +395,15 @@ def test_every_key_is_documented_with_its_default() -> None:
 def defaults(text: str) -> dict[str, list[Any]]:
     """Last part of a key to the defaults that the tables of a Markdown text give for it."""
     found: dict[str, list[Any]] = {}
+    for row in table_rows(text):
+        key = next((cell for title, cell in row.items() if title.endswith("key")), None)
+        if key is not None and "default" in row:
+            found.setdefault(key.split(".")[-1], []).append(yaml12.parse(row["default"]))
+    return found
+
+
+def table_rows(text: str) -> Iterator[dict[str, str]]:
+    """Each row of each table of a Markdown text, by the titles of its columns."""
     header: list[str] = []
     for line in text.splitlines():
         cells = [cell.strip().replace("`", "") for cell in line.split("|")[1:-1]]
@@ -383,11 +411,69 @@ def defaults(text: str) -> dict[str, list[Any]]:
             header = []
         elif not header:
             header = cells
-        elif "default" in header and not set(cells[0]) <= {"-"}:
-            key = next(at for at, title in enumerate(header) if title.endswith("key"))
-            written = cells[header.index("default")]
-            found.setdefault(cells[key].split(".")[-1], []).append(yaml12.parse(written))
+        elif not set(cells[0]) <= {"-"}:
+            yield dict(zip(header, cells, strict=True))
+
+
+def options_of(kind: str, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options with their defaults that the table of tasks or protocols gives for each name."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for row in table_rows(GUIDE):
+        if row.keys() >= {kind, "option", "default"}:
+            every = row[kind] == "every"
+            for name in names if every else row[kind].split(", "):
+                assert row["option"] not in found[name], f"{name}: {row['option']} stands twice"
+                if row["option"] != "none":
+                    found[name][row["option"]] = yaml12.parse(row["default"])
     return found
+
+
+def options_in_code(function: Callable[..., Any], skip: int = 0) -> dict[str, Any]:
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_option_of_a_task_is_documented(name: str) -> None:
+    documented, code = options_of("task", TASKS)[name], options_in_code(TASKS[name])
+    # What stands for these two is no value: the run's seed, and that data are needed or published.
+    assert documented.pop("seed") == "the run's"
+    code.pop("seed")
+    if "data" in code:
+        source = documented.pop("data")
+        assert source in ("needed", "published", None)
+        assert code.pop("data") is None
+        if source == "needed":
+            with pytest.raises(UserError, match="needs data"):
+                load_task(name)
+        elif source is None:
+            assert getattr(load_task(name), "fresh", False)
+    assert documented == code
+
+
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+def test_every_option_of_a_protocol_is_documented(name: str) -> None:
+    listed = [row["protocol"] for row in table_rows(GUIDE) if "protocol" in row]
+    assert name in listed
+    code = options_in_code(PROTOCOLS[name], skip=1)
+    assert options_of("protocol", PROTOCOLS)[name] == code
+
+
+def test_what_a_resume_may_change_is_documented(relay: Path, tmp_path: Path) -> None:
+    assert tuple(row["may differ"] for row in table_rows(GUIDE) if "may differ" in row) == RESUMABLE
+    directory = RunDirectory(tmp_path / "run")
+    directory.start()
+    save_recipe(load_recipe(relay), directory.recipe)
+    check_recipe_unchanged(directory, load_recipe(relay, ["stages=3"]))
+    for other in (
+        "seed=1", "team.device=cpu", "team.agents.ben.frozen=true", "task.numbers=5",
+        "protocol.rounds=2", "rollout.problems=4", "schedule=fresh", "order=random",
+        "objective.clip=0.1", "trust_region.delta=0.1", "optimizer.micro_batch_tokens=9",
+        "evaluate.every=1", "certify.problems=4", "engine.max_rows=8", "checkpoint.keep=9",
+        "log.tensorboard=true", "tiny.steps=9",
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=other.partition("=")[0]):
+            check_recipe_unchanged(directory, load_recipe(relay, [other, "stages=3"]))
 
 
 def sections(model: type[schema.Section]) -> Iterator[type[schema.Section]]:

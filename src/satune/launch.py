@@ -199,19 +199,24 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
     )
 
 
+RESUMABLE = ("stages",)
+"""The keys that may be changed when a run is resumed."""
+
+
 def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
-    """A resumed run goes on under the recipe it was started with; ``stages`` may change.
+    """A resumed run goes on under the recipe it was started with, but for ``RESUMABLE``.
 
     Raises UserError naming the first key that differs.
     """
     if not directory.recipe.is_file():
         return
     held = load_recipe(directory.recipe)
-    changed = [line for line in differences(held, recipe) if not line.startswith("stages")]
+    changed = [key for key in differences(held, recipe) if key not in RESUMABLE]
     if changed:
         raise UserError(
             f"{directory.recipe}: the run was started with another recipe ({changed[0]}); resume "
-            "with the same recipe and overrides"
+            f"with the same recipe and overrides, or with this file; {', '.join(RESUMABLE)} alone "
+            "may change"
         )
 
 

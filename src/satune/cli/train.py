@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from satune.cli.common import (
     AsJson,
     Interrupted,
-    Out,
     Overrides,
     RecipeFile,
     open_console,
@@ -30,7 +30,12 @@ from satune.loading import served
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="the run's directory", show_default="runs/NAME of the recipe, or the run resumed"
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
     resume_from: Annotated[str | None, typer.Option(help="go on from this checkpoint")] = None,
     as_json: AsJson = False,
@@ -40,18 +45,19 @@ def train(
 
     path = shipped_recipe(recipe)
     loaded = load_recipe(path, overrides or [])
-    # The recipe that a run keeps names that run.
-    own = path.parent if resume and (path.parent / "events.jsonl").is_file() else None
-    directory = out or own or Path("runs") / path.stem
+    resume = resume or resume_from is not None
+    directory = out or (resume and _own_run(path)) or Path("runs") / path.stem
     command = ["satune", "train", recipe, *(overrides or []), "--out", str(directory), "--resume"]
     summary = run_training(
-        loaded,
-        directory,
-        resume=resume or resume_from is not None,
-        checkpoint=resume_from,
-        command=shlex.join(command),
+        loaded, directory, resume=resume, checkpoint=resume_from, command=shlex.join(command)
     )
     show_result(summary, as_json, show_summary)
+
+
+def _own_run(recipe: Path) -> Path | None:
+    """The run that keeps its recipe in this file; None for any other recipe."""
+    run = recipe.parent
+    return run if recipe.name == "recipe.yaml" and (run / "events.jsonl").is_file() else None
 
 
 def run_training(
@@ -98,8 +104,13 @@ def _train(
         found = Checkpoints(directory.checkpoints, recipe.checkpoint.keep).latest(checkpoint)
         name, passed = found or (None, [])
         for line in passed:
-            display.note(f"{line}; going on from {name}")
-    directory.start(resume=resume)
+            display.note(escape(f"{line}; going on from {name}"))
+    # Where there is no run, what stands there is as much in the way as it is without --resume.
+    held = directory.holds_run
+    directory.start(resume=resume and held)
+    if resume and name is None:
+        what = "no checkpoint of the run; it begins anew" if held else "no run; a new one begins"
+        display.note(escape(f"{directory.path}: nothing to resume: {what}"))
     local = [a.model for a in recipe.team.agents.values() if served(a.model) is None]
     if all(map(is_tiny, local)):
         # Their matrices are too small to share: two threads were slower than one.
@@ -149,5 +160,6 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"{summary['episodes']:,} episodes, {summary['tokens']:,} sampled tokens, "
         f"{summary['seconds']:.0f} s of training",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"the team: {summary['team']}", highlight=False, soft_wrap=True)

@@ -30,7 +30,7 @@ def _seats_name_agents(recipe: Recipe) -> Iterator[Fault]:
     agents = recipe.team.agents
     for seat, agent in recipe.team.given_seats().items():
         if agent not in agents:
-            yield f"team.seats.{seat}", _no_such("agent", agent, agents)
+            yield f"team.seats.{seat}", no_such("agent", agent, agents)
 
 
 def _protocol_names_seats(recipe: Recipe) -> Iterator[Fault]:
@@ -38,15 +38,16 @@ def _protocol_names_seats(recipe: Recipe) -> Iterator[Fault]:
     options = recipe.protocol.options
     judge = options.get("judge")
     if isinstance(judge, str) and judge not in seats:
-        yield "protocol.judge", _no_such("seat", judge, seats)
+        yield "protocol.judge", no_such("seat", judge, seats)
     roles = options.get("roles")
     if isinstance(roles, Mapping):
         for seat in roles:
             if seat not in seats:
-                yield f"protocol.roles.{seat}", _no_such("seat", str(seat), seats)
+                yield f"protocol.roles.{seat}", no_such("seat", str(seat), seats)
 
 
-def _no_such(kind: str, name: str, known: Iterable[str]) -> str:
+def no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    """That the team has no such agent or seat, and which it may be or there are."""
     names = list(known)
     near = nearest(name, names)
     mend = f"did you mean '{near}'?" if near else f"the {kind}s are {', '.join(names)}"

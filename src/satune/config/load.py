@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from satune.config import yaml12
 from satune.config.bases import NAMED, merge, origin, read_layers
-from satune.config.checks import Fault, faults, nearest
+from satune.config.checks import Fault, faults, nearest, no_such
 from satune.config.schema import Recipe
 from satune.training.run_directory import write_atomically
 from satune.types import UserError
@@ -141,6 +141,15 @@ def override(data: dict[str, Any], text: str) -> str:
     for depth, key in enumerate(keys[:-1]):
         inner = place.get(key)
         if inner is None:
+            if keys[:depth] == ["team", "agents"] and place and key not in place:
+                # Most likely a slip; and an agent of one key would lack all others.
+                agent = ".".join(keys[: depth + 1])
+                raise UserError(
+                    _one_line(
+                        f"command line: {dotted}: {no_such('agent', key, place)} (a new agent is "
+                        f"given whole: {agent}={{model: ...}})"
+                    )
+                )
             inner = {}
         elif isinstance(inner, str) and depth == 0 and key in NAMED:
             inner = {"name": inner}
