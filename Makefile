@@ -30,7 +30,7 @@ $(BIN)/python:
 # The stamps are older than pyproject.toml when the dependencies may have changed.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing satune into $(VENV); the first time takes some minutes."
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[plots]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python

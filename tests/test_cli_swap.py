@@ -51,7 +51,6 @@ BAD = {
     "no model there": (["{run}", "--with", "{missing}"], "cannot load model"),
     "a damaged model": (["{run}", "--with", "{damaged}"], "cannot load model"),
     "an unknown tiny model": (["{run}", "--with", "tiny:llama-xl"], "did you mean tiny:llama"),
-    "a served model": (["{run}", "--with", "http://host/v1"], "no weights to keep"),
     "out exists": (["{run}", "--out", "{nothing}"], "is there already"),
     "a seat twice": (["{run}", "--seat", "bob", "--seat", "bob"], "named twice"),
     "too many models": (["{run}", "--with", "a", "--with", "b"], "2 models for 1 seats"),

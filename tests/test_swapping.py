@@ -524,12 +524,12 @@ def test_killed_at_any_moment_the_run_is_whole_and_the_result_whole_or_absent(
 def test_a_failure_while_writing_leaves_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from satune import reseating
+    from satune import swap_output
 
     def fail(*arguments: Any, **named: Any) -> None:
         raise UserError("disk: full")
 
-    monkeypatch.setattr(reseating, "save_recipe", fail)
+    monkeypatch.setattr(swap_output, "save_recipe", fail)
     with pytest.raises(UserError, match="disk: full"):
         give(world / "run", ("bob", world / "newcomer"), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())

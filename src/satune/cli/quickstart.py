@@ -81,3 +81,10 @@ def show_all(summary: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    run = Path(summary["team"]).parent
+    open_console().print(
+        f"next: satune eval {run}, or satune train {run / 'recipe.yaml'} "
+        f"stages={summary['stages'] + 8} --resume",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,25 +98,34 @@ def run_swap(request: Any) -> dict[str, Any]:
 def show_swap(result: dict[str, Any]) -> None:
     console = open_console()
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
-    for column in ("seat", "model", "method", "before", "newcomer", "change", "verdict"):
-        table.add_column(column, justify="right" if column in ("before", "newcomer") else "left")
+    for column in ("seat", "model", "method", "before", "newcomer as it is", "after", "verdict"):
+        table.add_column(column, no_wrap=column not in ("seat", "model"))
     for record in result["swaps"]:
-        mean, low, high = record["naive_difference"]
-        interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+        after = ""
+        if "after" in record:
+            after = _reward(record["after"], record["difference"])
         table.add_row(
             ", ".join(record["seats"]),
             ", ".join(dict.fromkeys(record["models"].values())),
             record["method"],
             f"{record['before']:.3f}",
-            f"{record['naive']:.3f}",
-            f"{mean:+.3f}{interval}",
+            _reward(record["naive"], record["naive_difference"]),
+            after,
             record["verdict"],
         )
     console.print(table)
     for record in result["swaps"]:
         for line in (record.get("reason"), record.get("claim")):
             if line:
-                console.print(f"{', '.join(record['seats'])}: {line}", highlight=False)
+                console.print(
+                    f"{', '.join(record['seats'])}: {line}", highlight=False, soft_wrap=True
+                )
     cost = f"{result['tokens']:,} sampled tokens, {result['seconds']:.0f} s"
     where = result["out"] or ("nothing was written" if result["dry_run"] else "the team stays")
     console.print(f"{cost}; {where}", highlight=False, soft_wrap=True)
+
+
+def _reward(value: float, difference: Sequence[float]) -> str:
+    mean, low, high = difference
+    interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    return f"{value:.3f}, {mean:+.3f}{interval}"
