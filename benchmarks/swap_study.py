@@ -34,6 +34,8 @@ RAMP = ("--tolerance", "0.05", "--problems", "1024", "--samples", "4", "--looks"
 # Whatever it is worth: the newcomer as it is, to see what training makes of that.
 NAIVE = ("--method", "handover", "--tolerance", "1", "--problems", "8", "--looks", "1")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+RAMPS, RAMP_TOLERANCE, TRUTH = 40, 0.03, 8000
+"""Ramps that are played anew, what each may cost, and the problems that show what it does cost."""
 
 
 def satune(*arguments: str | Path, codes: Sequence[int] = (0,)) -> dict[str, Any]:
@@ -224,18 +226,70 @@ def families(out: Path) -> str:
             f"| {point['reward']:.4f} ± {point['error']:.4f} "
             f"| {(1 - share) * old + share * new:.4f} |"
         )
-    return "\n".join(lines)
+    kept = out / "family-ramps.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(ramps(start)))
+    return "\n".join([*lines, "", ramps_of(json.loads(kept.read_text()))])
 
 
-def linearity(run: Path) -> list[dict[str, Any]]:
+def sides(run: Path) -> Any:
+    """The team, and the same with the newcomer of the other family in its second seat."""
     from satune.reseating import Candidate, find_team, load_found, with_newcomer
+
+    old = Candidate(load_found(find_team(run, None), lambda done, total, what: None))
+    return old, with_newcomer(old, "second", LARGER)
+
+
+def ramps(run: Path) -> dict[str, Any]:
+    """Hand-overs of one seat on problems of their own, and the change of reward that they judge."""
+    from satune.core.confidence import Spending
+    from satune.swap.handover import HandOverSettings
     from satune.swapping import side_of, table_of
     from satune.tasks.catalog import take
     from satune.types import Key
 
-    found = find_team(run, None)
-    old = Candidate(load_found(found, lambda done, total, what: None))
-    new = with_newcomer(old, "second", LARGER)
+    old, new = sides(run)
+    table = table_of(old.cast)
+    problems = take(old.cast.task, "eval", TRUTH)
+    truth = [
+        [episode.reward for episode, _ in table.play_mixture(
+            side_of(old.cast), side_of(new.cast), problems, 1, Key(1, "swap", draw=98), share
+        )]
+        for share in (0.0, 1.0)
+    ]  # fmt: skip
+    mean, half = paired(truth[1], truth[0])
+    settings = HandOverSettings(RAMP_TOLERANCE, problems=1024, samples=4, looks=3)
+    found = []
+    for number in range(RAMPS):
+        ramp = table.hand_over(
+            side_of(old.cast), side_of(new.cast), settings, Key(1000 + number, "swap"),
+            Spending(settings.confidence, settings.looks), offset=number * 100_000,
+        )  # fmt: skip
+        shares = [look.allowed for look in ramp.looks]
+        found.append({"verdict": ramp.verdict, "shares": shares})
+        note(f"ramp {number}: {ramp.verdict}, {shares[-1]:.2f}")
+    return {"change": mean, "half": half, "confidence": settings.confidence, "ramps": found}
+
+
+def ramps_of(found: dict[str, Any]) -> str:
+    """How the ramps ended, and how many allowed a share that costs more than the tolerance."""
+    verdicts = [ramp["verdict"] for ramp in found["ramps"]]
+    broken = sum(max(r["shares"]) * found["change"] < -RAMP_TOLERANCE for r in found["ramps"])
+    ends = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
+    return (
+        f"{len(verdicts)} ramps on problems of their own, tolerance {RAMP_TOLERANCE:g} at "
+        f"confidence {found['confidence']:g}, where the newcomer changes the reward by "
+        f"{found['change']:+.4f} ± {found['half']:.4f} ({TRUTH:,} problems): {ends}; "
+        f"{broken} allowed a share that costs more than the tolerance."
+    )
+
+
+def linearity(run: Path) -> list[dict[str, Any]]:
+    from satune.swapping import side_of, table_of
+    from satune.tasks.catalog import take
+    from satune.types import Key
+
+    old, new = sides(run)
     problems = take(old.cast.task, "eval", 1000)
     table, points = table_of(old.cast), []
     for share in SHARES:
