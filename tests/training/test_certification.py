@@ -243,14 +243,13 @@ def test_a_run_that_goes_on_from_within_a_window_is_the_same(
 
 def changed(run: Training) -> Change:
     """Both agents moved by a step that was not measured, large enough to matter."""
-    held, proposed = {}, {}
+    held = {}
     for name, learner in run.learners.items():
-        held[name] = Held(learner.snapshot(), 0)
+        held[name] = Held(learner.snapshot(), 0, (1, 1))
         moved = {n: w + 0.05 * torch.randn_like(w) for n, w in learner.export().items()}
         learner.load_weights(moved)
-        proposed[name] = moved
         run.world.publish(name, 1)
-    return Change(run.learners, held, proposed)
+    return Change(run.learners, held)
 
 
 @pytest.fixture
@@ -293,7 +292,7 @@ def test_own_steps_are_moments_and_their_ratios_add_up(moved: tuple[Training, Ch
     assert steps.log_ratio_EH.shape == (6, 2)
     assert torch.allclose(steps.log_ratio_EH.sum(-1), log_ratios(change, episodes), atol=1e-4)
     assert bool((steps.kl_EH > 0).all())
-    one = Change({"bob": run.learners["bob"]}, change.held, change.proposed)
+    one = Change({"bob": run.learners["bob"]}, change.held)
     assert measure_own_steps(one, episodes).own == 1
 
 

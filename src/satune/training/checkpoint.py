@@ -37,7 +37,7 @@ from satune.types import Episode, UserError
 if TYPE_CHECKING:
     from satune.training.run import State, Training
 
-FORMAT = 2
+FORMAT = 3
 _WRITING = ".writing"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
@@ -294,7 +294,11 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
             "offset": state.certify.offset,
             "steps": state.certify.steps,
             "held": {
-                name: {"version": held.version, "steps": held.snapshot.steps}
+                name: {
+                    "version": held.version,
+                    "since": list(held.since),
+                    "steps": held.snapshot.steps,
+                }
                 for name, held in state.certify.held.items()
             },
         },
@@ -328,7 +332,11 @@ def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) 
         certify["offset"],
         certify["steps"],
         {
-            name: Held(_snapshot(path / f"{name}.held.safetensors", held["steps"]), held["version"])
+            name: Held(
+                _snapshot(path / f"{name}.held.safetensors", held["steps"]),
+                held["version"],
+                (held["since"][0], held["since"][1]),
+            )
             for name, held in certify["held"].items()
         },
     )
