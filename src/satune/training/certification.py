@@ -27,7 +27,7 @@ from satune.core.certificates import (
 )
 from satune.core.confidence import Spending
 from satune.core.ratios import sequence_log_ratio
-from satune.training.settings import CertifySettings
+from satune.training.settings import CertifySettings, TrainingSettings
 from satune.training.theory import measure_own_steps, theory_rows
 from satune.training.update import Outcome, own_turns
 from satune.types import Episode, Key, Learner
@@ -168,6 +168,20 @@ def judge(training: Training, agent: str, outcome: Outcome, key: Key) -> Outcome
     return replace(outcome, event=event)
 
 
+def tests_left(
+    settings: TrainingSettings, agents: int, stage: int, step: int, uncertified: int
+) -> int:
+    """The most tests that may come after ``stage`` whole stages and ``step`` steps of the next one,
+    ``uncertified`` steps of which no certificate covers yet."""
+    certify = settings.certify
+    if settings.schedule.name == "simultaneous":
+        windows = settings.stages - stage
+    else:
+        steps = (settings.stages - stage) * agents - step
+        windows = -(-(uncertified + steps) // certify.every) if steps else 0
+    return windows * (1 + certify.backtracks * (certify.accept == "certified"))
+
+
 def _due(training: Training, key: Key) -> bool:
     settings, order = training.settings, training.state.order
     last = key.step == len(order)
@@ -280,6 +294,8 @@ def _settle(
     state = training.state
     if trial.verdict == "reverted":
         change.revert()
+        # The team no longer has what it took in earlier steps; this one's it never took.
+        state.totals["updates"] -= change.steps - outcome.accepted
     known = any(held.version != state.versions[name] for name, held in change.held.items())
     altered = trial.verdict in ("shrunk", "reverted")
     for name, held in change.held.items():

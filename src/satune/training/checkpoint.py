@@ -23,7 +23,7 @@ from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.core.confidence import Spending
-from satune.training.certification import CertifyState, Held
+from satune.training.certification import CertifyState, Held, tests_left
 from satune.training.run_directory import (
     disk_errors,
     read_lines,
@@ -177,7 +177,7 @@ class Checkpoints:
                 f"{path}: holds agents {', '.join(sorted(state['state']['versions']))}, the recipe "
                 f"has {', '.join(sorted(agents))}; resume with the recipe the run was started with"
             )
-        _check_decisions(path, state["state"]["certify"]["spending"], training)
+        _check_decisions(path, state["state"], training)
         held: dict[str, tuple[int, int]] = {}
         for agent, learner in training.learners.items():
             learner.load_weights(load_file(path / f"{agent}.weights.safetensors"))
@@ -201,15 +201,20 @@ class Checkpoints:
         self._prune()
 
 
-def _check_decisions(path: Path, spending: Mapping[str, Any], training: Training) -> None:
-    """A gate that was promised too few tests for more stages would refuse all that they bring."""
-    settings = training.settings.certify
-    declared, needed = spending["decisions"], settings.decisions
-    gated = settings.problems > 0 and settings.accept == "certified"
-    if gated and declared is not None and (needed or 0) > declared:
+def _check_decisions(path: Path, state: Mapping[str, Any], training: Training) -> None:
+    """A gate that has too few tests left for more stages would refuse all that they bring."""
+    settings, certify = training.settings, state["certify"]
+    declared, used = certify["spending"]["decisions"], certify["spending"]["used"]
+    gated = settings.certify.problems > 0 and settings.certify.accept == "certified"
+    if not gated or declared is None:
+        return
+    agents = sum(not learner.frozen for learner in training.learners.values())
+    left = tests_left(settings, agents, state["stage"], state["step"], certify["steps"])
+    if used + left > declared:
         raise UserError(
-            f"{path}: the run declared {declared} tests of its confidence, more stages may need "
-            f"{needed}; a new run with certify.decisions: open has no such end"
+            f"{path}: the run declared {declared} tests of its confidence and has used {used}, more"
+            f" stages may need another {left}; a new run with certify.decisions: open has no such"
+            " end"
         )
 
 
