@@ -550,21 +550,27 @@ def test_a_window_cut_by_the_end_of_a_run_counts_when_it_goes_on(
 def test_the_tests_left_are_those_declared_at_every_step(
     recipe: Path, schedule: str, every: int
 ) -> None:
-    """Counted step by step, from any place of a run of three stages of two steps."""
+    """Counted step by step, from any place of a run of three stages of two steps whose windows all
+    take their two tests."""
     loaded = load_recipe(
         recipe, [*GATED, f"certify.every={every}", f"schedule={schedule}", "stages=3"]
     )
     settings = training_settings(loaded)
     used, uncertified = 0, 0
+    said: list[tuple[int, int]] = []
     for number in range(7):
-        stage, step = divmod(number, 2)
-        left = certification.tests_left(settings, 2, stage, step, uncertified)
-        assert used + left <= (settings.certify.decisions or 0)
-        if number == 6:
-            assert left == 0
+        left = certification.tests_left(settings, 2, *divmod(number, 2), uncertified)
+        said.append((used, left))
         uncertified += 1
-        if (uncertified >= every or number == 5) and (schedule == "fresh" or number % 2):
+        due = number < 6 and (uncertified >= every or number == 5)
+        if due and (schedule == "fresh" or number % 2):
             used, uncertified = used + 2, 0
+    declared = settings.certify.decisions
+    assert declared is not None and said[0] == (0, declared) and said[-1][1] == 0
+    for before, left in said:
+        assert used - before <= left <= declared - before
+        if schedule == "fresh":
+            assert left == used - before
 
 
 SAME = '''
