@@ -335,6 +335,35 @@ def test_on_an_accelerator_a_revert_is_exact_and_what_is_held_lies_on_the_cpu(
     assert all(not learner.optimizer_state() for learner in run.learners.values())
 
 
+def test_what_is_held_is_written_once_a_window(recipe: Path, tmp_path: Path) -> None:
+    """Windows of three steps: ann is held from 1.1 to 2.1; the next one begins with bob."""
+    overrides = [ON, "certify.every=3", "checkpoint.keep=9"]
+    train(tiny_world.training(recipe, tmp_path / "run", overrides), tolerance=TOLERANCE)
+    at = tmp_path / "run" / "checkpoints"
+
+    def file(name: str, agent: str) -> tuple[int, bytes] | None:
+        path = at / name / f"{agent}.held.safetensors"
+        return (path.stat().st_ino, path.read_bytes()) if path.exists() else None
+
+    first = file("stage-0001-step-1", "ann")
+    assert first is not None and file("stage-0001-step-1", "bob") is None
+    assert file("stage-0001", "ann") == first and file("stage-0001", "bob") is not None
+    assert file("stage-0002-step-1", "ann") is file("stage-0002-step-1", "bob") is None
+    # A resumed run links to what it went on from, and what is held anew is not what was.
+    more = [*overrides, "stages=4"]
+    run = tiny_world.training(recipe, tmp_path / "run", more, resume=True)
+    train(run, tolerance=TOLERANCE, checkpoint="stage-0001")
+    second = file("stage-0002", "bob"), file("stage-0003-step-1", "bob")
+    assert None not in second and second[0] == second[1] != file("stage-0001", "bob")
+    # Saved by stage alone, bob's second window follows his first without a checkpoint between.
+    train(
+        tiny_world.training(recipe, tmp_path / "rare", [*overrides, "checkpoint.every=stage"]),
+        tolerance=TOLERANCE,
+    )
+    rare = tmp_path / "rare" / "checkpoints" / "stage-0002" / "bob.held.safetensors"
+    assert rare.read_bytes() == second[0][1]  # type: ignore[index]
+
+
 def test_moments_come_back_bit_for_bit_with_the_weights(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,7 +162,7 @@ def judge(training: Training, agent: str, outcome: Outcome, key: Key) -> Outcome
     if settings.accept == "certified":
         gate |= {"tolerance": settings.tolerance, "reason": trial.reason}
     event = outcome.event
-    event |= {"certificate": trial.certificate, "gate": gate}
+    event |= ({"certificate": trial.certificate} if trial.certificate else {}) | {"gate": gate}
     event["tokens"] = {**event["tokens"], "certify": trial.tokens}
     event["seconds"] = {**event.get("seconds", {}), "certify": seconds}
     return replace(outcome, event=event)

@@ -50,6 +50,7 @@ class Checkpoints:
         self.keep = keep
         self._last: Path | None = None
         self._held: dict[str, tuple[int, int]] = {}
+        self._windows: dict[str, tuple[int, int]] = {}
 
     def names(self) -> list[str]:
         """Complete checkpoints, oldest first."""
@@ -89,6 +90,10 @@ class Checkpoints:
                         files[relative] = identity(beside / relative)
             for agent, before in state.certify.held.items():
                 relative = f"{agent}.held.safetensors"
+                if previous is not None and self._windows.get(agent) == before.since:
+                    link(previous / relative, beside / relative)
+                    files[relative] = known[relative]
+                    continue
                 with tensor_errors(beside / relative):
                     save_file(_flat(before.snapshot), beside / relative)
                 files[relative] = identity(beside / relative)
@@ -113,6 +118,7 @@ class Checkpoints:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         self._last, self._held = target, held
+        self._windows = _windows(state)
         self._prune()
 
     def _prune(self) -> None:
@@ -195,10 +201,16 @@ class Checkpoints:
         training.supply.offset = state["offset"]
         training.directory.truncate(state["sizes"])
         self._last, self._held = path, held
+        self._windows = _windows(training.state)
         for other in self.names():
             if _place(other) > _place(name):
                 shutil.rmtree(self.directory / other, ignore_errors=True)
         self._prune()
+
+
+def _windows(state: State) -> dict[str, tuple[int, int]]:
+    """Since when each agent is held: a later change holds another one."""
+    return {agent: held.since for agent, held in state.certify.held.items()}
 
 
 def _check_decisions(path: Path, state: Mapping[str, Any], training: Training) -> None:
