@@ -357,7 +357,7 @@ def test_what_is_held_is_written_once_a_window(recipe: Path, tmp_path: Path) -> 
     assert None not in second and second[0] == second[1] != file("stage-0001", "bob")
     # Saved by stage alone, bob's second window follows his first without a checkpoint between.
     train(
-        tiny_world.training(recipe, tmp_path / "rare", [*overrides, "checkpoint.every=stage"]),
+        tiny_world.training(recipe, tmp_path / "rare", [*more, "checkpoint.every=stage"]),
         tolerance=TOLERANCE,
     )
     rare = tmp_path / "rare" / "checkpoints" / "stage-0002" / "bob.held.safetensors"
