@@ -531,16 +531,30 @@ def test_a_reward_of_noise_is_hardly_ever_certified(
     assert sorted(c["lower"] for c in certificates)[100] > -0.3
 
 
+@pytest.mark.parametrize("schedule", ["hybrid", "reuse", "stale"])
 def test_a_revert_over_stages_leaves_no_experience_of_the_team_it_undid(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
     """ann's change of stage 1 is taken back in stage 2, whose batch that ann had drawn."""
     judged(monkeypatch, [-0.5] * 8)
     monkeypatch.setattr("satune.training.stage.judge", refusing("bob"))
-    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "certify.every=3"])
+    run = tiny_world.training(
+        recipe, tmp_path / "run", [*GATED, "certify.every=3", f"schedule={schedule}"]
+    )
     train(run, tolerance=TOLERANCE)
     rollouts = [(e["stage"], e["step"]) for e in tiny_world.events(tmp_path / "run", "rollout")]
     assert rollouts == [(1, 1), (2, 1), (2, 2)]
+
+
+def test_a_naive_batch_stays_where_only_what_came_after_it_was_undone(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step is taken back by itself: the one batch of a stage is still of the team's."""
+    judged(monkeypatch, [-0.5] * 8)
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "schedule=stale"])
+    train(run, tolerance=TOLERANCE)
+    rollouts = [(e["stage"], e["step"]) for e in tiny_world.events(tmp_path / "run", "rollout")]
+    assert rollouts == [(1, 1), (2, 1)]
 
 
 def test_a_gate_is_not_extended_beyond_the_tests_it_declared(

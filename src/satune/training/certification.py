@@ -308,8 +308,11 @@ def _settle(
     if not altered:
         return outcome
     assert state.batch is not None
-    # Its episodes, or their weights, are those of changes that were not kept.
-    state.batch.spent = trial.verdict == "shrunk" or known
+    # What was not kept made its weights, or, which spoils it for every schedule, its episodes.
+    drawn = (state.stage + 1, state.batch.drawn_before)
+    played = any(held.since < drawn for held in change.held.values())
+    weighted = training.settings.schedule.name in ("reuse", "hybrid")
+    state.batch.spent |= played or (weighted and (trial.verdict == "shrunk" or known))
     if not outcome.accepted:
         return outcome
     reverted = trial.verdict == "reverted"
