@@ -394,6 +394,22 @@ def test_a_gate_without_decisions_left_refuses_and_says_why(
     assert run.state.certify.spending.spent == 0.05
 
 
+def test_without_a_gate_a_change_that_no_test_is_left_for_stays_and_claims_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, [0.25])
+    run = tiny_world.training(recipe, tmp_path / "run", [ON])
+    run.state.certify.spending = confidence.Spending(0.05, 1)
+    train(run, tolerance=TOLERANCE)
+    updates = tiny_world.events(tmp_path / "run", "update")
+    assert [u["gate"]["verdict"] for u in updates] == ["kept", *["not tested"] * 3]
+    assert ["certificate" in u for u in updates] == [True, False, False, False]
+    assert all(u["accepted"] for u in updates)
+    stages = tiny_world.events(tmp_path / "run", "stage")
+    assert [stage["certificate"]["lower"] for stage in stages] == [-1.0, -1.0]
+    assert [stage["certificate"]["alpha"] for stage in stages] == [0.05, 0.0]
+
+
 @pytest.mark.parametrize("gate, needed", [("trust_region", 4), ("certified", 8)])
 def test_the_confidence_is_split_over_all_decisions_that_may_come(
     recipe: Path, tmp_path: Path, gate: str, needed: int
