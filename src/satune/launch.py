@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from satune.agents.learner import LocalLearner, OptimizerSettings
@@ -15,7 +15,7 @@ from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.evaluation import mean_estimate
 from satune.rollout import episode_from_row, episode_to_row, rollout_sync
-from satune.tasks.catalog import draw
+from satune.tasks.catalog import draw, take
 from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints
 from satune.training.run import State, Training, Watcher
@@ -29,7 +29,7 @@ from satune.training.settings import (
     TrainingSettings,
     UpdateSettings,
 )
-from satune.types import Episode, Key, UserError
+from satune.types import Episode, Key, Problem, Task, UserError
 
 
 def training_settings(recipe: Recipe) -> TrainingSettings:
@@ -170,7 +170,7 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
     world = LocalWorld(cast, directory)
     if settings.certify.problems:
         # A task without problems for certificates is told now, not after the first step.
-        draw(cast.task, "certify", 1)
+        check_held_out(cast.task)
     resolved = recipe.team.resolved()
     learners = {
         name: LocalLearner(
@@ -197,6 +197,28 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         watch=watch,
         evaluates_greedy=recipe.evaluate.greedy,
     )
+
+
+def check_held_out(task: Task) -> None:
+    """Problems that teach make every certificate worthless. Raises UserError where the split
+    "certify" is empty, or is "train" by another name."""
+
+    def content(problems: Iterable[Problem]) -> list[str]:
+        return [repr((p.text, p.answer, p.metadata)) for p in problems]
+
+    first = draw(task, "certify", 16)
+    if getattr(task, "fresh", False):
+        taught = content(take(task, "train", len(first)))
+        same = content(first) == taught
+    else:
+        taught = content(task.problems("train"))
+        same = set(content(task.problems("certify"))) <= set(taught)
+    # Games may differ in their random numbers alone; then nothing can be told from the problems.
+    if same and len(set(taught)) > 1:
+        raise UserError(
+            f"task {task.name}: its problems for certificates are those it trains on; "
+            "give problems(split) other ones for 'certify' than for 'train'"
+        )
 
 
 RESUMABLE = ("stages",)

@@ -478,6 +478,32 @@ def test_resting_changes_nothing(offload, dtype, tmp_path: Path):
     assert (tmp_path / "scratch").exists() == (offload == "disk")
 
 
+@pytest.mark.parametrize("offload", ["cpu", "disk", "none"])
+def test_restored_moments_rest_where_moments_rest(offload, tmp_path: Path):
+    """A learner that rests is given back a snapshot: the gate's revert, or a resume."""
+    settings = OptimizerSettings(lr=0.01, offload=offload)
+    learner = LocalLearner(tiny_policy(), settings, scratch=tmp_path / "scratch")
+    packed = pack(TURNS)
+    learner.wake()
+    train(learner, packed, 1)
+    snapshot = learner.snapshot()
+    weights, moments = dict(snapshot.weights), dict(snapshot.optimizer)
+    train(learner, packed, 1)
+    learner.rest()
+    snapshot.rest()
+    assert same(snapshot.weights, weights) and same(snapshot.optimizer, moments)
+    learner.restore(snapshot)
+    assert bool(learner._resting) == (offload != "disk")
+    assert (learner._resting_file is not None) == (offload == "disk")
+    assert same(learner.optimizer_state(), moments) and same(learner.export(), weights)
+    learner.wake()
+    assert same(learner.optimizer_state(), moments)
+    # Nothing that was held rests in the file of what came after it.
+    learner.load_optimizer_state({}, 0)
+    learner.rest()
+    assert not learner.optimizer_state()
+
+
 def test_a_resting_snapshot_can_be_restored():
     # A checkpoint is loaded into a learner that rests.
     first, second = learner_of(lr=0.01), learner_of(lr=0.01)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +14,10 @@ import pytest
 import torch
 
 import tiny_world
+from satune.config.load import load_recipe
 from satune.core import confidence
 from satune.core.certificates import StatisticalCertificate
+from satune.launch import training_settings
 from satune.training import certification
 from satune.training.certification import Change, Held, log_ratios
 from satune.training.run import Training
@@ -70,6 +75,20 @@ def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> list[tor
 
     monkeypatch.setattr(certification, "certify", certify)
     return seen
+
+
+def refusing(failing: str) -> Callable[..., Any]:
+    """``judge`` as if the trust region had refused every proposal of this agent."""
+    judge = certification.judge
+
+    def refused(run: Training, agent: str, outcome: Any, key: Key) -> Any:
+        if agent == failing:
+            run.learners[agent].restore(outcome.before)
+            nothing = torch.zeros_like(outcome.log_ratio_E)
+            outcome = replace(outcome, accepted=False, log_ratio_E=nothing)
+        return judge(run, agent, outcome, key)
+
+    return refused
 
 
 def test_a_certificate_compares_the_proposal_with_the_team_before(
@@ -196,6 +215,169 @@ def test_one_certificate_over_several_steps_takes_all_of_them_back(
     # ann was published as version 1 and taken back as version 2; bob's was never taken.
     assert run.state.versions == {"ann": 4, "bob": 0}
     assert run.world.cast.engine.versions == run.state.versions  # type: ignore[attr-defined]
+    # What was taken back is no update that the team has.
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["updates_accepted"] == 0
+
+
+def test_a_certificate_says_since_which_step_it_claims(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of three steps over stages of two: 1.1 to 2.1, which ends well, and 2.2 to 3.2."""
+    judged(monkeypatch, [0.25, -0.5, -0.5])
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "certify.every=3", "stages=3"])
+    train(run, tolerance=TOLERANCE)
+    updates = tiny_world.events(tmp_path / "run", "update")
+    found = {(u["stage"], u["step"]): u["gate"] for u in updates if "gate" in u}
+    assert found.keys() == {(2, 1), (3, 2)}
+    assert found[2, 1]["since"] == {"stage": 1, "step": 1}
+    assert found[2, 1]["verdict"] == "kept"
+    assert found[3, 2]["since"] == {"stage": 2, "step": 2}
+    assert found[3, 2]["verdict"] == "reverted"
+    first, second, third = tiny_world.events(tmp_path / "run", "stage")
+    assert "certificate" not in first and first["uncertified"] == ["ann", "bob"]
+    assert second["certificate"]["since"] == {"stage": 1, "step": 1}
+    assert second["certificate"]["lower"] == 0.25 and second["uncertified"] == ["bob"]
+    # The third stage took the second's last step back: it is unchanged since then, not since 3.1.
+    assert third["certificate"]["since"] == {"stage": 2, "step": 2}
+    assert third["certificate"]["lower"] == 0.0 and "uncertified" not in third
+    assert run.state.totals["updates"] == 3
+
+
+def test_a_window_begins_with_its_first_change(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 1.1 changes nothing: the team before it is the team before step 1.2."""
+    monkeypatch.setattr("satune.training.stage.judge", refusing("ann"))
+    run = tiny_world.training(recipe, tmp_path / "run", [ON, "certify.every=3"])
+    train(run, tolerance=TOLERANCE)
+    updates = tiny_world.events(tmp_path / "run", "update")
+    gates = [u["gate"] for u in updates if "gate" in u]
+    assert [gate["since"] for gate in gates] == [{"stage": 1, "step": 2}, {"stage": 2, "step": 2}]
+    assert [gate["agents"] for gate in gates] == [["bob"], ["bob"]]
+
+
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on an accelerator: every copy stays there but the one to the CPU."""
+
+    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.as_subclass(OnDevice) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_is_held_leaves_the_device_before_the_next_episode(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    befores: list[Any] = []
+    judge = certification.judge
+
+    def far(run: Training, agent: str, outcome: Any, key: Key) -> Any:
+        before = outcome.before
+        before.weights, before.optimizer = on_device(before.weights), on_device(before.optimizer)
+        befores.append(before)
+        return judge(run, agent, outcome, key)
+
+    monkeypatch.setattr("satune.training.stage.judge", far)
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, f"certify.every={every}"])
+    certify, draw = run.world.certify, run.supply.draw
+    seen = 0
+
+    def held() -> list[torch.Tensor]:
+        kept = [*befores, *(before.snapshot for before in run.state.certify.held.values())]
+        return [t for s in kept for part in (s.weights, s.optimizer) for t in part.values()]
+
+    def watched(play: Any) -> Any:
+        def playing(*arguments: Any) -> Any:
+            nonlocal seen
+            seen += len(held())
+            assert not any(isinstance(tensor, OnDevice) for tensor in held())
+            own = {w.untyped_storage().data_ptr() for w in parameters(run)}
+            assert not own & {t.untyped_storage().data_ptr() for t in held()}
+            return play(*arguments)
+
+        return playing
+
+    run.world.certify = watched(certify)  # type: ignore[method-assign]
+    run.supply.draw = watched(draw)
+    train(run, tolerance=TOLERANCE)
+    assert seen > 0 and len(befores) == 4
+
+
+def parameters(run: Training) -> list[torch.Tensor]:
+    return [p for learner in run.learners.values() for p in learner._parameters.values()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+def test_on_an_accelerator_a_revert_is_exact_and_what_is_held_lies_on_the_cpu(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no accelerator")
+    judged(monkeypatch, [-0.5] * 8)
+    overrides = [*GATED, "certify.every=3", "team.device=cuda"]
+    run = tiny_world.training(recipe, tmp_path / "run", overrides)
+    before = tiny_world.weights(run)
+    draw = run.supply.draw
+
+    def watched(*arguments: Any) -> list[Episode]:
+        for held in run.state.certify.held.values():
+            parts = (held.snapshot.weights, held.snapshot.optimizer)
+            assert all(t.device.type == "cpu" for part in parts for t in part.values())
+        return draw(*arguments)
+
+    run.supply.draw = watched
+    train(run, tolerance=TOLERANCE)
+    assert all(tiny_world.same(before[n], w) for n, w in tiny_world.weights(run).items())
+    assert all(not learner.optimizer_state() for learner in run.learners.values())
+
+
+def test_what_is_held_is_written_once_a_window(recipe: Path, tmp_path: Path) -> None:
+    """Windows of three steps: ann is held from 1.1 to 2.1; the next one begins with bob."""
+    overrides = [ON, "certify.every=3", "checkpoint.keep=9"]
+    train(tiny_world.training(recipe, tmp_path / "run", overrides), tolerance=TOLERANCE)
+    at = tmp_path / "run" / "checkpoints"
+
+    def file(name: str, agent: str) -> tuple[int, bytes] | None:
+        path = at / name / f"{agent}.held.safetensors"
+        return (path.stat().st_ino, path.read_bytes()) if path.exists() else None
+
+    first = file("stage-0001-step-1", "ann")
+    assert first is not None and file("stage-0001-step-1", "bob") is None
+    assert file("stage-0001", "ann") == first and file("stage-0001", "bob") is not None
+    assert file("stage-0002-step-1", "ann") is file("stage-0002-step-1", "bob") is None
+    # A resumed run links to what it went on from, and what is held anew is not what was.
+    more = [*overrides, "stages=4"]
+    run = tiny_world.training(recipe, tmp_path / "run", more, resume=True)
+    train(run, tolerance=TOLERANCE, checkpoint="stage-0001")
+    second = file("stage-0002", "bob"), file("stage-0003-step-1", "bob")
+    assert None not in second and second[0] == second[1] != file("stage-0001", "bob")
+    # Saved by stage alone, bob's second window follows his first without a checkpoint between.
+    train(
+        tiny_world.training(recipe, tmp_path / "rare", [*more, "checkpoint.every=stage"]),
+        tolerance=TOLERANCE,
+    )
+    rare = tmp_path / "rare" / "checkpoints" / "stage-0002" / "bob.held.safetensors"
+    assert rare.read_bytes() == second[0][1]  # type: ignore[index]
+
+
+def test_moments_come_back_bit_for_bit_with_the_weights(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four steps in windows of two, the first window is kept and the second taken back."""
+    half = tiny_world.training(recipe, tmp_path / "half", ["stages=1"])
+    train(half, tolerance=TOLERANCE)
+    judged(monkeypatch, [0.0, -0.5, -0.5])
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "certify.every=2"])
+    train(run, tolerance=TOLERANCE)
+    for name, learner in run.learners.items():
+        assert tiny_world.same(learner.export(), half.learners[name].export())
+        moments = learner.optimizer_state()
+        assert moments and tiny_world.same(moments, half.learners[name].optimizer_state())
+        assert learner.steps == half.learners[name].steps > 0
 
 
 def test_a_gate_without_decisions_left_refuses_and_says_why(
@@ -210,6 +392,22 @@ def test_a_gate_without_decisions_left_refuses_and_says_why(
     last = tiny_world.events(tmp_path / "run", "update")[-1]
     assert last["reason"] == "gate: the declared number of decisions is used up"
     assert run.state.certify.spending.spent == 0.05
+
+
+def test_without_a_gate_a_change_that_no_test_is_left_for_stays_and_claims_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, [0.25])
+    run = tiny_world.training(recipe, tmp_path / "run", [ON])
+    run.state.certify.spending = confidence.Spending(0.05, 1)
+    train(run, tolerance=TOLERANCE)
+    updates = tiny_world.events(tmp_path / "run", "update")
+    assert [u["gate"]["verdict"] for u in updates] == ["kept", *["not tested"] * 3]
+    assert ["certificate" in u for u in updates] == [True, False, False, False]
+    assert all(u["accepted"] for u in updates)
+    stages = tiny_world.events(tmp_path / "run", "stage")
+    assert [stage["certificate"]["lower"] for stage in stages] == [-1.0, -1.0]
+    assert [stage["certificate"]["alpha"] for stage in stages] == [0.05, 0.0]
 
 
 @pytest.mark.parametrize("gate, needed", [("trust_region", 4), ("certified", 8)])
@@ -243,14 +441,13 @@ def test_a_run_that_goes_on_from_within_a_window_is_the_same(
 
 def changed(run: Training) -> Change:
     """Both agents moved by a step that was not measured, large enough to matter."""
-    held, proposed = {}, {}
+    held = {}
     for name, learner in run.learners.items():
-        held[name] = Held(learner.snapshot(), 0)
+        held[name] = Held(learner.snapshot(), 0, (1, 1))
         moved = {n: w + 0.05 * torch.randn_like(w) for n, w in learner.export().items()}
         learner.load_weights(moved)
-        proposed[name] = moved
         run.world.publish(name, 1)
-    return Change(run.learners, held, proposed)
+    return Change(run.learners, held)
 
 
 @pytest.fixture
@@ -293,7 +490,9 @@ def test_own_steps_are_moments_and_their_ratios_add_up(moved: tuple[Training, Ch
     assert steps.log_ratio_EH.shape == (6, 2)
     assert torch.allclose(steps.log_ratio_EH.sum(-1), log_ratios(change, episodes), atol=1e-4)
     assert bool((steps.kl_EH > 0).all())
-    one = Change({"bob": run.learners["bob"]}, change.held, change.proposed)
+    # A message has six tokens at the most, and so a token at least a sixth of its KL.
+    assert float(steps.kl_EH.max()) / 6 <= steps.largest_token_kl <= float(steps.kl_EH.max())
+    one = Change({"bob": run.learners["bob"]}, change.held)
     assert measure_own_steps(one, episodes).own == 1
 
 
@@ -348,34 +547,159 @@ def test_a_reward_of_noise_is_hardly_ever_certified(
     assert sorted(c["lower"] for c in certificates)[100] > -0.3
 
 
+@pytest.mark.parametrize("schedule", ["hybrid", "reuse", "stale"])
 def test_a_revert_over_stages_leaves_no_experience_of_the_team_it_undid(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
     """ann's change of stage 1 is taken back in stage 2, whose batch that ann had drawn."""
     judged(monkeypatch, [-0.5] * 8)
-    improve = certification.judge
-
-    def bob_fails(run: Training, agent: str, outcome: Any, key: Key) -> Any:
-        if agent == "bob":
-            run.learners["bob"].restore(outcome.before)
-            nothing = torch.zeros_like(outcome.log_ratio_E)
-            outcome = replace(outcome, accepted=False, log_ratio_E=nothing)
-        return improve(run, agent, outcome, key)
-
-    monkeypatch.setattr("satune.training.stage.judge", bob_fails)
-    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "certify.every=3"])
+    monkeypatch.setattr("satune.training.stage.judge", refusing("bob"))
+    run = tiny_world.training(
+        recipe, tmp_path / "run", [*GATED, "certify.every=3", f"schedule={schedule}"]
+    )
     train(run, tolerance=TOLERANCE)
     rollouts = [(e["stage"], e["step"]) for e in tiny_world.events(tmp_path / "run", "rollout")]
     assert rollouts == [(1, 1), (2, 1), (2, 2)]
 
 
+def test_a_naive_batch_stays_where_only_what_came_after_it_was_undone(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step is taken back by itself: the one batch of a stage is still of the team's."""
+    judged(monkeypatch, [-0.5] * 8)
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "schedule=stale"])
+    train(run, tolerance=TOLERANCE)
+    rollouts = [(e["stage"], e["step"]) for e in tiny_world.events(tmp_path / "run", "rollout")]
+    assert rollouts == [(1, 1), (2, 1)]
+
+
 def test_a_gate_is_not_extended_beyond_the_tests_it_declared(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, [0.0] * 8)
+    """Four steps declare 8 tests and use 4; a third stage may take another 4, a fourth 8."""
+    judged(monkeypatch, [0.0] * 6)
     train(tiny_world.training(recipe, tmp_path / "run", GATED), tolerance=TOLERANCE)
-    more = tiny_world.training(recipe, tmp_path / "run", [*GATED, "stages=3"], resume=True)
+    more = tiny_world.training(recipe, tmp_path / "run", [*GATED, "stages=4"], resume=True)
     before = (tmp_path / "run" / "events.jsonl").read_bytes()
-    with pytest.raises(UserError, match="declared 8 tests of its confidence, more stages may need"):
+    with pytest.raises(UserError, match=r"declared 8 tests .* used 4, more stages may need .* 8;"):
         train(more, tolerance=TOLERANCE, checkpoint="stage-0002")
     assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+    third = tiny_world.training(recipe, tmp_path / "run", [*GATED, "stages=3"], resume=True)
+    train(third, tolerance=TOLERANCE, checkpoint="stage-0002")
+    assert third.state.certify.spending.used == 6
+
+
+def test_a_window_cut_by_the_end_of_a_run_counts_when_it_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of three steps: of two stages 3 + 1, of three 3 + 1 + 2, where six in one go are two.
+
+    The gate has 4 tests for the first two windows; the third is not to be refused for want of one.
+    """
+    judged(monkeypatch, [-0.5, 0.0, -0.5, 0.0])
+    windows = [*GATED, "certify.every=3"]
+    train(tiny_world.training(recipe, tmp_path / "run", windows), tolerance=TOLERANCE)
+    more = tiny_world.training(recipe, tmp_path / "run", [*windows, "stages=3"], resume=True)
+    with pytest.raises(UserError, match=r"declared 4 tests .* used 4, more stages may need .* 2;"):
+        train(more, tolerance=TOLERANCE, checkpoint="stage-0002")
+
+
+@pytest.mark.parametrize("schedule", ["fresh", "simultaneous"])
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 9])
+def test_the_tests_left_are_those_declared_at_every_step(
+    recipe: Path, schedule: str, every: int
+) -> None:
+    """Counted step by step, from any place of a run of three stages of two steps whose windows all
+    take their two tests."""
+    loaded = load_recipe(
+        recipe, [*GATED, f"certify.every={every}", f"schedule={schedule}", "stages=3"]
+    )
+    settings = training_settings(loaded)
+    used, uncertified = 0, 0
+    said: list[tuple[int, int]] = []
+    for number in range(7):
+        left = certification.tests_left(settings, 2, *divmod(number, 2), uncertified)
+        said.append((used, left))
+        uncertified += 1
+        due = number < 6 and (uncertified >= every or number == 5)
+        if due and (schedule == "fresh" or number % 2):
+            used, uncertified = used + 2, 0
+    declared = settings.certify.decisions
+    assert declared is not None and said[0] == (0, declared) and said[-1][1] == 0
+    for before, left in said:
+        assert used - before <= left <= declared - before
+        if schedule == "fresh":
+            assert left == used - before
+
+
+SAME = '''
+from satune.tasks.relay import Relay
+
+
+class Same(Relay):
+    """A class that gives every split the same problems."""
+
+    fresh = {fresh}
+
+    def problem_at(self, split, index):
+        return super().problem_at("train", index)
+
+    def problems(self, split):
+        endless = (self.problem_at(split, index) for index in itertools.count())
+        return endless if self.fresh else itertools.islice(endless, 20)
+
+
+import itertools
+'''
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_task_that_certifies_on_what_it_trains_on_is_refused(
+    recipe: Path, tmp_path: Path, fresh: bool
+) -> None:
+    (tmp_path / "same.py").write_text(SAME.replace("{fresh}", str(fresh)))
+    task = f"task={{name: '{tmp_path / 'same.py'}:Same', numbers: 3}}"
+    with pytest.raises(UserError, match="problems for certificates are those it trains on"):
+        tiny_world.training(recipe, tmp_path / "run", [task, ON])
+    tiny_world.training(recipe, tmp_path / "without", [task])
+
+
+def test_a_finite_set_is_drawn_with_replacement_and_each_draw_is_played_for_itself(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Three held-out rows in 30 draws: in epochs each came ten times; the odds that independent
+    draws do are 30!/(10!)^3/3^30 = 2.7%, and this seed's do not."""
+    run = tiny_world.training(recipe, tmp_path / "run", [ON])
+    episodes = run.world.certify(Key(0, "certify"), 0, 30, 2)
+    rows = Counter(e.problem.id.partition("#")[0] for e in episodes)
+    assert len(rows) == 3 and sorted(rows.values()) != [20, 20, 20]
+    assert len({e.problem.id for e in episodes}) == 30
+    by_row: dict[str, set[Any]] = {}
+    for e in episodes:
+        by_row.setdefault(e.problem.text, set()).add(e.turns[0].completion_ids)
+    # The same row drawn again has random numbers of its own.
+    assert all(len(messages) > 5 for messages in by_row.values())
+
+
+def test_the_rows_of_theory_say_what_they_are_made_of(recipe: Path, tmp_path: Path) -> None:
+    """2 x .99 sqrt(delta/2) / .01^2 for the region's delta = .05: 3130.65..."""
+    run = tiny_world.training(recipe, tmp_path / "run", [ON, "certify.every=3"])
+    train(run, tolerance=TOLERANCE)
+    updates = tiny_world.events(tmp_path / "run", "update")
+    several, one = (u["certificate"]["theory"] for u in updates if "certificate" in u)
+    assert all(row["basis"].startswith(("measured: ", "enforced: ")) for row in several + one)
+    assert {row["name"] for row in several} == {"sup-free", "paper", "turns"}
+    rows = {row["name"]: row for row in one}
+    assert rows.keys() == {"sup-free", "paper", "paper, region", "one own turn"}
+    assert rows["paper, region"]["penalty"] == pytest.approx(1.98e4 * 0.025**0.5, rel=1e-12)
+    assert rows["paper, region"]["basis"].startswith("enforced: delta 0.05")
+    # What was measured stands in the basis; it may exceed delta, which holds a quantile.
+    largest = float(re.search(r"of a token, ([0-9.e-]+)", rows["paper"]["basis"])[1])  # type: ignore[index]
+    assert rows["paper"]["penalty"] == pytest.approx(1.98e4 * (largest / 2) ** 0.5, rel=1e-2)
+    # Without a region that holds a step there is no delta to speak of.
+    free = tiny_world.training(
+        recipe, tmp_path / "free", [ON, "trust_region.enabled=false", "stages=1"]
+    )
+    train(free, tolerance=TOLERANCE)
+    for update in tiny_world.events(tmp_path / "free", "update"):
+        assert "paper, region" not in {row["name"] for row in update["certificate"]["theory"]}

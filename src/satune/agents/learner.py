@@ -41,7 +41,7 @@ class NonFinite(ArithmeticError):
 
 @dataclass(slots=True)
 class LocalLearner:
-    """A learner over a policy in this process. See DESIGN.md "Learner".
+    """A learner over a policy in this process; ``satune.types.Learner`` is what training sees.
 
     Trainable parameters are the master weights (float32, or float64 where the team is); compute may
     run under autocast. The optimiser's moments exist between ``wake`` and ``rest`` on the device.
@@ -341,15 +341,18 @@ class LocalLearner:
         """Let the optimiser go; its moments rest on the CPU or on disk until the next step."""
         if self._optimizer is None:
             return
+        state, self._optimizer = self.optimizer_state(), None
+        self._put_away(state)
+
+    def _put_away(self, state: Mapping[str, Tensor]) -> None:
         stays = self.settings.offload == "none"
-        state = {n: t if stays else t.cpu() for n, t in self.optimizer_state().items()}
-        self._optimizer = None
+        state = {n: t if stays else t.cpu() for n, t in state.items()}
+        self._resting, self._resting_file = state, None
         if self.settings.offload == "disk" and self.scratch is not None and state:
             self.scratch.mkdir(parents=True, exist_ok=True)
             self._resting_file = self.scratch / f"{self.policy.name}.optimizer.safetensors"
             save_file({n: t.contiguous() for n, t in state.items()}, self._resting_file)
-        else:
-            self._resting = state
+            self._resting = {}
 
     def optimizer_state(self, *, copy: bool = False) -> dict[str, Tensor]:
         """The moments as flat named tensors (``<parameter>|exp_avg``, ...), wherever they are."""
@@ -366,7 +369,7 @@ class LocalLearner:
     def load_optimizer_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         self.steps = steps
         if self._optimizer is None:
-            self._resting, self._resting_file = dict(state), None
+            self._put_away(state)
         else:
             self._fill(state)
 

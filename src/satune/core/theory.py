@@ -10,7 +10,7 @@ from typing import Any, Literal
 Status = Literal["positive", "plug-in positive", "not positive", "vacuous"]
 
 SUP_FREE = "sup-free"
-PAPER = "paper"
+PAPER, PAPER_REGION = "paper", "paper, region"
 PAPER_REMARK = "this form can never be positive for gamma >= 1/2; shown for reference"
 
 
@@ -20,7 +20,7 @@ class TheoryRow:
 
     "positive": an improvement, given exact values; "plug-in positive": positive with estimates in
     the place of exact values, which is no proof; "vacuous": the penalty exceeds all that the step
-    could gain. ``remark``: what must be said beside it, or nothing.
+    could gain. ``remark``: what must be said beside it; ``basis``: what the penalty was made of.
     """
 
     name: str
@@ -28,6 +28,7 @@ class TheoryRow:
     penalty: float
     status: Status
     remark: str = ""
+    basis: str = ""
 
     @property
     def lower(self) -> float:
@@ -36,7 +37,8 @@ class TheoryRow:
     def to_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {"name": self.name, "gain": self.gain, "penalty": self.penalty}
         row |= {"lower": self.lower, "status": self.status}
-        return row | ({"remark": self.remark} if self.remark else {})
+        said = {"basis": self.basis, "remark": self.remark}
+        return row | {key: text for key, text in said.items() if text}
 
 
 def theory_status(
@@ -56,14 +58,21 @@ def theory_status(
 
 
 def theory_row(
-    name: str, gain: float, penalty: float, *, plug_in: bool, largest_gain: float = math.inf
+    name: str,
+    gain: float,
+    penalty: float,
+    *,
+    plug_in: bool,
+    largest_gain: float = math.inf,
+    basis: str = "",
 ) -> TheoryRow:
     """The row with its status; "sup-free" is a plug-in by its nature, "paper" gets its remark."""
     gain, penalty = float(gain), float(penalty)
     status = theory_status(
         gain, penalty, plug_in=plug_in or name == SUP_FREE, largest_gain=float(largest_gain)
     )
-    return TheoryRow(name, gain, penalty, status, PAPER_REMARK if name == PAPER else "")
+    remark = PAPER_REMARK if name in (PAPER, PAPER_REGION) else ""
+    return TheoryRow(name, gain, penalty, status, remark, basis)
 
 
 def stage_row(

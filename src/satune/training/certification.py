@@ -27,7 +27,7 @@ from satune.core.certificates import (
 )
 from satune.core.confidence import Spending
 from satune.core.ratios import sequence_log_ratio
-from satune.training.settings import CertifySettings
+from satune.training.settings import CertifySettings, TrainingSettings
 from satune.training.theory import measure_own_steps, theory_rows
 from satune.training.update import Outcome, own_turns
 from satune.types import Episode, Key, Learner
@@ -41,10 +41,12 @@ SHRINK = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An agent as it was at the last certificate, and the version it had then."""
+    """An agent as it was at the last certificate, resting on the CPU, and the version it had then.
+    ``since`` is the (stage, step) of the first change that it has made after."""
 
     snapshot: Snapshot
     version: int
+    since: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -63,26 +65,39 @@ class CertifyState:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The agents that changed since the last certificate: as they were, and what is proposed."""
+    """The agents that changed since the last certificate, in ``steps`` accepted steps: as they
+    were, and, once a smaller change is tried, what was proposed."""
 
     learners: Mapping[str, Learner]
     held: Mapping[str, Held]
-    proposed: Mapping[str, dict[str, Tensor]]
+    steps: int = 1
+    proposed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def since(self) -> dict[str, int]:
+        """The first step that the change consists of: what is old is the team before it."""
+        stage, step = min(held.since for held in self.held.values())
+        return {"stage": stage, "step": step}
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
-        """The old weights in place for as long as the block runs. Optimisers are let be."""
-        present = {name: learner.export() for name, learner in self.learners.items()}
-        for name, learner in self.learners.items():
+    def undone(self, *names: str) -> Iterator[None]:
+        """The old weights of these agents (none named: of all that changed) in place for as long
+        as the block runs. Optimisers are let be."""
+        learners = {name: self.learners[name] for name in names or self.learners}
+        present = {name: learner.export() for name, learner in learners.items()}
+        for name, learner in learners.items():
             learner.load_weights(self.held[name].snapshot.weights)
         try:
             yield
         finally:
-            for name, learner in self.learners.items():
+            for name, learner in learners.items():
                 learner.load_weights(present[name])
 
     def shrink(self, scale: float) -> None:
+        """``scale`` of the way from the old weights to those in place before the first shrink."""
         for name, learner in self.learners.items():
+            if name not in self.proposed:
+                self.proposed[name] = learner.export()
             learner.interpolate(self.held[name].snapshot.weights, self.proposed[name], scale)
 
     def revert(self) -> None:
@@ -116,7 +131,9 @@ def judge(training: Training, agent: str, outcome: Outcome, key: Key) -> Outcome
         return outcome
     if outcome.accepted:
         assert outcome.before is not None
-        state.certify.held.setdefault(agent, Held(outcome.before, state.versions[agent]))
+        outcome.before.rest()  # the device is for the certificate's episodes, or the next step
+        at = (key.stage, key.step)
+        state.certify.held.setdefault(agent, Held(outcome.before, state.versions[agent], at))
     state.certify.steps += 1
     if not _due(training, key):
         return outcome
@@ -125,10 +142,10 @@ def judge(training: Training, agent: str, outcome: Outcome, key: Key) -> Outcome
         return outcome
     started = time.perf_counter()
     learners = {name: training.learners[name] for name in held}
-    proposed = {name: learner.export() for name, learner in learners.items()}
-    change = Change(learners, held, proposed)
+    taken = sum(state.versions[name] - before.version for name, before in held.items())
+    change = Change(learners, held, taken + outcome.accepted)
     trial = _try(training, change, key)
-    _note_stage(training, trial)
+    _note_stage(training, change, trial)
     outcome = _settle(training, agent, outcome, change, trial)
     seconds = time.perf_counter() - started
     costs = {"episodes": trial.episodes, "tokens": trial.tokens, "seconds": seconds}
@@ -139,15 +156,30 @@ def judge(training: Training, agent: str, outcome: Outcome, key: Key) -> Outcome
         "accept": settings.accept,
         "verdict": trial.verdict,
         "agents": list(held),
+        "since": change.since,
         "candidates": trial.candidates,
     }
     if settings.accept == "certified":
         gate |= {"tolerance": settings.tolerance, "reason": trial.reason}
     event = outcome.event
-    event |= {"certificate": trial.certificate, "gate": gate}
+    event |= ({"certificate": trial.certificate} if trial.certificate else {}) | {"gate": gate}
     event["tokens"] = {**event["tokens"], "certify": trial.tokens}
     event["seconds"] = {**event.get("seconds", {}), "certify": seconds}
     return replace(outcome, event=event)
+
+
+def tests_left(
+    settings: TrainingSettings, agents: int, stage: int, step: int, uncertified: int
+) -> int:
+    """The most tests that may come after ``stage`` whole stages and ``step`` steps of the next one,
+    ``uncertified`` steps of which no certificate covers yet."""
+    certify = settings.certify
+    if settings.schedule.name == "simultaneous":
+        windows = settings.stages - stage
+    else:
+        steps = (settings.stages - stage) * agents - step
+        windows = -(-(uncertified + steps) // certify.every) if steps else 0
+    return windows * (1 + certify.backtracks * (certify.accept == "certified"))
 
 
 def _due(training: Training, key: Key) -> bool:
@@ -229,8 +261,10 @@ def _test(training: Training, change: Change, key: Key, trial: Trial) -> Statist
     )
     trial.certificate = {"statistical": certificate.to_dict()}
     if steps is not None:
-        delta = max(training.region(name).delta for name in change.held)
-        trial.certificate["theory"] = theory_rows(old, steps, delta)
+        regions = [training.region(name) for name in change.held]
+        # A region is a claim about one step; of several together it says nothing.
+        enforced = regions[0] if change.steps == 1 and regions[0].enabled else None
+        trial.certificate["theory"] = theory_rows(old, steps, enforced)
     return certificate
 
 
@@ -242,7 +276,7 @@ def log_ratios(change: Change, episodes: Sequence[Episode]) -> Tensor:
         if packed.tokens == 0:
             continue
         new_T = learner.score(packed).double()
-        with change.undone():
+        with change.undone(name):
             old_T = learner.score(packed).double()
         total_E += sequence_log_ratio(new_T, old_T, packed.episode_T, len(episodes))
     return total_E
@@ -260,6 +294,8 @@ def _settle(
     state = training.state
     if trial.verdict == "reverted":
         change.revert()
+        # The team no longer has what it took in earlier steps; this one's it never took.
+        state.totals["updates"] -= change.steps - outcome.accepted
     known = any(held.version != state.versions[name] for name, held in change.held.items())
     altered = trial.verdict in ("shrunk", "reverted")
     for name, held in change.held.items():
@@ -272,8 +308,11 @@ def _settle(
     if not altered:
         return outcome
     assert state.batch is not None
-    # Its episodes, or their weights, are those of changes that were not kept.
-    state.batch.spent = trial.verdict == "shrunk" or known
+    # What was not kept made its weights, or, which spoils it for every schedule, its episodes.
+    drawn = (state.stage + 1, state.batch.drawn_before)
+    played = any(held.since < drawn for held in change.held.values())
+    weighted = training.settings.schedule.name in ("reuse", "hybrid")
+    state.batch.spent |= played or (weighted and (trial.verdict == "shrunk" or known))
     if not outcome.accepted:
         return outcome
     reverted = trial.verdict == "reverted"
@@ -284,11 +323,12 @@ def _settle(
     return replace(outcome, accepted=not reverted, log_ratio_E=nothing_E, event=event)
 
 
-def _note_stage(training: Training, trial: Trial) -> None:
+def _note_stage(training: Training, change: Change, trial: Trial) -> None:
     """Add to the stage's certificate: the bounds of its changes, which hold together with the sum
-    of their error probabilities. A change that was reverted moves nothing."""
+    of their error probabilities. A change that was reverted moves nothing. The first one may have
+    begun in an earlier stage; the sum is then about the time ``since`` its first step."""
     noted = training.state.opening.setdefault(
-        "certificate", {"lower": 0.0, "alpha": 0.0, "decisions": 0}
+        "certificate", {"since": change.since, "lower": 0.0, "alpha": 0.0, "decisions": 0}
     )
     noted["decisions"] += len(trial.candidates)
     noted["alpha"] += trial.alpha

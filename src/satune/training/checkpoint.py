@@ -23,7 +23,7 @@ from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.core.confidence import Spending
-from satune.training.certification import CertifyState, Held
+from satune.training.certification import CertifyState, Held, tests_left
 from satune.training.run_directory import (
     disk_errors,
     read_lines,
@@ -37,7 +37,7 @@ from satune.types import Episode, UserError
 if TYPE_CHECKING:
     from satune.training.run import State, Training
 
-FORMAT = 2
+FORMAT = 3
 _WRITING = ".writing"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
@@ -50,6 +50,7 @@ class Checkpoints:
         self.keep = keep
         self._last: Path | None = None
         self._held: dict[str, tuple[int, int]] = {}
+        self._windows: dict[str, tuple[int, int]] = {}
 
     def names(self) -> list[str]:
         """Complete checkpoints, oldest first."""
@@ -89,6 +90,10 @@ class Checkpoints:
                         files[relative] = identity(beside / relative)
             for agent, before in state.certify.held.items():
                 relative = f"{agent}.held.safetensors"
+                if previous is not None and self._windows.get(agent) == before.since:
+                    link(previous / relative, beside / relative)
+                    files[relative] = known[relative]
+                    continue
                 with tensor_errors(beside / relative):
                     save_file(_flat(before.snapshot), beside / relative)
                 files[relative] = identity(beside / relative)
@@ -113,6 +118,7 @@ class Checkpoints:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         self._last, self._held = target, held
+        self._windows = _windows(state)
         self._prune()
 
     def _prune(self) -> None:
@@ -177,7 +183,7 @@ class Checkpoints:
                 f"{path}: holds agents {', '.join(sorted(state['state']['versions']))}, the recipe "
                 f"has {', '.join(sorted(agents))}; resume with the recipe the run was started with"
             )
-        _check_decisions(path, state["state"]["certify"]["spending"], training)
+        _check_decisions(path, state["state"], training)
         held: dict[str, tuple[int, int]] = {}
         for agent, learner in training.learners.items():
             learner.load_weights(load_file(path / f"{agent}.weights.safetensors"))
@@ -195,21 +201,32 @@ class Checkpoints:
         training.supply.offset = state["offset"]
         training.directory.truncate(state["sizes"])
         self._last, self._held = path, held
+        self._windows = _windows(training.state)
         for other in self.names():
             if _place(other) > _place(name):
                 shutil.rmtree(self.directory / other, ignore_errors=True)
         self._prune()
 
 
-def _check_decisions(path: Path, spending: Mapping[str, Any], training: Training) -> None:
-    """A gate that was promised too few tests for more stages would refuse all that they bring."""
-    settings = training.settings.certify
-    declared, needed = spending["decisions"], settings.decisions
-    gated = settings.problems > 0 and settings.accept == "certified"
-    if gated and declared is not None and (needed or 0) > declared:
+def _windows(state: State) -> dict[str, tuple[int, int]]:
+    """Since when each agent is held: a later change holds another one."""
+    return {agent: held.since for agent, held in state.certify.held.items()}
+
+
+def _check_decisions(path: Path, state: Mapping[str, Any], training: Training) -> None:
+    """A gate that has too few tests left for more stages would refuse all that they bring."""
+    settings, certify = training.settings, state["certify"]
+    declared, used = certify["spending"]["decisions"], certify["spending"]["used"]
+    gated = settings.certify.problems > 0 and settings.certify.accept == "certified"
+    if not gated or declared is None:
+        return
+    agents = sum(not learner.frozen for learner in training.learners.values())
+    left = tests_left(settings, agents, state["stage"], state["step"], certify["steps"])
+    if used + left > declared:
         raise UserError(
-            f"{path}: the run declared {declared} tests of its confidence, more stages may need "
-            f"{needed}; a new run with certify.decisions: open has no such end"
+            f"{path}: the run declared {declared} tests of its confidence and has used {used}, more"
+            f" stages may need another {left}; a new run with certify.decisions: open has no such"
+            " end"
         )
 
 
@@ -294,7 +311,11 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
             "offset": state.certify.offset,
             "steps": state.certify.steps,
             "held": {
-                name: {"version": held.version, "steps": held.snapshot.steps}
+                name: {
+                    "version": held.version,
+                    "since": list(held.since),
+                    "steps": held.snapshot.steps,
+                }
                 for name, held in state.certify.held.items()
             },
         },
@@ -328,7 +349,11 @@ def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) 
         certify["offset"],
         certify["steps"],
         {
-            name: Held(_snapshot(path / f"{name}.held.safetensors", held["steps"]), held["version"])
+            name: Held(
+                _snapshot(path / f"{name}.held.safetensors", held["steps"]),
+                held["version"],
+                (held["since"][0], held["since"][1]),
+            )
             for name, held in certify["held"].items()
         },
     )

@@ -58,7 +58,8 @@ class Watcher(Protocol):
 @dataclass(slots=True)
 class State:
     """Where a run is. ``stage`` counts finished stages, ``step`` finished steps of the next one;
-    ``opening`` is what the stage event will say of its beginning, ``totals`` what the run cost."""
+    ``opening`` is what the stage event will say of its beginning, ``totals`` what the run cost and,
+    under ``updates``, the steps that the team took and still has."""
 
     betas: dict[str, float]
     versions: dict[str, int]
@@ -69,7 +70,12 @@ class State:
     batch: Batch | None = None
     opening: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, float] = field(
-        default_factory=lambda: {"episodes": 0, "sampled_tokens": 0, "seconds": 0.0}
+        default_factory=lambda: {
+            "episodes": 0,
+            "sampled_tokens": 0,
+            "seconds": 0.0,
+            "updates": 0,
+        }
     )
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -150,6 +156,7 @@ class Training:
         them when the sweep is over, which no rollout can tell before)."""
         if accepted:
             self.state.versions[agent] += 1
+            self.state.totals["updates"] += 1
         if self.settings.schedule.name != "simultaneous":
             self.publish(agent)
         elif last:

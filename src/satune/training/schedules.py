@@ -23,8 +23,9 @@ MAX_DRAWS = 4
 @dataclass(slots=True)
 class Batch:
     """The experience in use and log w of each episode. ``drawn_before`` is the step it was rolled
-    out for, ``reward`` the mean over all episodes drawn then. ``spent``: its weights are those of
-    a change that the gate did not keep as it was."""
+    out for, ``reward`` the mean over all episodes drawn then. ``spent``: its episodes, or
+    the weights that the schedule gives them, are of a change that the gate did not keep as it was.
+    """
 
     episodes: list[Episode]
     log_weights: list[float]
@@ -79,11 +80,11 @@ def needs_rollout(settings: ScheduleSettings, batch: Batch, step: int) -> bool:
     """Whether ``step`` has to be rolled out for anew.
 
     fresh: before every agent. hybrid: when ESS/N has fallen below the limit. reuse, stale and
-    simultaneous: once a stage; where weights are used, also when they are spent.
+    simultaneous: once a stage. All: when the batch is spent.
     """
     if step <= batch.drawn_before:
         return False
-    if batch.spent and settings.name in ("reuse", "hybrid"):
+    if batch.spent:
         return True
     if settings.name == "hybrid":
         ess = effective_sample_size(torch.tensor(batch.log_weights, dtype=torch.float64))

@@ -84,7 +84,7 @@ def _finish(training: Training) -> dict[str, Any]:
         "seconds": state.totals["seconds"],
         "tokens": state.totals["sampled_tokens"],
         "episodes": state.totals["episodes"],
-        "updates_accepted": sum(state.versions.values()),
+        "updates_accepted": state.totals["updates"],
         "team": str(training.directory.team),
     }
     certify = state.certify
