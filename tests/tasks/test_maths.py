@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark_rows import rows_of
 from satune.tasks import maths_equality
 from satune.tasks.boxes import as_decimal, last_box, same_plainly, tidy
 from satune.tasks.catalog import load_task
@@ -20,15 +21,7 @@ from satune.types import Problem, UserError
 
 pytest.importorskip("math_verify")
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "benchmarks"
 THINKS_SIXTY = r"<think>perhaps \boxed{60}</think> "
-
-
-def real(name: str) -> Path:
-    path = BENCHMARKS / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"the benchmark rows {path.name} are not beside the repository")
-    return path
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -190,7 +183,7 @@ REAL = [
 
 @pytest.mark.parametrize(("name", "file", "rows"), REAL)
 def test_every_real_answer_scores_1_in_a_box(name, file, rows):
-    task = load_task(name, real(file))
+    task = load_task(name, rows_of(file))
     problems = list(task.problems("all"))
     assert len(problems) == rows
     wrong = [
@@ -216,7 +209,7 @@ def damages(answer: str) -> list[str]:
 
 @pytest.mark.parametrize(("name", "file", "rows"), REAL)
 def test_every_damaged_real_answer_scores_0(name, file, rows):
-    task = load_task(name, real(file))
+    task = load_task(name, rows_of(file))
     # The non-numeric answers of the large set take a while: its first 400 rows here.
     problems = list(task.problems("all"))[:400]
     wrong = [
@@ -231,7 +224,7 @@ def test_every_damaged_real_answer_scores_0(name, file, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "file", "rows"), REAL)
 def test_the_real_rows_pass_their_own_check(name, file, rows):
-    load_task(name, real(file)).validate()
+    load_task(name, rows_of(file)).validate()
 
 
 @pytest.mark.parametrize(
@@ -239,9 +232,9 @@ def test_the_real_rows_pass_their_own_check(name, file, rows):
 )
 def test_reference_solutions_are_right(name, file):
     """The last box of a whole reference solution; those of AIME 2025 hold \\textbf{(019)} twice."""
-    task = load_task(name, real(file))
+    task = load_task(name, rows_of(file))
     solutions = {}
-    for line in real(file).read_text().splitlines():
+    for line in rows_of(file).read_text().splitlines():
         row = json.loads(line)
         solutions[row["id"]] = row["solution"]
     boxed = [p for p in task.problems("eval") if task.extract(solutions[p.id])]
