@@ -367,7 +367,7 @@ def test_upstreams_json_lists_are_read(tmp_path):
 
 
 def test_an_oracle_solves_every_case_and_no_other_letter_does():
-    task = load_task("arbench_dc", rows_of("arbench_dc.jsonl"))
+    task = load_task("arbench_dc", rows_of("arbench_dc"))
     task.validate()
     problems = list(task.problems("all"))
     assert len(problems) == 70
@@ -380,17 +380,17 @@ def test_an_oracle_solves_every_case_and_no_other_letter_does():
 
 
 def test_every_true_story_scores_one():
-    for name in ("arbench_sp.jsonl", "arbench_sp_train.jsonl"):
+    for name in ("arbench_sp", "arbench_sp_train"):
         task = load_task("arbench_sp", rows_of(name))
         task.validate()
-    problem = next(iter(load_task("arbench_sp", rows_of("arbench_sp.jsonl")).problems("all")))
-    task = load_task("arbench_sp", rows_of("arbench_sp.jsonl"))
-    episode = played(task, [f"Q: {k}" for k in task._keys[problem.id][:25]] * 25, problem)
+    problem = next(iter(load_task("arbench_sp", rows_of("arbench_sp")).problems("all")))
+    task = load_task("arbench_sp", rows_of("arbench_sp"))
+    episode = played(task, [f"Q: {k}" for k in task._secrets[problem.id][:25]] * 25, problem)
     assert episode.observations[0][1] == "Yes"
 
 
 def test_a_consistent_player_finds_every_official_secret():
-    task = load_task("arbench_gn", rows_of("arbench_gn.jsonl"))
+    task = load_task("arbench_gn", rows_of("arbench_gn"))
     task.validate()
     problems = list(task.problems("all"))
     assert len(problems) == 100 and task.name == "arbench_gn"

@@ -166,7 +166,7 @@ def test_validation_fails_for_a_row_that_contradicts_itself(tmp_path):
 
 
 def test_every_fixture_is_graded_as_it_says():
-    task = load_task("autologi", rows_of("autologi_format_fixtures.jsonl"))
+    task = load_task("autologi", rows_of("autologi_format_fixtures"))
     task.validate()
     for problem in list(task.problems("all"))[:2]:
         row = task._rows[problem.id]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark_rows import fuzz, rows_of
 from satune.protocols.catalog import load_protocol
 from satune.rollout import rollout_sync
 from satune.tasks import block_stacks as stacks
@@ -17,7 +18,6 @@ from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.strips import Grounder, PddlError, parse_problem
 from satune.types import Entry, Key, Problem, UserError
 from scripted import ScriptedEngine, expert_writer, team
-from tasks.benchmark_rows import fuzz, rows
 
 NAMES = ("ann", "bob")
 
@@ -215,7 +215,7 @@ def test_faultless_experts_solve_what_their_turns_allow_and_erring_ones_less():
 
 
 def test_planbench_rows_in_short_form():
-    task = Blocksworld(rows("planbench_bw_nl"), eval_fraction=1)
+    task = Blocksworld(rows_of("planbench_bw_nl"), eval_fraction=1)
     task.validate()
     problems = list(task.problems("all"))
     assert len(problems) == 69 and {p.metadata["subset"] for p in problems} == {"bw3"}
@@ -227,10 +227,10 @@ def test_planbench_rows_in_short_form():
     )  # fmt: skip
     assert all(e.reward == 1.0 and e.grade.components["optimal"] == 1.0 for e in episodes)
     assert (
-        len(list(Blocksworld(rows("planbench_bw_nl"), blocks=4, subset="bw4").problems("all")))
+        len(list(Blocksworld(rows_of("planbench_bw_nl"), blocks=4, subset="bw4").problems("all")))
         > 300
     )
-    words = Blocksworld(rows("planbench_bw_nl"), prompt="planbench")
+    words = Blocksworld(rows_of("planbench_bw_nl"), prompt="planbench")
     words.validate()
     assert "on top of the" in next(words.problems("all")).text
 

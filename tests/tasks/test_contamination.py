@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from benchmark_rows import rows_of
 from satune.tasks.catalog import load_task
 from satune.tasks.contamination import (
     BEGINNING,
@@ -16,7 +15,6 @@ from satune.tasks.contamination import (
 )
 from satune.types import Problem
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "benchmarks"
 LONG = "Let ABC be a triangle with sides thirteen, fourteen and fifteen. " * 3
 assert len(normalised(LONG)) > BEGINNING
 
@@ -101,12 +99,8 @@ REAL = {
 @pytest.mark.parametrize(("train", "held_out"), REAL)
 def test_the_known_overlaps_and_no_others(train, held_out):
     pytest.importorskip("math_verify")
-    files = [BENCHMARKS / f"{name}.jsonl" for name in (train, held_out)]
-    for file in files:
-        if not file.is_file():
-            pytest.skip(f"the benchmark rows {file.name} are not beside the repository")
-    ours = load_task("maths", files[0], eval_fraction=0.0)
-    theirs = load_task("maths", files[1])
+    ours = load_task("maths", rows_of(train), eval_fraction=0.0)
+    theirs = load_task("maths", rows_of(held_out))
     expected = REAL[train, held_out]
     if len(list(theirs.problems("all"))) == 343:
         expected = [identity for identity in expected if identity != "aime-2006-2-5"]
@@ -120,10 +114,8 @@ def test_the_known_overlaps_and_no_others(train, held_out):
 
 def test_a_real_game_whose_prompts_are_all_the_same_has_no_overlap():
     """The secrets of the two files are disjoint."""
-    files = [BENCHMARKS / "arbench_gn_train.jsonl", BENCHMARKS / "arbench_gn.jsonl"]
-    if not all(file.is_file() for file in files):
-        pytest.skip("the benchmark rows are not beside the repository")
-    assert training_overlaps(*(load_task("guess_number", file) for file in files)) == []
+    names = ("arbench_gn_train", "arbench_gn")
+    assert training_overlaps(*(load_task("guess_number", rows_of(name)) for name in names)) == []
 
 
 def test_generated_problems_are_not_compared():

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from benchmark_rows import fuzz, rows_of
 from satune.tasks import blocks, logistics
 from satune.tasks.block_stacks import goal_of, must_move, read_stacks, shortest_moves
 from satune.tasks.catalog import load_task
@@ -12,7 +13,6 @@ from satune.tasks.plan_text import write_plan
 from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics, grounder
 from satune.tasks.strips import Grounder, parse_plan, parse_problem
 from satune.types import UserError
-from tasks.benchmark_rows import fuzz, rows
 
 # Red on blue, orange beside them; orange is to stand on red.
 BLOCKS_ROW = {
@@ -257,6 +257,7 @@ def test_upstream_files_and_rows_without_pddl(tmp_path):
         ({"id": "x"}, "no field 'query'"),
         ({"id": "x", "query": "Hello"}, r"no \[STATEMENT\]"),
         ({"id": "x", "query": 3}, "query is no text"),
+        (BLOCKS_ROW | {"id": "x", "domain_pddl": [3]}, "domain_pddl is no text; give PDDL or"),
         ({"problem_pddl": BLOCKS_ROW["problem_pddl"]}, "no field 'instance_id'"),
         ({"id": "x", "problem_pddl": "(define"}, "closing parenthesis is missing"),
         (BLOCKS_ROW | {"id": "x", "domain_pddl": "(define (domain d))"}, "other actions"),
@@ -293,9 +294,9 @@ SETS = [
 
 @pytest.mark.parametrize(("name", "kind", "count"), SETS, ids=[s[0] for s in SETS])
 def test_every_reference_plan_scores_1_and_damaged_ones_0(name, kind, count):
-    task = kind(rows(name))
+    task = kind(rows_of(name))
     task.validate()
-    by_id = {json.loads(line)["id"]: json.loads(line) for line in rows(name).open()}
+    by_id = {json.loads(line)["id"]: json.loads(line) for line in rows_of(name).open()}
     problems = list(task.problems("all"))
     assert len(problems) == len(by_id) == count
     for problem in problems:
@@ -341,7 +342,7 @@ def independent_check(init, goal, plan):
 
 
 def test_two_actions_exchanged_in_logistics_as_an_independent_check_has_it():
-    task = PlanBenchLogistics(rows("planbench_logistics"))
+    task = PlanBenchLogistics(rows_of("planbench_logistics"))
     failed = 0
     for problem in task.problems("all"):
         instance = parse_problem(problem.metadata["problem_pddl"])
@@ -358,7 +359,7 @@ def test_two_actions_exchanged_in_logistics_as_an_independent_check_has_it():
 @pytest.mark.parametrize(("name", "module"), [("planbench_bw_nl", blocks),
     ("planbench_bw_train", blocks), ("planbench_logistics", logistics)])  # fmt: skip
 def test_statements_say_what_the_pddl_says(name, module):
-    for line in rows(name).open():
+    for line in rows_of(name).open():
         row = json.loads(line)
         given = parse_problem(row["problem_pddl"])
         if row["query"] is not None:
@@ -373,7 +374,7 @@ def test_reference_plans_of_blocksworld_are_shortest():
     # What the component "optimal" means: searched for all of the test rows, shown for the
     # generalization rows (each block to be moved is moved once), searched for small hard ones.
     for name in ("planbench_bw_nl", "planbench_bw_train"):
-        for problem in PlanBenchBlocksworld(rows(name), prompt="short").problems("all"):
+        for problem in PlanBenchBlocksworld(rows_of(name), prompt="short").problems("all"):
             state, goal = problem.text.split(":")
             if problem.metadata["subset"] == "generalization":
                 shortest = 2 * must_move(read_stacks(state), goal_of(goal))
@@ -385,7 +386,7 @@ def test_reference_plans_of_blocksworld_are_shortest():
 
 
 def test_episodes_need_not_carry_the_domain():
-    problem = next(PlanBenchBlocksworld(rows("planbench_bw_nl")).problems("all"))
+    problem = next(PlanBenchBlocksworld(rows_of("planbench_bw_nl")).problems("all"))
     assert set(problem.metadata) == {"subset", "objects", "plan_length", "problem_pddl"}
     json.dumps([dict(problem.metadata), problem.answer])
 
@@ -438,7 +439,7 @@ def test_mangled_logistics_messages(lg):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "count"), SETS, ids=[s[0] for s in SETS])
 def test_very_many_mangled_messages(name, kind, count):
-    task = kind(rows(name))
-    by_id = {json.loads(line)["id"]: json.loads(line) for line in rows(name).open()}
+    task = kind(rows_of(name))
+    by_id = {json.loads(line)["id"]: json.loads(line) for line in rows_of(name).open()}
     cases = [(p, by_id[p.id].get("ground_truth_plan_nl") or p.answer) for p in task.problems("all")]
     assert fuzz(task, cases, 100_000, seed=2) > 0

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from benchmark_rows import rows_of
 from satune.tasks import blocks, logistics
 from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.planbench import BLOCKS, LOGISTICS
@@ -17,7 +18,6 @@ from satune.tasks.strips import (
     parse_plan,
     parse_problem,
 )
-from tasks.benchmark_rows import rows
 
 TYPED = """
 ; a courier who walks between places, and a van that is a vehicle
@@ -115,7 +115,7 @@ def instances():
     """(words, domain, problem, reference plan) of ten real rows of each domain, or generated
     Blocksworld ones where the rows are absent."""
     for words, name in ((BLOCKS, "planbench_bw_nl"), (LOGISTICS, "planbench_logistics")):
-        lines = rows(name).read_text().splitlines()
+        lines = rows_of(name).read_text().splitlines()
         for line in lines[:: len(lines) // 10][:10]:
             row = json.loads(line)
             gold = parse_plan(row["ground_truth_plan_pddl"])
@@ -162,7 +162,7 @@ def test_verdicts_are_those_of_unified_planning():
 
 def test_the_built_in_domains_are_the_benchmarks():
     for module, name in ((blocks, "planbench_bw_nl"), (logistics, "planbench_logistics")):
-        texts = {json.loads(line)["domain_pddl"] for line in rows(name).open()}
+        texts = {json.loads(line)["domain_pddl"] for line in rows_of(name).open()}
         for text in texts:
             given = parse_domain(text).actions
             assert given.keys() == module.DOMAIN.actions.keys()

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark_rows import fuzz, rows_of
 from satune.tasks.json_answers import last_object
 from satune.tasks.zebralogic import ZebraLogic, scale
 from satune.types import UserError
-from tasks.benchmark_rows import fuzz, rows
 
 ROW = {
     "id": "tiny",
@@ -189,14 +189,14 @@ def test_parquet_as_upstream_has_it(tmp_path):
 
 
 def test_every_official_solution_scores_1_and_a_swapped_cell_0():
-    task = ZebraLogic(rows("zebralogic"))
+    task = ZebraLogic(rows_of("zebralogic"))
     task.validate()
     problems = list(task.problems("all"))
     assert len(problems) == 693
     rng = random.Random(0)
     for problem, row in zip(
         sorted(problems, key=lambda p: p.id),
-        sorted((json.loads(r) for r in rows("zebralogic").open()), key=lambda r: r["id"]),
+        sorted((json.loads(r) for r in rows_of("zebralogic").open()), key=lambda r: r["id"]),
         strict=True,
     ):
         header = row["solution"]["header"]

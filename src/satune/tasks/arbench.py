@@ -13,11 +13,15 @@ The last two speak through the ``generate`` that an environment is given.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
-from satune.types import Generate, Message, Sampling, UserError
+from satune.tasks.sources import Row, read_rows
+from satune.tasks.splits import RowTask, check_integer
+from satune.types import Generate, Grade, Message, Problem, Sampling, StepResult, UserError
 
 MAX_TURNS = 25
 LONGEST_QUESTION = 2000
@@ -87,12 +91,88 @@ class ScriptedHost:
         return "Yes" if known else "Unknown"
 
 
+class HostedGame(RowTask, ABC):
+    """A game in which questions are put to roles: the rows of ``data``, ``max_turns`` questions.
+
+    ``host`` says who plays the roles (see above), at ``host_temperature`` and top_p 0.7 as in the
+    benchmark. Raises UserError for a bad option or a bad row (file and line).
+    """
+
+    needs: ClassVar[str]
+    """What to give as data."""
+
+    def __init__(
+        self,
+        data: str | Path | None = None,
+        seed: int = 0,
+        eval_fraction: float = 0.1,
+        max_turns: int = MAX_TURNS,
+        host: str = "scripted",
+        host_temperature: float = 0.7,
+    ) -> None:
+        self.role_player = check_game(self.name, host, max_turns, host_temperature)
+        if data is None:
+            raise UserError(f"task {self.name}: it needs data: {self.needs}")
+        self.seed = seed
+        self.host = host
+        self.max_turns = max_turns
+        self.sampling = Sampling(HOST_TOKENS, temperature=float(host_temperature), top_p=0.7)
+        self._secrets: dict[str, list[Any]] = {}
+        rows = [(p, self._problem(i, p, row)) for i, (p, row) in enumerate(read_rows(data), 1)]
+        self._keep(rows, eval_fraction)
+
+    def equal(self, a: str, b: str) -> bool:
+        return plain(a) == plain(b)
+
+    @abstractmethod
+    def grade(self, problem: Problem, answer: str | None) -> Grade: ...
+
+    @abstractmethod
+    def _problem(self, number: int, place: str, row: Row) -> Problem:
+        """A row's problem; what its roles alone know goes to ``_secrets``, by its id."""
+
+    def _named(self, number: int, row: Row) -> str:
+        return str(row.get("id", f"{self.name}-{row.get('index', number)}"))
+
+
+class Questions(ABC):
+    """One game. Components of its grade: the task's and ``malformed``, the share of turns that were
+    lost to a message that asks nobody anything."""
+
+    def __init__(self, task: HostedGame, problem: Problem) -> None:
+        self._task = task
+        self._problem = problem
+        self._turns = 0
+        self._malformed = 0
+
+    async def step(self, action: str | None) -> StepResult:
+        """Have a question answered; grade what follows the last turn."""
+        limit = self._problem.metadata["max_turns"]
+        if self._turns == limit:
+            graded = self._task.grade(self._problem, action)
+            components = {**graded.components, "malformed": self._malformed / limit}
+            detail = f"{graded.detail}; host {self._task.host}"
+            return StepResult("", True, grade=Grade(graded.score, components, detail))
+        self._turns += 1
+        text = await self._reply(without_thoughts(action or ""))
+        if self._turns == limit:
+            text += f"\n\n{self._final()}"
+        return StepResult(text)
+
+    @abstractmethod
+    async def _reply(self, action: str) -> str:
+        """What a message is answered; counts a turn that is lost."""
+
+    @abstractmethod
+    def _final(self) -> str:
+        """What is asked after the last turn."""
+
+
 def check_game(
     name: str, host: str, max_turns: int, host_temperature: float
 ) -> tuple[str, str, str]:
     """``parse_host`` of the option. Raises UserError for options that no game allows."""
-    if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
-        raise UserError(f"task {name}: max_turns is {max_turns!r}; give an integer from 1 up")
+    check_integer(f"task {name}: max_turns", max_turns, 1)
     temperature = host_temperature
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         temperature = -1.0

@@ -11,30 +11,20 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from satune.tasks.arbench import (
-    HOST_TOKENS,
-    MAX_TURNS,
+    HostedGame,
     ModelRole,
+    Questions,
     Role,
     ScriptedSuspect,
-    check_game,
     plain,
     without_thoughts,
 )
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
-from satune.types import Generate, Grade, Problem, Sampling, StepResult, UserError
+from satune.tasks.sources import Row, field
+from satune.types import Generate, Grade, Problem, UserError
 
 LETTERS = "ABCDE"
 LONGEST_CHOICE = 100
@@ -68,52 +58,18 @@ What you know and did:
 {story}"""
 
 
-class DetectiveCases:
-    """The rows of ``data`` (``initial_information``, ``suspects``, ``label``) as a game.
-
-    ``host`` says who plays the suspects (see ``arbench``), at ``host_temperature`` and top_p 0.7 as
-    in the benchmark. ``eval_fraction`` of the rows, chosen by the hash of their ids, form the split
-    "eval", the rest "train", everything "all".
+class DetectiveCases(HostedGame):
+    """The rows of ``data`` (``initial_information``, ``suspects``, ``label``) as a game; ``host``
+    plays the suspects (see ``HostedGame``).
 
     The final choice is read from the line after the first "Answer:": a suspect's whole name, or the
     letter that stands first and apart ("B." or "B) ..."), or the last single capital from A to E.
     The benchmark takes the last capital from A to E there, those inside names included, and nothing
     else; here a message that is a letter or a name and nothing more counts too.
-
-    Raises UserError for a bad option or a bad row (file and line).
     """
 
     name = "arbench_dc"
-    fresh = False
-
-    def __init__(
-        self,
-        data: str | Path | None = None,
-        seed: int = 0,
-        eval_fraction: float = 0.1,
-        max_turns: int = MAX_TURNS,
-        host: str = "scripted",
-        host_temperature: float = 0.7,
-    ) -> None:
-        self.role_player = check_game(self.name, host, max_turns, host_temperature)
-        if data is None:
-            raise UserError(
-                "task arbench_dc: it needs data: the cases as JSONL, or upstream's JSON"
-            )
-        self.seed = seed
-        self.host = host
-        self.max_turns = max_turns
-        self.sampling = Sampling(HOST_TOKENS, temperature=float(host_temperature), top_p=0.7)
-        self._cases: dict[str, list[Row]] = {}
-        rows = [self._problem(i, *row) for i, row in enumerate(read_rows(data), 1)]
-        check_unique([(place, problem.id) for place, problem in rows])
-        problems = [problem for _, problem in rows]
-        fraction = check_fraction(self.name, eval_fraction)
-        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
-
-    def problems(self, split: str) -> Iterator[Problem]:
-        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
-        return iter(choose_split(self.name, split, self._kept, self._held))
+    needs = "the cases as JSONL, or upstream's JSON"
 
     def extract(self, text: str) -> str | None:
         """The choice in a message, as a letter or as what stands where one was asked for; without
@@ -125,9 +81,6 @@ class DetectiveCases:
         question = _question(text)
         return None if question is None else f"Question for {question[0]}: {question[1]}"
 
-    def equal(self, a: str, b: str) -> bool:
-        return plain(a) == plain(b)
-
     def grade(self, problem: Problem, answer: str | None) -> Grade:
         """The official metric: 1 if the final choice is the murderer, else 0."""
         chosen = None if answer is None else self._letter(problem, without_thoughts(answer))
@@ -138,7 +91,7 @@ class DetectiveCases:
         self, problem: Problem, rng: random.Random, generate: Generate
     ) -> Interrogation:
         roles: dict[str, Role] = {}
-        for suspect in self._cases[problem.metadata["case"]]:
+        for suspect in self._secrets[problem.metadata["case"]]:
             roles[suspect["name"]] = (
                 ScriptedSuspect(suspect["story"])
                 if self.host == "scripted"
@@ -152,7 +105,7 @@ class DetectiveCases:
 
         Raises ValueError naming the problem that fails.
         """
-        for problem in (*self._kept, *self._held):
+        for problem in self.problems("all"):
             for letter, suspect in zip(LETTERS, problem.metadata["suspects"], strict=True):
                 wanted = float(letter == problem.answer)
                 forms = (
@@ -175,7 +128,7 @@ class DetectiveCases:
         choice = _choice(text)
         return named or (choice if choice is not None and choice in tuple(LETTERS) else None)
 
-    def _problem(self, number: int, place: str, row: Row) -> tuple[str, Problem]:
+    def _problem(self, number: int, place: str, row: Row) -> Problem:
         known = _object(place, field(place, row, "initial_information"), "initial_information")
         where = f"{place}, initial_information"
         victim = _object(where, field(where, known, "victim"), "victim")
@@ -198,8 +151,8 @@ class DetectiveCases:
         guilty = {s["name"] for s in suspects if s.get("is_murderer") is True}
         if guilty and guilty != {names[label]}:
             raise UserError(f"{place}: label points to {names[label]}, who is not the murderer")
-        identity = str(row.get("id", f"arbench_dc-{row.get('index', number)}"))
-        self._cases[identity] = roles
+        identity = self._named(number, row)
+        self._secrets[identity] = roles
         lines = [f"{key}: {_text(where, known, key)}" for key in ("time", "location")]
         lines.append(f"victim: {_text(f'{where}, victim', victim, 'name')}")
         lines += [
@@ -212,38 +165,23 @@ class DetectiveCases:
         lines.append("suspects:")
         lines += [f"- {s['name']}: {_text(where, s, 'introduction')}" for s in shown]
         prompt = _PROMPT.format(turns=self.max_turns, case="\n".join(lines))
-        return place, Problem.of(
+        return Problem.of(
             identity, prompt, LETTERS[label], suspects=names, case=identity,
             max_turns=self.max_turns,
         )  # fmt: skip
 
 
-class Interrogation:
-    """One case. Components of its grade: ``final`` and ``malformed``, the share of turns that were
-    lost to a message without a question or with a name that no suspect has."""
+class Interrogation(Questions):
+    """One case. A name that no suspect has costs the turn."""
 
     def __init__(self, task: DetectiveCases, problem: Problem, roles: Mapping[str, Role]) -> None:
-        self._task = task
-        self._problem = problem
+        super().__init__(task, problem)
         self._roles = {plain(name): (name, role) for name, role in roles.items()}
-        self._turns = 0
-        self._malformed = 0
 
-    async def step(self, action: str | None) -> StepResult:
-        """Have a question answered; grade what follows the last turn."""
-        limit = self._problem.metadata["max_turns"]
-        if self._turns == limit:
-            graded = self._task.grade(self._problem, action)
-            components = {**graded.components, "malformed": self._malformed / limit}
-            detail = f"{graded.detail}; host {self._task.host}"
-            return StepResult("", True, grade=Grade(graded.score, components, detail))
-        self._turns += 1
-        text = await self._reply(without_thoughts(action or ""))
-        if self._turns == limit:
-            names = self._problem.metadata["suspects"]
-            choices = ", ".join(f"{a}. {b}" for a, b in zip(LETTERS, names, strict=True))
-            text += f"\n\n{_FINAL.format(choices=choices)}"
-        return StepResult(text)
+    def _final(self) -> str:
+        names = self._problem.metadata["suspects"]
+        choices = ", ".join(f"{a}. {b}" for a, b in zip(LETTERS, names, strict=True))
+        return _FINAL.format(choices=choices)
 
     async def _reply(self, action: str) -> str:
         question = _question(action, self._roles)

@@ -8,30 +8,19 @@ for its explanation, and only that counts. A message that is no question costs t
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 from satune.tasks.arbench import (
-    HOST_TOKENS,
-    MAX_TURNS,
+    HostedGame,
     ModelRole,
+    Questions,
     Role,
     ScriptedHost,
-    check_game,
     f1_score,
     plain,
     without_thoughts,
 )
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
-from satune.types import Generate, Grade, Problem, Sampling, StepResult, UserError
+from satune.tasks.sources import Row, field
+from satune.types import Generate, Grade, Problem, UserError
 
 _LONGEST = 100_000  # characters of an explanation that are counted
 
@@ -67,57 +56,22 @@ Story: {bottom}"""
 _REFUSED = 'That is no question: the turn is lost. Write "Q: your question".'
 
 
-class SituationPuzzles:
-    """The rows of ``data`` (``surface``, ``bottom``, ``key_question``) as a game.
-
-    ``host`` says who answers (see ``arbench``), at ``host_temperature`` and top_p 0.7 as in the
-    benchmark. What a host says beside Yes, No and Unknown is not shown but counts as Unknown: it
-    might give the story away. ``eval_fraction`` of the rows, chosen by the hash of their ids, form
-    the split "eval", the rest "train", everything "all".
+class SituationPuzzles(HostedGame):
+    """The rows of ``data`` (``surface``, ``bottom``, ``key_question``) as a game; ``host`` answers
+    (see ``HostedGame``). What it says beside Yes, No and Unknown is not shown but counts as
+    Unknown: it might give the story away.
 
     Score: ``f1_score_char``, the F1 of the characters of the whole final message (thoughts left
     out) and of the true story; ``f1_score_word`` of the words between spaces stands beside it.
-
-    Raises UserError for a bad option or a bad row (file and line).
     """
 
     name = "arbench_sp"
-    fresh = False
-
-    def __init__(
-        self,
-        data: str | Path | None = None,
-        seed: int = 0,
-        eval_fraction: float = 0.1,
-        max_turns: int = MAX_TURNS,
-        host: str = "scripted",
-        host_temperature: float = 0.7,
-    ) -> None:
-        self.role_player = check_game(self.name, host, max_turns, host_temperature)
-        if data is None:
-            raise UserError("task arbench_sp: it needs data: the puzzles as JSONL or JSON")
-        self.seed = seed
-        self.host = host
-        self.max_turns = max_turns
-        self.sampling = Sampling(HOST_TOKENS, temperature=float(host_temperature), top_p=0.7)
-        self._keys: dict[str, list[str]] = {}
-        rows = [self._problem(i, *row) for i, row in enumerate(read_rows(data), 1)]
-        check_unique([(place, problem.id) for place, problem in rows])
-        problems = [problem for _, problem in rows]
-        fraction = check_fraction(self.name, eval_fraction)
-        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
-
-    def problems(self, split: str) -> Iterator[Problem]:
-        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
-        return iter(choose_split(self.name, split, self._kept, self._held))
+    needs = "the puzzles as JSONL or JSON"
 
     def extract(self, text: str) -> str | None:
         """The whole message without thoughts; None if nothing is left."""
         said = without_thoughts(text)
         return said if said.strip() else None
-
-    def equal(self, a: str, b: str) -> bool:
-        return plain(a) == plain(b)
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:
         """F1 of the explanation and the true story, by characters; by words beside it."""
@@ -137,7 +91,7 @@ class SituationPuzzles:
         surface, bottom = problem.metadata["surface"], str(problem.answer)
         host: Role
         if self.host == "scripted":
-            host = ScriptedHost(self._keys[problem.metadata["case"]], surface, bottom)
+            host = ScriptedHost(self._secrets[problem.metadata["case"]], surface, bottom)
         else:
             instructions = _HOST.format(surface=surface, bottom=bottom)
             host = ModelRole(instructions, generate, self.sampling, remembers=False)
@@ -149,7 +103,7 @@ class SituationPuzzles:
 
         Raises ValueError naming the problem that fails.
         """
-        for problem in (*self._kept, *self._held):
+        for problem in self.problems("all"):
             truth = str(problem.answer)
             gold = self.grade(problem, truth)
             half = self.grade(problem, truth[: len(truth) // 2])
@@ -157,7 +111,7 @@ class SituationPuzzles:
             if set(gold.components.values()) != {1.0} or not half.score < 1.0 or any(nothing):
                 raise ValueError(f"task arbench_sp: {problem.id} grades its own story wrongly")
 
-    def _problem(self, number: int, place: str, row: Row) -> tuple[str, Problem]:
+    def _problem(self, number: int, place: str, row: Row) -> Problem:
         texts = {}
         for name in ("surface", "bottom"):
             texts[name] = field(place, row, name)
@@ -166,41 +120,30 @@ class SituationPuzzles:
         keys = row.get("key_question", [])
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise UserError(f"{place}: field 'key_question' is no list of texts; mend or drop it")
-        identity = str(row.get("id", f"arbench_sp-{row.get('index', number)}"))
-        self._keys[identity] = keys
+        identity = self._named(number, row)
+        self._secrets[identity] = keys
         prompt = _PROMPT.format(turns=self.max_turns, surface=texts["surface"])
-        return place, Problem.of(
+        return Problem.of(
             identity, prompt, texts["bottom"], surface=texts["surface"], case=identity,
             max_turns=self.max_turns,
         )  # fmt: skip
 
 
-class Questioning:
-    """One puzzle. Components of its grade: both forms of F1 and ``malformed``, the share of turns
-    that were lost to a message that is no question."""
+class Questioning(Questions):
+    """One puzzle."""
 
     def __init__(self, task: SituationPuzzles, problem: Problem, host: Role) -> None:
-        self._task = task
-        self._problem = problem
+        super().__init__(task, problem)
         self._host = host
-        self._turns = 0
-        self._malformed = 0
 
-    async def step(self, action: str | None) -> StepResult:
-        """Have a question answered; grade what follows the last turn."""
-        limit = self._problem.metadata["max_turns"]
-        if self._turns == limit:
-            graded = self._task.grade(self._problem, action)
-            components = {**graded.components, "malformed": self._malformed / limit}
-            detail = f"{graded.detail}; host {self._task.host}"
-            return StepResult("", True, grade=Grade(graded.score, components, detail))
-        self._turns += 1
-        question = _question(without_thoughts(action or ""))
+    def _final(self) -> str:
+        return _FINAL
+
+    async def _reply(self, action: str) -> str:
+        question = _question(action)
         text = _REFUSED if question is None else _verdict(await self._host.answer(question))
         self._malformed += text == _REFUSED
-        if self._turns == limit:
-            text += f"\n\n{_FINAL}"
-        return StepResult(text)
+        return text
 
 
 def _question(text: str) -> str | None:

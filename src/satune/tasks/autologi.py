@@ -9,38 +9,28 @@ the words true and false become Python's inside strings too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from satune.tasks.literals import find_literal, read_literal
 from satune.tasks.sandbox import MEMORY, SECONDS, check, screen
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
+from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.splits import RowTask, places_of
 from satune.types import Grade, Problem, UserError
 
 _CODE = ("Inputs_Check_code", "Constraint_List_code")
 
 
-class AutoLogi:
+class AutoLogi(RowTask):
     """The rows of ``data`` (``idx``, ``prompt``, ``code``, ``lang``; ``id`` if the file has one).
 
-    ``lang`` keeps the rows of one language ("en", "cn"). ``eval_fraction`` of the rows, chosen by
-    the hash of their ids, form the split "eval", the rest "train", everything "all". ``seconds``
-    (wall time) and ``memory`` (MiB) bound one check; see ``sandbox``.
+    ``lang`` keeps the rows of one language ("en", "cn"). ``seconds`` (wall time) and ``memory``
+    (MiB) bound one check; see ``sandbox``.
 
     Raises UserError for a bad option or a bad row (file and line).
     """
 
     name = "autologi"
-    fresh = False
 
     def __init__(
         self,
@@ -60,21 +50,16 @@ class AutoLogi:
         self.seed = seed
         self.seconds = float(seconds)
         self.memory = memory
-        named = [(place, row, _problem(place, row)) for place, row in read_rows(data)]
-        check_unique([(place, problem.id) for place, _, problem in named])
-        self._places = {problem.id: place for place, _, problem in named}
-        self._rows = {problem.id: row for _, row, problem in named}
-        languages = {problem.metadata["lang"] for _, _, problem in named}
+        rows = read_rows(data)
+        named = [(place, _problem(place, row)) for place, row in rows]
+        places_of(named)  # ids are the file's, whichever language is kept
+        self._rows = {p.id: row for (_, row), (_, p) in zip(rows, named, strict=True)}
+        languages = {problem.metadata["lang"] for _, problem in named}
         if lang is not None and lang not in languages:
             there = ", ".join(sorted(languages))
             raise UserError(f"task autologi: no rows of lang {lang!r}; there are: {there}")
-        problems = [p for _, _, p in named if lang in (None, p.metadata["lang"])]
-        fraction = check_fraction(self.name, eval_fraction)
-        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
-
-    def problems(self, split: str) -> Iterator[Problem]:
-        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
-        return iter(choose_split(self.name, split, self._kept, self._held))
+        kept = [(place, p) for place, p in named if lang in (None, p.metadata["lang"])]
+        self._keep(kept, eval_fraction)
 
     def extract(self, text: str) -> str | None:
         """The message's last literal, written the way Python writes it; None if there is none."""
@@ -108,7 +93,7 @@ class AutoLogi:
 
         Raises UserError naming file and line of the row that fails.
         """
-        for problem in (*self._kept, *self._held):
+        for problem in self.problems("all"):
             place, row = self._places[problem.id], self._rows[problem.id]
             fault = screen(problem.metadata["code"])
             if fault is not None:

@@ -17,14 +17,13 @@ from pathlib import Path
 from satune.tasks import block_stacks, blocks
 from satune.tasks.plan_text import write_plan
 from satune.tasks.planbench import BLOCKS, PlanBenchBlocksworld, grade_plan, grounder
+from satune.tasks.splits import TENTHS, check_integer, generator, lies_in
 from satune.tasks.strips import Fact, parse_problem
-from satune.types import Entry, Grade, Key, Problem, UserError
+from satune.tasks.voices import last_said, prompt_of
+from satune.types import Entry, Grade, Problem, UserError
 
 MOST_BLOCKS = 8
 """Shortest plans for more are too slow to find."""
-
-# Tenths of all instances by the hash of their short form: splits are disjoint for every seed.
-_TENTHS = {"train": range(8), "eval": range(8, 9), "certify": range(9, 10)}
 
 
 class Blocksworld:
@@ -56,15 +55,9 @@ class Blocksworld:
         subset: str | None = None,
         eval_fraction: float = 0.1,
     ) -> None:
-        if not _is_within(blocks, 3, MOST_BLOCKS):
-            raise UserError(
-                f"task blocksworld: blocks is {blocks!r}; give an integer from 3 to {MOST_BLOCKS}"
-            )
+        check_integer("task blocksworld: blocks", blocks, 3, MOST_BLOCKS)
         letters = max(blocks, 6) if letters is None else letters
-        if not _is_within(letters, blocks, 12):
-            raise UserError(
-                f"task blocksworld: letters is {letters!r}; give an integer from {blocks} to 12"
-            )
+        check_integer("task blocksworld: letters", letters, blocks, 12)
         if prompt not in ("short", "planbench"):
             raise UserError(f"task blocksworld: prompt is {prompt!r}; give 'short' or 'planbench'")
         if subset is not None and data is None:
@@ -83,16 +76,14 @@ class Blocksworld:
         """Problem ``index`` (from 0) of a generated split's stream."""
         if not self.fresh:
             raise UserError("task blocksworld: its problems are rows; use problems(split)")
-        if split not in _TENTHS:
-            raise UserError(f"task blocksworld: no split {split!r}; there are {', '.join(_TENTHS)}")
-        rng = Key(self.seed, "blocksworld", problem=split, sample=index).rng()
+        rng = generator("blocksworld", self.seed, split, index)
         while True:
             state, goal = self._draw(rng)
             form = f"{state}:{goal}"
-            tenth = hashlib.blake2b(form.encode(), digest_size=8).digest()[0] * 10 // 256
+            digest = hashlib.blake2b(form.encode(), digest_size=8).digest()
             wanted = block_stacks.goal_of(goal)
             held = block_stacks.reached(block_stacks.read_stacks(state), wanted)
-            if not held and tenth in _TENTHS[split]:
+            if not held and lies_in(split, digest):
                 return self._problem(f"blocksworld-{split}-{index:06d}", state, goal)
 
     def problems(self, split: str) -> Iterator[Problem]:
@@ -127,7 +118,7 @@ class Blocksworld:
         if self._rows is not None:
             self._rows.validate()
             return
-        for split in _TENTHS:
+        for split in TENTHS:
             for problem in itertools.islice(self.problems(split), 50):
                 entries = [Entry("problem", parts=problem.prompt)]
                 for _ in range(problem.metadata["plan_length"] // 2):
@@ -147,8 +138,8 @@ class Blocksworld:
         debate), it takes the one most of them wrote, the earliest of these on a tie. An error makes
         another legal move. A plan that has reached the goal is repeated.
         """
-        prompt = next(_text(entry) for entry in entries if entry.kind == "problem")
-        moves = self._current(entries, prompt)
+        prompt = prompt_of(entries)
+        moves = last_said(entries, lambda text: self._moves(text, prompt) or None, len) or []
         start, goal = self._below(prompt), self._goal(prompt)
         now = block_stacks.after_moves(start, moves)
         ahead = block_stacks.shortest_moves(block_stacks.write_stacks(now), goal)
@@ -157,22 +148,6 @@ class Blocksworld:
             wrong = rng.random() < error and others
             moves = [*moves, rng.choice(others) if wrong else ahead[0]]
         return self._write(start, moves)
-
-    def _current(self, entries: Sequence[Entry], prompt: str) -> list[str]:
-        """The plan to go on from: see ``expert``."""
-        voices: dict[str, list[str]] = {}
-        for entry in reversed(entries):
-            if entry.kind not in ("own", "foreign"):
-                continue
-            moves = self._moves(entry.text, prompt)
-            if not moves:
-                continue
-            said = next(iter(voices.values()), moves)
-            if entry.seat in voices or len(moves) != len(said):
-                break
-            voices[entry.seat] = moves
-        spoken = list(reversed(voices.values()))
-        return max(spoken, key=spoken.count) if spoken else []
 
     def _below(self, prompt: str) -> block_stacks.Below:
         return block_stacks.read_stacks(self._forms(prompt)[0])
@@ -240,11 +215,3 @@ class Blocksworld:
             plan_length=2 * len(moves),
             problem_pddl=pddl,
         )
-
-
-def _is_within(value: object, lowest: int, highest: int) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int) and lowest <= value <= highest
-
-
-def _text(entry: Entry) -> str:
-    return entry.text or "".join(part.get("text", "") for part in entry.parts)

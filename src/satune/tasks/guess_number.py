@@ -18,19 +18,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
+from satune.tasks.arbench import MAX_TURNS
+from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.splits import TENTHS, RowTask, check_integer, generator, lies_in
 from satune.tasks.sweep import neighbours, sweep
-from satune.types import Entry, Generate, Grade, Key, Problem, StepResult, UserError
+from satune.types import Entry, Generate, Grade, Problem, StepResult, UserError
 
-MAX_TURNS = 25
 DIGITS = 4
 
 _MARKUP = re.compile(r"[\[\](){}*`_$<>\"']")
@@ -46,9 +39,6 @@ place, y digits occur in the secret but in another place. After the last guess y
 your final answer, and only that one counts. Write each guess in the form "Guess: 1234"."""
 _FULL_FINAL = 'That was the last guess. What is the secret number? Write it as "Guess: 1234".'
 
-# Tenths of all secrets by hash, so that generated splits stay disjoint for every seed.
-_TENTHS = {"train": range(8), "eval": range(8, 9), "certify": range(9, 10)}
-
 
 def feedback(secret: str, guess: str) -> tuple[int, int]:
     """(digits right in the right place, further digits right in the wrong place).
@@ -63,19 +53,15 @@ def feedback(secret: str, guess: str) -> tuple[int, int]:
 @functools.cache
 def _secrets(split: str) -> tuple[str, ...]:
     secrets = ("".join(p) for p in itertools.permutations("0123456789", DIGITS))
-    return tuple(s for s in secrets if _tenth(s) in _TENTHS[split])
+    digests = ((s, hashlib.blake2b(b"guess_number " + s.encode()).digest()) for s in secrets)
+    return tuple(secret for secret, digest in digests if lies_in(split, digest))
 
 
-def _tenth(secret: str) -> int:
-    return hashlib.blake2b(b"guess_number " + secret.encode()).digest()[0] * 10 // 256
-
-
-class GuessNumber:
+class GuessNumber(RowTask):
     """The game as a task with an environment; the protocol's answer is the team's next guess.
 
     ``data`` is a JSONL file with ``secret`` and, if they differ, ``id`` and ``max_turns``, or
-    upstream's JSON list of secrets; ``eval_fraction`` of its rows (chosen by the hash of the id)
-    form the split "eval", the rest "train", everything "all". Without ``data`` secrets are
+    upstream's JSON list of secrets; ``eval_fraction`` is for its rows. Without ``data`` secrets are
     generated: "train", "eval" and "certify" are disjoint whatever the seed (together they are all
     5,040 secrets, those of the benchmark included). ``prompt`` "full" explains the game; "short"
     gives a tiny agent single characters.
@@ -99,32 +85,21 @@ class GuessNumber:
     ) -> None:
         if prompt not in ("short", "full"):
             raise UserError(f"task guess_number: prompt is {prompt!r}; give 'short' or 'full'")
-        _check_turns("task guess_number", max_turns)
+        check_integer("task guess_number: max_turns", max_turns, 1)
         self.seed = seed
         self.prompt = prompt
         self.max_turns = max_turns
         self.stop_on_hit = stop_on_hit
         self.fresh = data is None
-        self._kept: list[Problem] = []
-        self._held: list[Problem] = []
         if data is not None:
-            rows = [
-                self._from_row(i, *row) for i, row in enumerate(read_rows(data, bare="secret"), 1)
-            ]
-            check_unique([(place, problem.id) for place, problem in rows])
-            problems = [problem for _, problem in rows]
-            fraction = check_fraction(self.name, eval_fraction)
-            self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
+            rows = enumerate(read_rows(data, bare="secret"), 1)
+            self._keep([(p, self._from_row(i, p, row)) for i, (p, row) in rows], eval_fraction)
 
     def problem_at(self, split: str, index: int) -> Problem:
         """Problem ``index`` (from 0) of a generated split's stream."""
         if not self.fresh:
             raise UserError("task guess_number: its secrets come from a file; use problems(split)")
-        if split not in _TENTHS:
-            raise UserError(
-                f"task guess_number: no split {split!r}; there are {', '.join(_TENTHS)}"
-            )
-        rng = Key(self.seed, "guess_number", problem=split, sample=index).rng()
+        rng = generator("guess_number", self.seed, split, index)
         secret = rng.choice(_secrets(split))
         return self._problem(f"guess_number-{split}-{index:06d}", secret, self.max_turns)
 
@@ -132,7 +107,7 @@ class GuessNumber:
         """A file's rows of that split, or an endless stream of generated secrets."""
         if self.fresh:
             return (self.problem_at(split, index) for index in itertools.count())
-        return iter(choose_split(self.name, split, self._kept, self._held))
+        return super().problems(split)
 
     def extract(self, text: str) -> str | None:
         """The last four digits after the word "guess" (brackets, commas and spaces are allowed),
@@ -162,11 +137,8 @@ class GuessNumber:
 
         Raises ValueError naming the problem that fails.
         """
-        if self.fresh:
-            problems = [p for s in _TENTHS for p in itertools.islice(self.problems(s), 50)]
-        else:
-            problems = [*self._kept, *self._held]
-        for problem in problems:
+        drawn = (p for s in TENTHS for p in itertools.islice(self.problems(s), 50))
+        for problem in drawn if self.fresh else self.problems("all"):
             secret = problem.answer
             gold = [self.grade(problem, a).score for a in (secret, f"Guess: {secret}")]
             spoilt = (secret[1:] + secret[0], secret[:3], "", None)
@@ -211,15 +183,15 @@ class GuessNumber:
                 said = []
         return history
 
-    def _from_row(self, number: int, place: str, row: Row) -> tuple[str, Problem]:
+    def _from_row(self, number: int, place: str, row: Row) -> Problem:
         secret = field(place, row, "secret")
         if not isinstance(secret, str) or not re.fullmatch(r"[0-9]{4}", secret):
             raise UserError(f"{place}: secret is {secret!r}; write four digits as a string")
         if len(set(secret)) < DIGITS:
             raise UserError(f"{place}: secret {secret!r} repeats a digit; all four must differ")
         turns = row.get("max_turns", self.max_turns)
-        _check_turns(place, turns)
-        return place, self._problem(str(row.get("id", f"row-{number}")), secret, turns)
+        check_integer(f"{place}: max_turns", turns, 1)
+        return self._problem(str(row.get("id", f"row-{number}")), secret, turns)
 
     def _problem(self, identity: str, secret: str, max_turns: int) -> Problem:
         text = "G" if self.prompt == "short" else _FULL_PROMPT.format(max_turns=max_turns)
@@ -277,8 +249,3 @@ class Game:
         if self._hit_at is not None:
             components["turns_to_hit"] = float(self._hit_at)
         return Grade(graded.score, components, graded.detail)
-
-
-def _check_turns(place: str, turns: object) -> None:
-    if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
-        raise UserError(f"{place}: max_turns is {turns!r}; give an integer from 1 up")

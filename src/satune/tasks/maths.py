@@ -7,20 +7,14 @@ else goes to math-verify in a worker process with a time limit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from satune.tasks import maths_equality
 from satune.tasks.boxes import LONGEST_ANSWER, as_decimal, last_box, same_plainly, tidy
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    hold_out,
-    read_rows,
-)
+from satune.tasks.sources import Row, read_rows
+from satune.tasks.splits import RowTask, check_fraction
 from satune.tasks.workers import Failure, Workers
 from satune.types import Grade, Problem, UserError
 
@@ -40,21 +34,18 @@ _ID_FIELDS = ("id", "unique_id", "problem_id", "problem_idx", "idx")
 _MOST_VERDICTS = 100_000
 
 
-class Maths:
+class Maths(RowTask):
     """Rows with a problem and its final answer; by default DeepScaleR's training set.
 
     ``data``: see ``sources.read_rows``. Field names of the upstream sets are known, whatever their
     case: problem, question or prompt (text, or a chat, of which the user's messages count); answer,
     final_answer or reward_model.ground_truth, else the last box of solution; id or unique_id, else
     rows are numbered from 0. ``instruction`` follows each problem ("" leaves the problem bare).
-    ``eval_fraction`` of the rows, chosen by the hash of their ids, form "eval" and "certify", the
-    rest "train", everything "all".
 
     Raises UserError naming file and line for a bad row, and if math-verify is not installed.
     """
 
     name = "maths"
-    fresh = False
     published: ClassVar[str] = "agentica-org/DeepScaleR-Preview-Dataset:train"
     """What is read where no data are given."""
     default_instruction: ClassVar[str] = _INSTRUCTION
@@ -67,21 +58,14 @@ class Maths:
         instruction: str | None = None,
     ) -> None:
         maths_equality.check_installed(self.name)
-        fraction = check_fraction(self.name, eval_fraction)
+        check_fraction(self.name, eval_fraction)  # before rows are downloaded
         self.seed = seed
         self._instruction = self.default_instruction if instruction is None else instruction
         rows = read_rows(self.published if data is None else data)
         named = [(place, self._problem(i, place, row)) for i, (place, row) in enumerate(rows)]
-        check_unique([(place, problem.id) for place, problem in named])
-        self._places = {problem.id: place for place, problem in named}
-        problems = [problem for _, problem in named]
-        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
+        self._keep(named, eval_fraction)
         self._workers = Workers(maths_equality.build, 1, maths_equality.CALL_SECONDS)
         self._verdicts: dict[tuple[str, str, bool], bool] = {}
-
-    def problems(self, split: str) -> Iterator[Problem]:
-        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
-        return iter(choose_split(self.name, split, self._kept, self._held))
 
     def extract(self, text: str) -> str | None:
         r"""What the last balanced ``\boxed{}`` outside a thought holds; None if there is none."""
@@ -109,7 +93,7 @@ class Maths:
 
         Raises UserError naming file and line of the row that fails.
         """
-        for problem in [*self._kept, *self._held]:
+        for problem in self.problems("all"):
             gold = str(problem.answer)
             scores = [
                 self.grade(problem, f"\\boxed{{{text}}}").score for text in (gold, damaged(gold))
@@ -158,10 +142,8 @@ class Maths:
             )
 
 
-class _Aime(Maths):
-    """AIME: fifteen problems an exam, two exams a year, integers from 0 to 999."""
-
-    default_instruction = _INTEGER_INSTRUCTION
+class _Benchmark(Maths):
+    """Rows that are all held out unless ``eval_fraction`` is lowered."""
 
     def __init__(
         self,
@@ -171,6 +153,12 @@ class _Aime(Maths):
         instruction: str | None = None,
     ) -> None:
         super().__init__(data, seed, eval_fraction, instruction)
+
+
+class _Aime(_Benchmark):
+    """AIME: fifteen problems an exam, two exams a year, integers from 0 to 999."""
+
+    default_instruction = _INTEGER_INSTRUCTION
 
     def _check_answer(self, place: str, answer: str) -> None:
         value = as_decimal(tidy(answer))
@@ -195,20 +183,11 @@ class Aime25(_Aime):
     published = "math-ai/aime25:test"
 
 
-class Math500(Maths):
+class Math500(_Benchmark):
     """MATH-500; all rows are held out unless ``eval_fraction`` is lowered."""
 
     name = "math500"
     published = "HuggingFaceH4/MATH-500:test"
-
-    def __init__(
-        self,
-        data: str | Path | None = None,
-        seed: int = 0,
-        eval_fraction: float = 1.0,
-        instruction: str | None = None,
-    ) -> None:
-        super().__init__(data, seed, eval_fraction, instruction)
 
 
 def damaged(answer: str) -> str:

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from satune.tasks import block_stacks, blocks, logistics
 from satune.tasks.plan_text import write_plan
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
+from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.splits import RowTask
 from satune.tasks.strips import (
     Domain,
     Fact,
@@ -92,7 +87,7 @@ def grade_plan(
     return Grade(float(done.valid), components, f"{done.length} actions; {done.detail}")
 
 
-class PlanBench:
+class PlanBench(RowTask):
     """The problems of ``data``: rows with ``problem_pddl`` (and, if they differ from the
     benchmark's, ``domain_pddl``), or the upstream form, rows or a file with ``instances``, whose
     problems are read from the last [STATEMENT] of ``query``.
@@ -102,51 +97,39 @@ class PlanBench:
     that of the task ``blocksworld``. ``subset`` keeps the rows of one ``subset``, ``max_blocks``
     those of so many objects at most.
 
-    ``eval_fraction`` of the rows, chosen by the hash of their ids, form the split "eval", the rest
-    "train", everything "all". Raises UserError naming file and line for a bad row.
+    Raises UserError naming file and line for a bad row.
     """
 
-    fresh = False
-    prompts = ("official", "own")
+    prompts: ClassVar[tuple[str, ...]] = ("official", "own")
+    _words: ClassVar[Words]
+    _largest = math.inf
+    """Objects of a problem that is kept."""
 
     def __init__(
         self,
-        name: str,
-        words: Words,
-        data: str | Path | None,
-        seed: int,
-        eval_fraction: float,
-        prompt: str,
-        subset: str | None,
-        max_objects: int | None = None,
+        data: str | Path | None = None,
+        seed: int = 0,
+        eval_fraction: float = 0.1,
+        prompt: str = "official",
+        subset: str | None = None,
     ) -> None:
+        start = f"task {self.name}"
         if data is None:
-            raise UserError(f"task {name}: it needs data: a JSONL or Parquet file, or a hub id")
+            raise UserError(f"{start}: it needs data: a JSONL or Parquet file, or a hub id")
         if prompt not in self.prompts:
             known = ", ".join(self.prompts)
-            raise UserError(f"task {name}: prompt is {prompt!r}; there are {known}")
-        self.name = name
+            raise UserError(f"{start}: prompt is {prompt!r}; there are {known}")
         self.seed = seed
         self.prompt = prompt
-        self._words = words
         rows = [
             (place, self._problem(place, row))
-            for place, row in plan_rows(data, words)
+            for place, row in plan_rows(data, self._words)
             if subset is None or row.get("subset") == subset
         ]
-        if max_objects is not None:
-            rows = [(p, r) for p, r in rows if r.metadata["objects"] <= max_objects]
+        rows = [(p, r) for p, r in rows if r.metadata["objects"] <= self._largest]
         if not rows:
             raise UserError(f"{data}: no row is left of subset {subset!r} and the sizes asked for")
-        check_unique([(place, problem.id) for place, problem in rows])
-        self._places = {problem.id: place for place, problem in rows}
-        problems = [problem for _, problem in rows]
-        fraction = check_fraction(name, eval_fraction)
-        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
-
-    def problems(self, split: str) -> Iterator[Problem]:
-        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
-        return iter(choose_split(self.name, split, self._kept, self._held))
+        self._keep(rows, eval_fraction)
 
     def extract(self, text: str) -> str | None:
         """The plan in a message, in PDDL with the names that the message uses; in short form its
@@ -173,7 +156,7 @@ class PlanBench:
 
         Raises UserError naming file and line of the row that fails.
         """
-        for problem in (*self._kept, *self._held):
+        for problem in self.problems("all"):
             if problem.answer is None:
                 continue
             gold = parse_plan(problem.answer)
@@ -199,10 +182,11 @@ class PlanBench:
         return write_plan(plan)
 
     def _problem(self, place: str, row: Row) -> Problem:
-        query = row.get("query")
-        if query is not None and not isinstance(query, str):
-            raise UserError(f"{place}: query is no text; give the prompt or leave it out")
-        domain = row.get("domain_pddl")
+        query, domain = row.get("query"), row.get("domain_pddl")
+        for name, value in (("query", query), ("domain_pddl", domain)):
+            if value is not None and not isinstance(value, str):
+                wanted = "the prompt" if name == "query" else "PDDL"
+                raise UserError(f"{place}: {name} is no text; give {wanted} or leave it out")
         try:
             if row.get("problem_pddl") is not None:
                 pddl = str(row["problem_pddl"])
@@ -254,7 +238,9 @@ class PlanBench:
 class PlanBenchBlocksworld(PlanBench):
     """``planbench_bw``: see PlanBench."""
 
+    name = "planbench_bw"
     prompts = ("official", "own", "short")
+    _words = BLOCKS
 
     def __init__(
         self,
@@ -265,25 +251,16 @@ class PlanBenchBlocksworld(PlanBench):
         subset: str | None = None,
         max_blocks: int | None = None,
     ) -> None:
-        super().__init__(
-            "planbench_bw", BLOCKS, data, seed, eval_fraction, prompt, subset, max_blocks
-        )
+        if max_blocks is not None:
+            self._largest = max_blocks
+        super().__init__(data, seed, eval_fraction, prompt, subset)
 
 
 class PlanBenchLogistics(PlanBench):
     """``planbench_logistics``: see PlanBench."""
 
-    def __init__(
-        self,
-        data: str | Path | None = None,
-        seed: int = 0,
-        eval_fraction: float = 0.1,
-        prompt: str = "official",
-        subset: str | None = None,
-    ) -> None:
-        super().__init__(
-            "planbench_logistics", LOGISTICS, data, seed, eval_fraction, prompt, subset
-        )
+    name = "planbench_logistics"
+    _words = LOGISTICS
 
 
 def plan_rows(data: str | Path, words: Words) -> list[tuple[str, Row]]:

@@ -13,7 +13,9 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from satune.types import Entry, Grade, Key, Problem, UserError
+from satune.tasks.splits import TENTHS, check_integer, generator, lies_in
+from satune.tasks.voices import last_said, prompt_of
+from satune.types import Entry, Grade, Problem
 
 LARGEST = 99
 """No intermediate result of a generated expression leaves 0..LARGEST."""
@@ -23,10 +25,6 @@ LIMIT = 999_999_999
 _EXPRESSION = re.compile(r"(?<!\w)-?[0-9]{1,9}(?![0-9])(?:[-+*][0-9]{1,9}(?![0-9]))*")
 _SPACED_OPERATOR = re.compile(r"(?<=[0-9])[ \t]*([-+*])[ \t]*(?=[0-9])")
 _ITEM = re.compile(r"(?:^-)?[0-9]+|[-+*]")
-
-# Tenths of all expressions, chosen by the hash of their text: the splits stay disjoint for every
-# seed and every number of problems drawn.
-_TENTHS = {"train": range(8), "eval": range(8, 9), "certify": range(9, 10)}
 
 
 def evaluate_step(left: int, operator: str, right: int) -> int:
@@ -75,21 +73,17 @@ class Relay:
     """Every character that prompts and a player's messages may hold."""
 
     def __init__(self, numbers: int = 4, times: bool = False, seed: int = 0) -> None:
-        if isinstance(numbers, bool) or not isinstance(numbers, int) or not 2 <= numbers <= 30:
-            raise UserError(f"task relay: numbers is {numbers!r}; give an integer from 2 to 30")
+        check_integer("task relay: numbers", numbers, 2, 30)
         self.numbers = numbers
         self.times = bool(times)
         self.seed = seed
 
     def problem_at(self, split: str, index: int) -> Problem:
         """Problem ``index`` (from 0) of a split's stream."""
-        if split not in _TENTHS:
-            raise UserError(f"task relay: no split {split!r}; there are {', '.join(_TENTHS)}")
-        rng = Key(self.seed, "relay", problem=split, sample=index).rng()
+        rng = generator("relay", self.seed, split, index)
         while True:
             expression, answer = self._draw(rng)
-            tenth = hashlib.blake2b(expression.encode(), digest_size=8).digest()[0] * 10 // 256
-            if tenth in _TENTHS[split]:
+            if lies_in(split, hashlib.blake2b(expression.encode(), digest_size=8).digest()):
                 identity = f"relay-{split}-{index:06d}"
                 return Problem.of(identity, expression, str(answer), split=split, fresh=True)
 
@@ -119,7 +113,7 @@ class Relay:
 
         Raises ValueError naming the problem that fails.
         """
-        for split in _TENTHS:
+        for split in TENTHS:
             for problem in itertools.islice(self.problems(split), 50):
                 reduced = problem.text
                 for _ in range(self.numbers - 1):
@@ -139,7 +133,8 @@ class Relay:
         (off by 1 or 2, or another operator's result) in the place of the right one. A lone number
         is repeated.
         """
-        expression = _current(entries)
+        expression = last_said(entries, last_expression, operations)
+        expression = expression or last_expression(prompt_of(entries)) or "0"
         if operations(expression) == 0:
             return expression
         items = _ITEM.findall(expression)
@@ -166,24 +161,3 @@ class Relay:
             value = evaluate_step(value, operator, number)
             expression += f"{operator}{number}"
         return expression, value
-
-
-def _current(entries: Sequence[Entry]) -> str:
-    """The expression to go on from: see ``Relay.expert``."""
-    voices: dict[str, str] = {}
-    for entry in reversed(entries):
-        if entry.kind == "problem":
-            if not voices:
-                text = "".join(part["text"] for part in entry.parts if part.get("type") == "text")
-                return last_expression(text or entry.text) or "0"
-            break
-        expression = last_expression(entry.text) if entry.kind in ("own", "foreign") else None
-        if expression is None:
-            continue
-        if voices and operations(expression) != operations(next(iter(voices.values()))):
-            break
-        if entry.seat in voices:
-            break
-        voices[entry.seat] = expression
-    spoken = list(reversed(voices.values()))
-    return max(spoken, key=spoken.count) if spoken else "0"

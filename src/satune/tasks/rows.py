@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,14 @@ from satune.tasks.rewards import (
     extract_numeric,
     same_number,
 )
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
+from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.splits import RowTask
 from satune.types import Grade, Part, Problem, UserError, text_part
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class Rows:
+class Rows(RowTask):
     """Problems from the rows of ``data`` (see ``sources.read_rows``).
 
     ``prompt``: the column with the prompt, a string or a list of chat messages. A chat of one user
@@ -40,14 +33,10 @@ class Rows:
     (the last number has the reference's value), or ``file.py:function`` of TRL's signature. The
     values of such a function must lie in ``reward_range``, from which they are rescaled to [0, 1].
 
-    ``eval_fraction`` of the rows, chosen by the hash of their ids, form the split "eval", the rest
-    "train", everything "all".
-
     Raises UserError naming file and line (or row) for anything that is wrong with a row.
     """
 
     name = "rows"
-    fresh = False
 
     def __init__(
         self,
@@ -74,15 +63,7 @@ class Rows:
             (place, self._problem(i, place, row, answer, id, needs_answer))
             for i, (place, row) in enumerate(rows, 1)
         ]
-        check_unique([(place, problem.id) for place, problem in named])
-        self._places = {problem.id: place for place, problem in named}
-        problems = [problem for _, problem in named]
-        fraction = check_fraction(self.name, eval_fraction)
-        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
-
-    def problems(self, split: str) -> Iterator[Problem]:
-        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
-        return iter(choose_split(self.name, split, self._kept, self._held))
+        self._keep(named, eval_fraction)
 
     def extract(self, text: str) -> str | None:
         """The answer in a message; for a reward function the whole message, without outer space."""
@@ -113,11 +94,11 @@ class Rows:
 
         Raises UserError naming file and line of the row that fails.
         """
-        problems = [*self._kept, *self._held]
         if self._function is not None:
-            self.grade(problems[0], str(problems[0].answer or ""))
+            first = next(self.problems("all"))
+            self.grade(first, str(first.answer or ""))
             return
-        for problem in problems:
+        for problem in self.problems("all"):
             gold = str(problem.answer)
             damaged = f"{gold}7" if self.reward == "exact" else _shifted(gold)
             if self.grade(problem, gold).score != 1.0 or self.grade(problem, damaged).score != 0.0:

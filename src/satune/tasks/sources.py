@@ -5,20 +5,18 @@ JSONL needs the standard library only; Parquet and `datasets` sources need ``sat
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from satune.loading import missing_file
 from satune.types import UserError
 
 Row = dict[str, Any]
-_T = TypeVar("_T")
 
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+){0,2}")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -62,55 +60,6 @@ def field(place: str, row: Mapping[str, Any], name: str) -> Any:
         there = ", ".join(row) or "none"
         raise UserError(f"{place}: no field {name!r}; the fields there are: {there}")
     return row[name]
-
-
-def check_unique(ids: Sequence[tuple[str, str]]) -> None:
-    """(place, id) of all rows. Raises UserError naming the two places that share an id."""
-    first: dict[str, str] = {}
-    for place, identity in ids:
-        if identity in first:
-            raise UserError(f"{place}: id {identity!r} stands already in {first[identity]}")
-        first[identity] = place
-
-
-def hold_out(items: Sequence[_T], ids: Sequence[str], fraction: float) -> tuple[list[_T], list[_T]]:
-    """(kept, held out): ``fraction`` of the items, rounded, chosen by the hash of their ids and so
-    the same whatever the seed and the order. Both keep the order of ``items``.
-
-    A fraction strictly between 0 and 1 leaves at least one item on either side if there are two.
-    """
-    order = sorted(range(len(items)), key=lambda i: hashlib.blake2b(ids[i].encode()).digest())
-    count = round(fraction * len(items))
-    if 0.0 < fraction < 1.0 and len(items) > 1:
-        count = min(max(count, 1), len(items) - 1)
-    held = set(order[:count])
-    kept = [item for i, item in enumerate(items) if i not in held]
-    return kept, [items[i] for i in sorted(held)]
-
-
-def choose_split(task: str, split: str, kept: Sequence[_T], held: Sequence[_T]) -> Sequence[_T]:
-    """The items of "train" (not held out), "eval" and "certify" (held out) or "all".
-
-    Raises UserError for another split and for one that is empty.
-    """
-    parts: dict[str, Sequence[_T]] = {
-        "train": kept,
-        "eval": held,
-        "certify": held,
-        "all": [*kept, *held],
-    }
-    if split not in parts:
-        raise UserError(f"task {task}: no split {split!r}; there are {', '.join(parts)}")
-    if not parts[split]:
-        raise UserError(f"task {task}: no rows for {split!r}; change eval_fraction")
-    return parts[split]
-
-
-def check_fraction(task: str, fraction: float) -> float:
-    """Raises UserError unless ``fraction`` is a number in [0, 1]."""
-    if not isinstance(fraction, (int, float)) or not 0.0 <= fraction <= 1.0:
-        raise UserError(f"task {task}: eval_fraction is {fraction!r}; give a number from 0 to 1")
-    return float(fraction)
 
 
 def _from_list(path: Path, content: bytes, bare: str | None) -> list[tuple[str, Row]]:

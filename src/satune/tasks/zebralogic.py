@@ -11,20 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from satune.tasks.json_answers import last_object
-from satune.tasks.sources import (
-    Row,
-    check_fraction,
-    check_unique,
-    choose_split,
-    field,
-    hold_out,
-    read_rows,
-)
+from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.splits import RowTask
 from satune.types import Grade, Problem, UserError
 
 Table = dict[str, dict[str, str]]
@@ -63,18 +56,16 @@ def read_table(text: str) -> Table | None:
     return table
 
 
-class ZebraLogic:
+class ZebraLogic(RowTask):
     """The puzzles of ``data``: rows with ``id``, ``size`` ("houses*attributes"), ``puzzle`` and
     ``solution`` {header, rows}, as allenai/ZebraLogicBench (grid_mode) has them. A hub id needs
     configuration and split: ``org/name:grid_mode:test``.
 
     A problem's metadata holds ``size``, ``scale``, ``houses`` and ``attributes`` to group by.
-    ``eval_fraction`` of the rows, chosen by the hash of their ids, form the split "eval", the rest
-    "train", everything "all". Raises UserError naming file and line for a bad row.
+    Raises UserError naming file and line for a bad row.
     """
 
     name = "zebralogic"
-    fresh = False
 
     def __init__(
         self, data: str | Path | None = None, seed: int = 0, eval_fraction: float = 0.1
@@ -83,15 +74,7 @@ class ZebraLogic:
             raise UserError("task zebralogic: it needs data: a JSONL or Parquet file, or a hub id")
         self.seed = seed
         rows = [(place, _problem(place, row)) for place, row in read_rows(data)]
-        check_unique([(place, problem.id) for place, problem in rows])
-        self._places = {problem.id: place for place, problem in rows}
-        problems = [problem for _, problem in rows]
-        fraction = check_fraction(self.name, eval_fraction)
-        self._kept, self._held = hold_out(problems, [p.id for p in problems], fraction)
-
-    def problems(self, split: str) -> Iterator[Problem]:
-        """The rows of "train", "eval" (also "certify": the held-out rows) or "all"."""
-        return iter(choose_split(self.name, split, self._kept, self._held))
+        self._keep(rows, eval_fraction)
 
     def extract(self, text: str) -> str | None:
         """The message's grid as JSON with sorted keys; None without one."""
@@ -126,7 +109,7 @@ class ZebraLogic:
 
         Raises UserError naming file and line of the row that fails.
         """
-        for problem in (*self._kept, *self._held):
+        for problem in self.problems("all"):
             gold: Table = problem.answer
             first, second, *_ = gold
             attribute = next(iter(gold[first]))
