@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str] | None] = {
     "projecting": None,
     "reseating": None,
     "swap_output": None,
+    "swap_request": None,
     "swapping": None,
     "description": None,
     "quickstart": None,

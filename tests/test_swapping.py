@@ -25,7 +25,8 @@ from satune.config.schema import AgentSection, TeamSection
 from satune.reseating import Candidate, find_team, load_found, reseated, with_newcomer
 from satune.rollout import rollout_sync
 from satune.swap.handover import HandOverSettings
-from satune.swapping import SwapRequest, side_of, swap, table_of
+from satune.swap_request import SwapRequest
+from satune.swapping import side_of, swap, table_of
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance

@@ -5,83 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
+from typing import Any
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.assembly import Cast, Progress, no_progress
 from satune.coin_rollout import Side, Table
-from satune.config.schema import ServerSection
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
 from satune.evaluation import Evaluation, paired_difference
-from satune.loading import nearest, served
 from satune.projecting import EXAMINED, look_at, project_seat
 from satune.reseating import (
     Candidate,
     Found,
-    check_seat,
-    find_team,
     load_found,
     with_newcomer,
 )
 from satune.scalars import scalar_writer
 from satune.swap.handover import (
-    HandOverSettings,
     mixture_kl,
 )
-from satune.swap.transplant import refuse_existing
 from satune.swap_output import write_result
+from satune.swap_request import DELTA, DELTA_OF_ALL, SwapRequest, check_request
 from satune.types import Key, UserError
 
-Method = Literal["auto", "project", "handover"]
-METHODS = ("auto", "project", "handover")
 TAKEN = ("accepted", "mixture")
 """Verdicts after which the seat is not the incumbent's alone any more."""
-DELTA, DELTA_OF_ALL = 0.01, 0.004
-"""Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
-
 Watch = Callable[[str, Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class SwapRequest:
-    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``rounds``: the most that a
-    distillation takes. ``tiny``: keys of the recipe's section by that name which a tiny newcomer is
-    taught by instead. ``server``: how a served newcomer is asked, as
-    ``team.agents.*.server`` of a recipe. ``out`` None: beside the source."""
-
-    source: Path
-    seats: Sequence[str]
-    models: Sequence[str]
-    method: Method = "auto"
-    delta: float | None = None
-    together: bool = False
-    dry_run: bool = False
-    otherwise: Literal["mixture", "refuse", "handover"] = "refuse"
-    rounds: int = 50
-    tiny: Mapping[str, Any] = field(default_factory=dict)
-    server: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Path | None = None
-    out: Path | None = None
-    hand_over: HandOverSettings = field(default_factory=HandOverSettings)
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Each seat with its model. Raises UserError where they do not match."""
-        if not self.seats:
-            raise UserError("--seat: name a seat, and its model by --with")
-        for seat in self.seats:
-            if list(self.seats).count(seat) > 1:
-                raise UserError(f"--seat {seat}: is named twice; a seat has one newcomer")
-        if len(self.models) not in (1, len(self.seats)):
-            raise UserError(
-                f"--with: {len(self.models)} models for {len(self.seats)} seats; give one a seat, "
-                "in the same order, or one for all"
-            )
-        models = self.models if len(self.models) > 1 else [self.models[0]] * len(self.seats)
-        return list(zip(self.seats, models, strict=True))
 
 
 def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | None = None) -> Any:
@@ -92,7 +41,7 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
     """
     started = time.perf_counter()
     pairs = request.pairs()
-    found, out = _checked(request, pairs)
+    found, out = check_request(request, pairs)
     tell = watch or (lambda kind, fields: None)
     for line in found.passed:
         tell("note", {"text": line})
@@ -139,53 +88,6 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
             with scalar_writer(out / "tensorboard") as write:
                 write("swap", {"stage": found.stage, **event})
     return result
-
-
-def _checked(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
-    """The team, and where the new one goes; whatever can be refused before models are loaded."""
-    if request.method not in METHODS:
-        hint = nearest(request.method, METHODS)
-        raise UserError(f"--method {request.method}: no such method{hint}")
-    if request.rounds < 0:
-        raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
-    if request.rounds == 0 and request.otherwise != "mixture":
-        raise UserError("--rounds 0: leaves only the mixture; add --otherwise mixture")
-    if request.delta is not None and not request.delta > 0:
-        raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
-    source = request.source
-    out = request.out or source.with_name(source.resolve().name + "-swapped")
-    if not request.dry_run:
-        refuse_existing(out)
-    found = find_team(source, request.recipe)
-    _check_server(request)
-    for seat, model in pairs:
-        check_seat(found, seat)
-        try:
-            at_server = served(model) is not None
-        except UserError as error:
-            raise UserError(f"--with {error}") from None
-        if at_server and request.method == "project":
-            raise UserError(
-                f"--with {model}: a server shows no distributions to project; use --method handover"
-            )
-    return found, out
-
-
-_OPTIONS = {"requests_per_minute": "rpm", "tokens_per_minute": "tpm"}
-
-
-def _check_server(request: SwapRequest) -> None:
-    try:
-        ServerSection(**request.server)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        option = _OPTIONS.get(name, name).replace("_", "-")
-        raise UserError(f"--{option}: {first['msg'].lower()}") from None
-    if request.server and not any(m.startswith("http") for m in request.models):
-        name = next(iter(request.server))
-        option = _OPTIONS.get(name, name).replace("_", "-")
-        raise UserError(f"--{option}: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
 
 
 def _overall(verdicts: Sequence[str]) -> str:
@@ -332,7 +234,7 @@ class _Swap:
                 candidate,
                 seat,
                 delta=self.delta,
-                otherwise=self.request.otherwise,
+                otherwise=self.request.fallback,
                 rounds=self.request.rounds,
                 key=swap_key(self.found, len(self.records)),
                 offset=self.found.train_offset + EXAMINED,

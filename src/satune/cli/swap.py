@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from satune.cli.common import AsJson, Out, open_console, quiet_libraries, show_result
+from satune.loading import KEY_VARIABLE
 
 
 def swap(
@@ -22,25 +23,39 @@ def swap(
         ),
     ],
     method: Annotated[str, typer.Option(help="auto, project or handover")] = "auto",
-    delta: Annotated[float | None, typer.Option(help="trust region of a projection, nats")] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            help="trust region of a projection, nats", show_default="0.01; 0.004 for all seats"
+        ),
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="what the reward may fall by")] = 0.02,
     confidence: Annotated[float, typer.Option(help="probability that it falls by more")] = 0.05,
     problems: Annotated[int, typer.Option(help="that hold both, at the last look")] = 2048,
     samples: Annotated[int, typer.Option(help="coins a problem")] = 8,
     looks: Annotated[int, typer.Option(help="at the evidence")] = 5,
-    together: Annotated[bool, typer.Option(help="all seats under one coin")] = False,
+    together: Annotated[bool, typer.Option("--together", help="all seats under one coin")] = False,
     otherwise: Annotated[
-        Literal["mixture", "handover", "refuse"],
-        typer.Option(help="for a projection outside delta"),
-    ] = "refuse",
-    rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 50,
-    dry_run: Annotated[bool, typer.Option(help="measure only")] = False,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="variable with a server's key [default: OPENAI_API_KEY]")
+        Literal["mixture", "handover", "refuse"] | None,
+        typer.Option(
+            help="for a projection outside delta",
+            show_default="refuse with --method project, else handover",
+        ),
     ] = None,
-    rpm: Annotated[float | None, typer.Option(help="requests a minute to a server")] = None,
-    tpm: Annotated[float | None, typer.Option(help="tokens a minute to a server")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="requests at a time")] = None,
+    rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 50,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="measure only")] = False,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="variable with a server's key", show_default=KEY_VARIABLE)
+    ] = None,
+    rpm: Annotated[
+        float | None, typer.Option(help="requests a minute to a server", show_default="no limit")
+    ] = None,
+    tpm: Annotated[
+        float | None, typer.Option(help="tokens a minute to a server", show_default="no limit")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="requests to a server at a time", show_default="32")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="rollout settings and task for a team directory")
     ] = None,
@@ -49,7 +64,7 @@ def swap(
 ) -> None:
     """Give seats of a trained team to other models."""
     from satune.swap.handover import HandOverSettings
-    from satune.swapping import SwapRequest
+    from satune.swap_request import SwapRequest
 
     server = {
         "api_key_env": api_key_env,

@@ -1,0 +1,108 @@
+"""What a swap is asked for, and what can be refused of it before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from satune.config.schema import ServerSection
+from satune.loading import nearest, served
+from satune.reseating import Found, check_seat, find_team
+from satune.swap.handover import HandOverSettings
+from satune.swap.transplant import refuse_existing
+from satune.types import UserError
+
+Method = Literal["auto", "project", "handover"]
+METHODS = ("auto", "project", "handover")
+DELTA, DELTA_OF_ALL = 0.01, 0.004
+"""Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRequest:
+    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``otherwise``: what becomes
+    of a projection outside it; None: a hand-over, or a refusal where projection was asked for by
+    name. ``rounds``: the most that a distillation takes. ``tiny``: keys of the recipe's section by
+    that name which a tiny newcomer is taught by instead. ``server``: how a served newcomer is
+    asked, as ``team.agents.*.server`` of a recipe. ``out`` None: beside the source."""
+
+    source: Path
+    seats: Sequence[str]
+    models: Sequence[str]
+    method: Method = "auto"
+    delta: float | None = None
+    together: bool = False
+    dry_run: bool = False
+    otherwise: Literal["mixture", "refuse", "handover"] | None = None
+    rounds: int = 50
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    server: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Path | None = None
+    out: Path | None = None
+    hand_over: HandOverSettings = field(default_factory=HandOverSettings)
+
+    @property
+    def fallback(self) -> Literal["mixture", "refuse", "handover"]:
+        return self.otherwise or ("handover" if self.method == "auto" else "refuse")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each seat with its model. Raises UserError where they do not match."""
+        if not self.seats:
+            raise UserError("--seat: name a seat, and its model by --with")
+        for seat in self.seats:
+            if list(self.seats).count(seat) > 1:
+                raise UserError(f"--seat {seat}: is named twice; a seat has one newcomer")
+        if len(self.models) not in (1, len(self.seats)):
+            raise UserError(
+                f"--with: {len(self.models)} models for {len(self.seats)} seats; give one a seat, "
+                "in the same order, or one for all"
+            )
+        models = self.models if len(self.models) > 1 else [self.models[0]] * len(self.seats)
+        return list(zip(self.seats, models, strict=True))
+
+
+def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
+    """The team, and where the new one goes; whatever can be refused before models are loaded."""
+    if request.method not in METHODS:
+        hint = nearest(request.method, METHODS)
+        raise UserError(f"--method {request.method}: no such method{hint}")
+    if request.rounds < 0:
+        raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
+    if request.rounds == 0 and request.fallback != "mixture":
+        raise UserError("--rounds 0: leaves only the mixture; add --otherwise mixture")
+    if request.delta is not None and not request.delta > 0:
+        raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
+    source = request.source
+    out = request.out or source.with_name(source.resolve().name + "-swapped")
+    if not request.dry_run:
+        refuse_existing(out)
+    found = find_team(source, request.recipe)
+    _check_server(request)
+    for seat, model in pairs:
+        check_seat(found, seat)
+        try:
+            at_server = served(model) is not None
+        except UserError as error:
+            raise UserError(f"--with {error}") from None
+        if at_server and request.method == "project":
+            raise UserError(
+                f"--with {model}: a server shows no distributions to project; use --method handover"
+            )
+    return found, out
+
+
+def _check_server(request: SwapRequest) -> None:
+    short = {"requests_per_minute": "rpm", "tokens_per_minute": "tpm"}
+    options = {n: f"--{short.get(n, n).replace('_', '-')}" for n in ServerSection.model_fields}
+    try:
+        ServerSection(**request.server)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{options[str(first['loc'][0])]}: {first['msg'].lower()}") from None
+    if not any(model.startswith(("http://", "https://")) for model in request.models):
+        for name in request.server:
+            raise UserError(f"{options[name]}: is for a newcomer at http://ADDRESS/v1#MODEL")
