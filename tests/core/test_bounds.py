@@ -127,7 +127,8 @@ def test_infinite_kl_is_the_trivial_bound_and_zero_kl_is_none():
     assert math.isfinite(naive)
 
 
-@given(gamma=st.floats(0.5, 0.9999), kl=KL, a_max=st.floats(0, 100))
+# Below 1e-6 the products of both leave the numbers that have all their digits.
+@given(gamma=st.floats(0.5, 0.9999), kl=KL, a_max=st.just(0.0) | st.floats(1e-6, 100))
 def test_the_paper_form_eats_the_largest_gain_from_gamma_one_half(gamma, kl, a_max):
     # L <= 2 A_max TV/(1-gamma), because E_old A = 0.
     gain = 2 * a_max * bounds.tv_from_kl(kl) / (1 - gamma)

@@ -446,7 +446,7 @@ def grade_many(tasks, count):
     for number in range(count):
         text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(25)))
         text = text * rng.choice((1, 1, 1, 1, 200)) if number % 50 == 0 else text
-        start = time.monotonic()
+        start = time.process_time()
         for task, problem, game in games:
             found = task.extract(text)
             assert found is None or task.equal(found, found)
@@ -454,7 +454,7 @@ def grade_many(tasks, count):
             if getattr(game, "_turns", 0) < 24:
                 game._turns = 0
                 loop.run_until_complete(game.step(text))
-        assert time.monotonic() - start < 1.0
+        assert time.process_time() - start < 1.0
     loop.close()
 
 
@@ -475,7 +475,7 @@ def test_long_messages_take_their_length_in_time(cases, puzzles, piece):
     text = piece * (300_000 // len(piece))
     for task in (cases, puzzles):
         problem = next(iter(task.problems("all")))
-        start = time.monotonic()
+        start = time.process_time()
         task.extract(text)
         task.grade(problem, text)
-        assert time.monotonic() - start < 1.0
+        assert time.process_time() - start < 1.0

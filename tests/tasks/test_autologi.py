@@ -192,7 +192,7 @@ def read_many(count: int) -> None:
     rng = random.Random(count)
     for _ in range(count):
         text = scrambled(rng)
-        start = time.monotonic()
+        start = time.process_time()
         found = find_literal(text)
         if found is not None:
             try:
@@ -200,7 +200,7 @@ def read_many(count: int) -> None:
             except ValueError:
                 continue
             assert repr(value)
-        assert time.monotonic() - start < 1.0
+        assert time.process_time() - start < 1.0
 
 
 @pytest.mark.timeout(60)
@@ -222,12 +222,12 @@ def test_no_text_of_many_breaks_the_reader():
 )  # fmt: skip
 @pytest.mark.timeout(30)
 def test_long_texts_take_their_length_in_time(text):
-    start = time.monotonic()
+    start = time.process_time()
     found = find_literal(text)
     if found is not None:
         with contextlib.suppress(ValueError):
             read_literal(found)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @given(st.recursive(
