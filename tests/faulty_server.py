@@ -52,6 +52,7 @@ class State:
     times: list[float] = []  # noqa: RUF012
     keys: list[str] = []  # noqa: RUF012
     most = open = 0
+    errors: dict[str, float] = {}  # noqa: RUF012
     lock = threading.Lock()
     server: ThreadingHTTPServer
 
@@ -176,7 +177,7 @@ def written(body: dict[str, Any]) -> tuple[str, str]:
     if body["model"] in ACTORS:
         return acted(body, rng), name
     expression = reduce_once(last_expression(body["messages"][-1]["content"]) or "0")
-    if rng.random() < ERRORS[body["model"]]:
+    if rng.random() < {**ERRORS, **State.errors}[body["model"]]:
         head = expression.split("+")[0].split("-")[0]
         expression = str(int(head or 0) + 1) + expression[len(head) :]
     return expression, name

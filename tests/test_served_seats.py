@@ -18,12 +18,16 @@ import yaml
 import faulty_server
 import tiny_world
 from faulty_server import FAULTS, Server
-from satune.config.load import load_recipe
+from satune.config.load import load_recipe, save_recipe
+from satune.launch import check_recipe_unchanged
 from satune.team import load_team
+from satune.training.run_directory import RunDirectory
 from satune.types import UserError
 from test_cli import ENVIRONMENT, Run, refused, satune  # noqa: F401
 from test_swapping import digests, go_on, state_of, trained
 
+MY_KEY = ("--server-option", "api_key_env=MY_KEY")
+BOB = "team.agents.bob.model=http://host/v1#good"
 KEYED = ENVIRONMENT | {"MY_KEY": "s3cret"}
 ANYHOW = ("--tolerance", "1", "--problems", "8", "--looks", "1")
 RAMP = ("--tolerance", "0.3", "--problems", "24", "--samples", "2", "--looks", "2")
@@ -63,7 +67,7 @@ def swapped(world: Path, process: Server) -> tuple[Path, dict[str, Any]]:
     before, out = digests(world / "run"), world / "swapped"
     code, said, err = called(
         "swap", world / "run", "--seat", "bob", "--with", f"{process.url}#good", *RAMP,
-        "--api-key-env", "MY_KEY", "--out", out, "--json",
+        *MY_KEY, "--out", out, "--json",
     )  # fmt: skip
     assert code == 0, err
     assert digests(world / "run") == before
@@ -150,7 +154,7 @@ def test_a_worse_one_is_refused_in_one_line(
     server: Server,
     tmp_path: Path,
 ) -> None:
-    worse = ("--with", f"{server.url}#poor", "--api-key-env", "MY_KEY", "--out", tmp_path / "worse")
+    worse = ("--with", f"{server.url}#poor", *MY_KEY, "--out", tmp_path / "worse")
     ramp = ("--tolerance", "0.02", "--problems", "512", "--looks", "3")
     code, out, _ = satune("swap", swapped[0], "--seat", "bob", *worse, *ramp, "--json")
     result = json.loads(out)
@@ -166,7 +170,7 @@ def test_every_seat_may_be_served(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "all"
-    poor = ("--with", f"{server.url}#poor", "--api-key-env", "MY_KEY", "--out", out)
+    poor = ("--with", f"{server.url}#poor", *MY_KEY, "--out", out)
     code, _, err = satune("swap", swapped[0], "--seat", "ann", *poor, *ANYHOW, "--json")
     assert code == 0, err
     # Nothing is left to train: a team, not a run.
@@ -179,7 +183,7 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
     world: Path, server: Server
 ) -> None:
     def command(out: str) -> list[str]:
-        served = ("--with", f"{server.url}#good", "--api-key-env", "MY_KEY")
+        served = ("--with", f"{server.url}#good", *MY_KEY)
         return ["swap", str(world / "run"), "--seat", "bob", *served, *RAMP,
                 "--out", str(world / out), "--json"]  # fmt: skip
 
@@ -201,25 +205,32 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
         time.sleep(0.02)
     going.kill()
     going.communicate()
-    assert not (world / "killed").exists() and list(world.glob("killed*answers*"))
+    (answers,) = world.glob("killed.answers-*.jsonl")
+    assert not (world / "killed").exists()
     # What was under way when it died had no reader.
-    read = len((world / "killed.answers.jsonl").read_text().splitlines())
+    read = len(answers.read_text().splitlines())
     server.set(delay=0.0, requests=0)
     first = result_of("killed")
     asked = server.seen()["requests"]
     server.fresh(key="s3cret")
     assert result_of("not-killed") == first
     assert read > 0 and asked == server.seen()["requests"] - read
+    assert not list(world.glob("*.answers-*"))
 
 
+OPTION = ("--server-option",)
 BAD = {
-    "no model": (["http://host/v1"], "--with http://host/v1: names no model there; give http"),
+    "no model": (["http://host/v1"], "--with: a model at host: give http://ADDRESS/v1#MODEL"),
+    "a key in it": (["http://u:pw@host/v1#good"], "its address holds a key"),
     "no such model": (["{url}#great"], "name a model that it serves"),
-    "another key": (["{url}#good", "--api-key-env", "NO_KEY"], "wants a key; set $NO_KEY"),
+    "no key": (["{url}#good", *OPTION, "retries=1"], "wants a key; set $OPENAI_API_KEY"),
+    "no such key": (["{url}#good", *OPTION, "api_key_env=NO_KEY"], "$NO_KEY is not set; export it"),
+    "a key as a name": (["{url}#good", *OPTION, "api_key_env=sk-a.b"], "api_key_env: string"),
+    "no such option": (["{url}#good", *OPTION, "rpn=5"], "option rpn: extra inputs"),
     "nobody there": (["http://127.0.0.1:9/v1#good"], "no answer after"),
     "to be projected": (["{url}#good", "--method", "project"], "use --method handover"),
-    "a rate of nothing": (["{url}#good", "--rpm", "0"], "--rpm: input should be greater than 0"),
-    "options of no server": (["{model}", "--rpm", "5"], "--rpm: is for a newcomer at http"),
+    "a rate of 0": (["{url}#good", *OPTION, "requests_per_minute=0"], "should be greater than 0"),
+    "options of no server": (["{model}", *OPTION, "retries=5"], "is for a newcomer at http"),
 }  # fmt: skip
 
 
@@ -235,7 +246,7 @@ def test_bad_input_is_one_line(
     (model, *more), says = BAD[case]
     before = digests(world / "run")
     model = model.format(url=server.url, model=world / "model-1")
-    keyed = [] if "--api-key-env" in more or "--rpm" in more else ["--api-key-env", "MY_KEY"]
+    keyed = () if more else MY_KEY
     bad = ("--seat", "bob", "--with", model, *keyed, *more, "--out", world / "bad")
     assert says in refused(satune("swap", world / "run", *bad))
     assert digests(world / "run") == before and not (world / "bad").exists()
@@ -244,8 +255,10 @@ def test_bad_input_is_one_line(
 RECIPES = {
     "to be trained": ({}, "bob.frozen: a served model cannot be trained; set frozen to true"),
     "an adapter": ({"frozen": True, "lora": {}}, "bob.lora: a served model takes no adapter"),
-    "no model": ({"frozen": True, "model": "http://host/v1"}, "bob.model: http://host/v1: names"),
+    "no model": ({"frozen": True, "model": "http://host/v1"}, "bob.model: a model at host: give"),
     "options of no server": ({"model": "here", "server": {}}, "bob.server: is for a model at http"),
+    "a password": ({"frozen": True, "model": "http://u:pw@host/v1#m"}, "bob.model: a model at"),
+    "a template": ({"frozen": True, "template": {"chat": "{{ a }}"}}, "bob.template.chat: its"),
 }  # fmt: skip
 
 
@@ -296,3 +309,93 @@ def test_an_evaluation_plays_with_it(
     # What was answered is on file, as with a team that is served whole.
     assert satune("eval", swapped[0] / what, *data)[0] == 0
     assert server.seen()["requests"] == 24
+
+
+def test_two_models_of_one_name_are_not_one(
+    satune: Run,  # noqa: F811
+    swapped: Any,
+    server: Server,
+    tmp_path: Path,
+) -> None:
+    with faulty_server.running() as other:
+        other.set(key="s3cret", errors={"good": 0.95})
+        worse = ("--with", f"{other.url}#good", *MY_KEY, "--out", tmp_path / "worse")
+        ramp = ("--tolerance", "0.05", "--problems", "256", "--looks", "2")
+        code, out, err = satune("swap", swapped[0], "--seat", "bob", *worse, *ramp, "--json")
+    assert code == 2, err
+    record = json.loads(out)["swaps"][0]
+    assert record["verdict"] == "refused" and record["before"] > 0.6 and record["naive"] < 0.4
+
+
+def test_a_dry_run_writes_nothing_at_all(
+    satune: Run,  # noqa: F811
+    world: Path,
+    server: Server,
+    tmp_path: Path,
+) -> None:
+    dry = ("--with", f"{server.url}#good", *MY_KEY, "--dry-run", "--out", tmp_path / "a" / "b")
+    code, out, err = satune("swap", world / "run", "--seat", "bob", *dry, "--json")
+    assert code == 0, err
+    assert json.loads(out)["swaps"][0]["naive"] > 0.6
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_newcomer_is_asked_as_the_team_asks_its_server(
+    satune: Run,  # noqa: F811
+    swapped: Any,
+    server: Server,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "both"
+    ann = ("swap", swapped[0] / "team", "--seat", "ann", "--with", f"{server.url}#poor")
+    code, _, err = satune(*ann, *ANYHOW, "--out", out, "--json")
+    assert code == 0, err
+    agents = json.loads((out / "manifest.json").read_text())["agents"]
+    assert agents["ann"]["server"] == agents["bob"]["server"]
+    assert agents["ann"]["server"]["api_key_env"] == "MY_KEY"
+    two = refused(satune(*ann, *ANYHOW, *MY_KEY, *OPTION, "timeout=9", "--out", tmp_path / "two"))
+    assert "is to be asked in two ways; give every agent there the same server section" in two
+
+
+def test_a_resumed_run_may_ask_elsewhere(world: Path) -> None:
+    held = load_recipe(world / "recipe.yaml", [BOB, "team.agents.bob.frozen=true"])
+    directory = RunDirectory(world / "elsewhere")
+    directory.start()
+    save_recipe(held, directory.recipe)
+    for change in (
+        "team.agents.bob.model=http://other:80/v1#good", "team.agents.bob.server={timeout: 5}"
+    ):  # fmt: skip
+        check_recipe_unchanged(directory, load_recipe(directory.recipe, [change]))
+    for change in ("team.agents.bob.model=http://host/v1#poor", "team.agents.ann.delta=0.1"):
+        with pytest.raises(UserError, match=change.partition("=")[0]):
+            check_recipe_unchanged(directory, load_recipe(directory.recipe, [change]))
+
+
+def test_agents_at_one_address_agree_on_how_it_is_asked(world: Path) -> None:
+    ann = ["team.agents.ann.model=http://host/v1#poor", "team.agents.ann.frozen=true"]
+    bob = [BOB, "team.agents.bob.frozen=true", "team.agents.bob.server={timeout: 5}"]
+    carl = f"team.agents.carl={{model: {world / 'model-0'}}}"
+    with pytest.raises(UserError, match=r"agents.ann.server: 'bob' and 'ann' are at one address"):
+        load_recipe(world / "recipe.yaml", [*ann, *bob, carl])
+
+
+@pytest.mark.parametrize("thinking", [None, False])
+def test_thinking_is_the_servers_to_turn_off(
+    thinking: bool | None,
+    satune: Run,  # noqa: F811
+    swapped: Any,
+    server: Server,
+    tmp_path: Path,
+) -> None:
+    team = tmp_path / "team"
+    shutil.copytree(swapped[0] / "team", team)
+    manifest = json.loads((team / "manifest.json").read_text())
+    manifest["agents"]["bob"]["template"]["enable_thinking"] = thinking
+    (team / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = satune("eval", team, "-k", "1", "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    bodies = server.seen()["bodies"]
+    said = None if thinking is None else {"enable_thinking": thinking}
+    assert bodies and all(body.get("chat_template_kwargs") == said for body in bodies)
+    # As long a message as it was trained with, though no recipe lies beside this team.
+    assert {body["max_tokens"] for body in bodies} == {6}

@@ -124,6 +124,7 @@ def assemble(
         seed=recipe.seed,
         protocol=recipe.protocol.model_dump(),
         task=recipe.task.model_dump(),
+        max_new_tokens=recipe.rollout.max_new_tokens,
     )
     engine = with_roles(
         team_engine(team, recipe, servers),

@@ -133,6 +133,8 @@ def local_candidate(
     misspelt = misspelt_path(given)
     if misspelt:
         raise UserError(f"{given}: no such team, recipe or model ({misspelt})")
+    if given.startswith(("http://", "https://")):
+        raise UserError("TEAM: is an address; give the model's name, and the address by --base-url")
     if not place.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
         raise UserError(f"{given}: no such team, recipe or model; give a directory or a hub id")
     return _of_model(given, copies, keys)
@@ -170,7 +172,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Candid
     written = directory.parent / "recipe.yaml"
     recipe = load_recipe(written) if directory.name == "team" and written.is_file() else None
     section = _engine_section(keys, recipe)
-    limit = recipe.rollout.max_new_tokens if recipe else _room(team)
+    limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
     return Candidate(
         team.seats_for(limit),
         with_served(_engine(team, section), team.served, team.seats, servers),

@@ -14,6 +14,7 @@ from satune.core.confidence import Spending
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.evaluation import mean_estimate
+from satune.loading import served
 from satune.rollout import episode_from_row, episode_to_row, rollout_sync
 from satune.tasks.catalog import draw, take
 from satune.training.certification import CertifyState
@@ -221,8 +222,9 @@ def check_held_out(task: Task) -> None:
         )
 
 
-RESUMABLE = ("stages",)
-"""The keys that may be changed when a run is resumed."""
+RESUMABLE = ("stages", "team.agents.NAME.server", "team.agents.NAME.model")
+"""The keys that may be changed when a run is resumed; of the last the address of a served model
+alone."""
 
 
 def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
@@ -233,13 +235,23 @@ def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
     if not directory.recipe.is_file():
         return
     held = load_recipe(directory.recipe)
-    changed = [key for key in differences(held, recipe) if key not in RESUMABLE]
+    changed = [key for key in differences(held, recipe) if not _may_change(key, held, recipe)]
     if changed:
         raise UserError(
             f"{directory.recipe}: the run was started with another recipe ({changed[0]}); resume "
-            f"with the same recipe and overrides, or with this file; {', '.join(RESUMABLE)} alone "
-            "may change"
+            "with the same recipe and overrides, or with this file; only stages and where and how "
+            "served models are asked may change"
         )
+
+
+def _may_change(key: str, held: Recipe, now: Recipe) -> bool:
+    match key.split("."):
+        case ["stages"] | ["team", "agents", _, "server", *_]:
+            return True
+        case ["team", "agents", name, "model"]:
+            before, after = (served(each.team.agents[name].model) for each in (held, now))
+            return before is not None and after is not None and before[1] == after[1]
+    return False
 
 
 def tolerance_of(recipe: Recipe) -> Tolerance:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 from satune.types import UserError
 
@@ -28,13 +29,22 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 def served(model: str) -> tuple[str, str] | None:
     """(address, name there) of a model at an OpenAI-compatible server; None for any other model.
 
-    Raises UserError where a part is missing.
+    Raises UserError where a part is missing, and for an address that holds more.
     """
-    if not model.startswith(("http://", "https://")):
-        return None
     address, _, name = model.partition("#")
-    if not name or not address.partition("//")[2]:
-        raise UserError(f"{model}: names no model there; give http://ADDRESS/v1#MODEL")
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
+        return None
+    # None of it is shown: what should not be in an address may be a key.
+    if parts.username or parts.password or parts.query:
+        raise UserError(
+            f"a model at {parts.hostname}: its address holds a key or a query; give the key in an "
+            "environment variable (server.api_key_env)"
+        )
+    if not parts.hostname or not name:
+        raise UserError(
+            f"a model at {parts.hostname or 'no address'}: give http://ADDRESS/v1#MODEL"
+        )
     return address, name
 
 

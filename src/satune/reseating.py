@@ -31,8 +31,8 @@ from satune.types import UserError
 @dataclass(slots=True)
 class Found:
     """A trained team and where it was found. ``run`` and ``checkpoint`` are None for a team
-    directory, whose recipe is made of its manifest, and of a file if ``given``; ``state`` is the
-    checkpoint's."""
+    directory, whose recipe is made of its manifest, and of a file if one is given; ``room_said``
+    tells whether these say how long a message may be. ``state`` is the checkpoint's."""
 
     path: Path
     recipe: Recipe
@@ -40,7 +40,7 @@ class Found:
     checkpoint: str | None = None
     state: dict[str, Any] = field(default_factory=dict)
     passed: Sequence[str] = ()
-    given: bool = False
+    room_said: bool = False
 
     @property
     def seats(self) -> Mapping[str, str]:
@@ -69,7 +69,9 @@ def find_team(path: Path, recipe: Path | None) -> Found:
     is no team, or nothing complete of one.
     """
     if (path / "manifest.json").is_file():
-        return Found(path, _recipe_of_team(path, recipe), given=recipe is not None)
+        manifest = read_manifest(path)
+        said = recipe is not None or manifest.get("max_new_tokens") is not None
+        return Found(path, _recipe_of_team(path, manifest, recipe), room_said=said)
     run = RunDirectory(path)
     if not run.recipe.is_file():
         what = "holds neither a run nor a team" if path.is_dir() else "no such directory"
@@ -85,8 +87,7 @@ def find_team(path: Path, recipe: Path | None) -> Found:
     return Found(path, loaded, run, name, state, passed)
 
 
-def _recipe_of_team(path: Path, recipe: Path | None) -> Recipe:
-    manifest = read_manifest(path)
+def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None) -> Recipe:
     agents: dict[str, AgentSection] = {}
     sharing = "separate"
     for name, entry in manifest["agents"].items():
@@ -114,8 +115,14 @@ def _recipe_of_team(path: Path, recipe: Path | None) -> Recipe:
         if "name" not in manifest[part]:
             raise UserError(f"{path}: its manifest names no {part}; give the recipe by --recipe")
     section = TeamSection(sharing=sharing, agents=agents, seats=seats)  # type: ignore[arg-type]
+    limit = manifest.get("max_new_tokens")
     return Recipe.model_validate(
-        {"team": section, "task": manifest["task"], "protocol": manifest["protocol"]}
+        {
+            "team": section,
+            "task": manifest["task"],
+            "protocol": manifest["protocol"],
+            "rollout": {} if limit is None else {"max_new_tokens": limit},
+        }
     )
 
 
@@ -148,7 +155,7 @@ def _fitting(found: Found, team: Team) -> Recipe:
     rollout = found.recipe.rollout
     limits = [policy.context_limit // 4 for policy in team.policies.values()]
     room = min(limits, default=rollout.max_new_tokens)
-    if found.given or rollout.max_new_tokens <= room:
+    if found.room_said or rollout.max_new_tokens <= room:
         return found.recipe
     shorter = rollout.model_copy(update={"max_new_tokens": max(1, room)})
     return found.recipe.model_copy(update={"rollout": shorter})
@@ -226,14 +233,14 @@ def with_newcomer(
     incumbent = team.seats[seat]
     # A text that was written for the incumbent's template says nothing to another tokenizer.
     had = recipe.team.resolved().agents[incumbent]
-    at_server = served(model) is not None
+    at_server = served(model)
     section = had.model_copy(
         update={
             "model": model,
             "trust_remote_code": False,
             "lora": None if at_server else had.lora,
-            "frozen": at_server or (had.frozen and incumbent in team.policies),
-            "server": ServerSection(**(server or {})) if at_server else None,
+            "frozen": bool(at_server) or (had.frozen and incumbent in team.policies),
+            "server": _asked(recipe.team, at_server[0], server or {}) if at_server else None,
         }
     )
     if loaded is None:
@@ -254,12 +261,21 @@ def with_newcomer(
     policies = {n: p for n in resolved.agents if (p := playing.get(n)) is not None}
     spec = agent_spec(name, section, section.model)
     specs = {n: spec if n == name else team.specs[n] for n in resolved.agents}
-    new_team = Team(
-        policies, specs, dict(resolved.seats), sections.sharing, team.protocol, team.task
+    new_team = replace(
+        team, policies=policies, specs=specs, seats=dict(resolved.seats), sharing=sections.sharing
     )
     new_recipe = recipe.model_copy(update={"team": sections})
     kept = {n: m for n, m in base.newcomers.items() if n in resolved.agents}
     return Candidate(with_team(cast, new_recipe, new_team), kept | {name: model})
+
+
+def _asked(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
+    """How a newcomer's server is asked: as the team asks it already, but for what is given."""
+    for agent in team.resolved().agents.values():
+        there = served(agent.model)
+        if there is not None and there[0] == address and agent.server is not None:
+            return agent.server.model_copy(update=dict(given))
+    return ServerSection(**given)
 
 
 def _same_tokenizer(incumbent: Policy | None, newcomer: Policy | None) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,28 +85,50 @@ def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tup
     if not request.dry_run:
         refuse_existing(out)
     found = find_team(source, request.recipe)
-    _check_server(request)
     for seat, model in pairs:
         check_seat(found, seat)
         try:
             at_server = served(model) is not None
         except UserError as error:
-            raise UserError(f"--with {error}") from None
+            raise UserError(f"--with: {error}") from None
         if at_server and request.method == "project":
             raise UserError(
                 f"--with {model}: a server shows no distributions to project; use --method handover"
             )
+    _check_server(request)
     return found, out
 
 
-def _check_server(request: SwapRequest) -> None:
-    short = {"requests_per_minute": "rpm", "tokens_per_minute": "tpm"}
-    options = {n: f"--{short.get(n, n).replace('_', '-')}" for n in ServerSection.model_fields}
+@contextmanager
+def kept_answers(request: SwapRequest, found: Found, out: Path) -> Iterator[Path | None]:
+    """Where servers' answers lie until the swap is decided, so that the same command, begun again
+    after a failure, asks only for what is missing. None for a dry run, which writes nothing."""
+    if request.dry_run:
+        yield None
+        return
+    same = [str(found.path.resolve()), found.checkpoint, request.pairs(), dict(request.server)]
+    digest = hashlib.blake2b(json.dumps(same).encode(), digest_size=4).hexdigest()
+    path = out.absolute().with_name(f"{out.absolute().name}.answers-{digest}.jsonl")
     try:
-        ServerSection(**request.server)
+        yield path
+    except BaseException:
+        if path.is_file() and path.stat().st_size == 0:
+            path.unlink()
+        raise
+    path.unlink(missing_ok=True)
+
+
+def _check_server(request: SwapRequest) -> None:
+    try:
+        section = ServerSection(**request.server)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{options[str(first['loc'][0])]}: {first['msg'].lower()}") from None
-    if not any(model.startswith(("http://", "https://")) for model in request.models):
-        for name in request.server:
-            raise UserError(f"{options[name]}: is for a newcomer at http://ADDRESS/v1#MODEL")
+        where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
+        hint = nearest(where, ServerSection.model_fields) if "extra" in first["type"] else ""
+        raise UserError(f"--server-option {where}: {said}{hint}") from None
+    if request.server and not any(served(model) for model in request.models):
+        raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
+    if "api_key_env" in request.server and not os.environ.get(section.api_key_env):
+        raise UserError(
+            f"--server-option api_key_env: ${section.api_key_env} is not set; export it"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
@@ -25,7 +26,7 @@ from satune.swap.handover import (
     mixture_kl,
 )
 from satune.swap_output import write_result
-from satune.swap_request import DELTA, DELTA_OF_ALL, SwapRequest, check_request
+from satune.swap_request import DELTA, DELTA_OF_ALL, SwapRequest, check_request, kept_answers
 from satune.types import Key, UserError
 
 TAKEN = ("accepted", "mixture")
@@ -39,14 +40,25 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
     A new directory is written where a newcomer was accepted; the source is only read. Raises
     UserError for a request that cannot be met, before anything is written.
     """
-    started = time.perf_counter()
     pairs = request.pairs()
     found, out = check_request(request, pairs)
     tell = watch or (lambda kind, fields: None)
+    with kept_answers(request, found, out) as answers:
+        return _perform(request, found, out, Servers(answers=answers), progress, tell)
+
+
+def _perform(
+    request: SwapRequest,
+    found: Found,
+    out: Path,
+    servers: Servers,
+    progress: Progress,
+    tell: Watch,
+) -> dict[str, Any]:
+    started, pairs = time.perf_counter(), request.pairs()
     for line in found.passed:
         tell("note", {"text": line})
-    answers = out.with_name(out.name + ".answers.jsonl")
-    team = Candidate(load_found(found, progress, Servers(answers=answers)))
+    team = Candidate(load_found(found, progress, servers))
     groups = [pairs] if request.together else [[pair] for pair in pairs]
     job = _Swap(request, found, team, len(groups), progress, tell)
     # Every model is loaded, and every method found fit, before the first is measured.
@@ -81,7 +93,6 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
             "source": str(request.source.resolve()),
         }
         write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
-        answers.unlink(missing_ok=True)
         result["out"] = str(out)
         tell("swap", {"stage": found.stage, **event})
         if found.run is not None and found.recipe.log.tensorboard:

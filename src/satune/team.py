@@ -29,7 +29,8 @@ class Team:
     """Agents by name, and the agent of each seat in speaking order.
 
     An agent whose model is served elsewhere has a spec and no policy.
-    ``protocol`` and ``task`` are the recipe's, kept so that a saved team says how it plays.
+    ``protocol``, ``task`` and ``max_new_tokens`` (a message) are the recipe's, kept so that a saved
+    team says how it plays.
     """
 
     policies: dict[str, Policy]
@@ -38,6 +39,7 @@ class Team:
     sharing: str = "separate"
     protocol: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
     renderers: dict[str, Renderer] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,7 @@ class Team:
             "agents": {name: self.entry(name) for name in self.specs},
             "protocol": dict(self.protocol),
             "task": dict(self.task),
+            "max_new_tokens": self.max_new_tokens,
         }
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
@@ -217,6 +220,7 @@ def load_team(
         seed=seed,
         protocol=manifest["protocol"],
         task=manifest["task"],
+        max_new_tokens=manifest.get("max_new_tokens"),
     )
     add_mixtures(team, directory, manifest, dtype=dtype, device=device)
     return team
@@ -255,6 +259,7 @@ def build_team(
     seed: int = 0,
     protocol: Mapping[str, Any] | None = None,
     task: Mapping[str, Any] | None = None,
+    max_new_tokens: int | None = None,
 ) -> Team:
     """Load every local agent's model. Raises UserError as ``load_policies`` does."""
     policies = load_policies(
@@ -271,4 +276,5 @@ def build_team(
         sharing,
         protocol or {},
         task or {},
+        max_new_tokens,
     )

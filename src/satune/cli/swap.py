@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from satune.cli.common import AsJson, Out, open_console, quiet_libraries, show_result
-from satune.loading import KEY_VARIABLE
 
 
 def swap(
@@ -44,17 +43,13 @@ def swap(
     ] = None,
     rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 50,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="measure only")] = False,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="variable with a server's key", show_default=KEY_VARIABLE)
-    ] = None,
-    rpm: Annotated[
-        float | None, typer.Option(help="requests a minute to a server", show_default="no limit")
-    ] = None,
-    tpm: Annotated[
-        float | None, typer.Option(help="tokens a minute to a server", show_default="no limit")
-    ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(help="requests to a server at a time", show_default="32")
+    server_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="how a server is asked, as team.agents.*.server of a recipe",
+            show_default="as the team asks it already, else the recipe's defaults",
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="rollout settings and task for a team directory")
@@ -63,15 +58,13 @@ def swap(
     as_json: AsJson = False,
 ) -> None:
     """Give seats of a trained team to other models."""
+    from satune.config.load import override
     from satune.swap.handover import HandOverSettings
     from satune.swap_request import SwapRequest
 
-    server = {
-        "api_key_env": api_key_env,
-        "requests_per_minute": rpm,
-        "tokens_per_minute": tpm,
-        "concurrency": concurrency,
-    }
+    server: dict[str, Any] = {}
+    for text in server_option or []:
+        override(server, text)
     settings = HandOverSettings(tolerance, confidence, problems, samples, looks)
     request = SwapRequest(
         source=source,
@@ -83,7 +76,7 @@ def swap(
         dry_run=dry_run,
         otherwise=otherwise,
         rounds=rounds,
-        server={key: value for key, value in server.items() if value is not None},
+        server=server,
         recipe=recipe,
         out=out,
         hand_over=settings,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from satune.config.schema import AgentSection, Recipe
+from satune.config.schema import AgentSection, Recipe, ServerSection
 from satune.loading import served
 from satune.types import UserError
 
@@ -88,8 +88,29 @@ def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
             yield f"{path}.model", "is served, and served weights cannot be shared with the team"
         elif agent.lora is not None:
             yield f"{path}.lora", "a served model takes no adapter; remove the key"
+        elif agent.template.chat is not None:
+            yield f"{path}.template.chat", "its server renders a served model; remove the key"
         elif not agent.frozen:
             yield f"{path}.frozen", "a served model cannot be trained; set frozen to true"
+
+
+def _servers_are_asked_one_way(recipe: Recipe) -> Iterator[Fault]:
+    first: dict[str, tuple[str, ServerSection]] = {}
+    for name, agent in recipe.team.agents.items():
+        try:
+            at = served(agent.model)
+        except UserError:
+            continue  # said by another check
+        if at is None:
+            continue
+        section = agent.server or ServerSection()
+        other, asked = first.setdefault(at[0].rstrip("/").lower(), (name, section))
+        if asked != section:
+            yield (
+                f"team.agents.{name}.server",
+                f"'{other}' and '{name}' are at one address, which is asked in one way; give both"
+                " the same server section",
+            )
 
 
 def _delta(value: float) -> str:
@@ -226,6 +247,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _agents_are_sound,
     _shared_agents_agree,
     _served_agents_are_still,
+    _servers_are_asked_one_way,
     _somebody_learns,
     _trust_region_is_sound,
     _groups_can_be_compared,

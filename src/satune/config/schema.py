@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from satune.loading import KEY_VARIABLE
+from satune.loading import KEY_VARIABLE, served
 
 # Names become directory names and parts of dotted overrides, hence neither dots nor slashes.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -83,7 +83,9 @@ class LoraSection(Section):
 class ServerSection(Section):
     """How the server of a model at ``http://ADDRESS/v1#MODEL`` is asked."""
 
-    api_key_env: Annotated[str, Field(min_length=1)] = KEY_VARIABLE
+    api_key_env: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = (
+        KEY_VARIABLE
+    )
     concurrency: Count = 32
     retries: Whole = 8
     timeout: Positive = 1200.0
@@ -145,7 +147,7 @@ class TeamSection(Section):
             agents = {
                 name: agent
                 if agent.lora
-                or agent.model.startswith(("http://", "https://"))
+                or served(agent.model) is not None
                 or Path(agent.model, "adapter_config.json").is_file()
                 else agent.model_copy(update={"lora": LoraSection()})
                 for name, agent in self.agents.items()

@@ -68,8 +68,8 @@ class ServerSettings:
 
 
 class Answers:
-    """What servers answered, by request, on file (None: it is not kept). Engines may share one: a
-    request is named by its key, model and content, and no two of an evaluation have one key."""
+    """What servers answered, by request, on file (None: it is not kept). Engines may share one, if
+    each is told apart by its ``place``."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = JsonLines(path) if path is not None else None
@@ -148,11 +148,19 @@ class OpenAIEngine:
         return await self.complete(self.models[seat], prompt, sampling, key)
 
     async def complete(
-        self, model: str, prompt: Prompt, sampling: Sampling, key: Key
+        self,
+        model: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        key: Key,
+        *,
+        place: str = "",
+        extra: Mapping[str, Any] | None = None,
     ) -> Completion:
-        """``generate`` for whoever that ``model`` of the server plays."""
-        body = self._body(model, prompt, sampling, key)
-        identity = _identity(body, key)
+        """``generate`` for whoever that ``model`` of the server plays. ``place`` tells its answers
+        from those of a model of the same name elsewhere; ``extra`` goes into the request."""
+        body = self._body(model, prompt, sampling, key) | dict(extra or {})
+        identity = _identity(body, key, place)
         held = self._answers.get(identity)
         if held is not None:
             self.reused += 1
@@ -244,7 +252,7 @@ class OpenAIEngine:
             except TimeoutError:
                 trouble = f"no answer within {settings.timeout:g} s"
             except (httpx.TransportError, Unreadable, httpx.DecodingError) as error:
-                trouble = _one_line(error)
+                trouble = self._short(_one_line(error))
             else:
                 if reply is not None:
                     self._pace.spent(reply.prompt_tokens + reply.completion_tokens)
@@ -284,7 +292,7 @@ class OpenAIEngine:
         """What is wrong, in words, if it may pass. Raises UserError for what will not. ``field`` is
         the name under which the request gave its limit of tokens."""
         status = response.status_code
-        said = _said(response)
+        said = self._short(_said(response))
         # Newer models of one vendor know the limit by another name only.
         if status == 400 and "max_completion_tokens" in said and field == "max_tokens":
             self._limit_field = "max_completion_tokens"
@@ -318,6 +326,12 @@ class OpenAIEngine:
         text = " ".join(text.split())
         return text.replace(key, "***") if key else text
 
+    def _short(self, text: str) -> str:
+        """At most 300 characters of what a server said. Cleaned first: half a key is no key that
+        can be found."""
+        text = self._clean(text)
+        return text if len(text) <= 300 else f"{text[:297]}..."
+
 
 def address_of(base_url: str) -> httpx.URL:
     """``base_url``, read. Raises UserError for what is no address."""
@@ -331,9 +345,9 @@ def address_of(base_url: str) -> httpx.URL:
     return address
 
 
-def _identity(body: Mapping[str, Any], key: Key) -> str:
-    """Names a request by its key and content; where the server lies does not matter."""
-    text = json.dumps([asdict(key), dict(body)], sort_keys=True)
+def _identity(body: Mapping[str, Any], key: Key, place: str) -> str:
+    """Names a request by its key and content, and by where it goes if ``place`` says so."""
+    text = json.dumps([asdict(key), dict(body), *([place] if place else [])], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

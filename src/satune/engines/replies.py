@@ -99,11 +99,10 @@ def _reply(text: str, finish: Any, usage: Any) -> Reply:
 
 
 def error_text(data: Any) -> str:
-    """The message of an error body on one line, at most 300 characters of it."""
+    """The message of an error body on one line."""
     error = data.get("error", data.get("detail", data)) if isinstance(data, Mapping) else data
     message = error.get("message", error) if isinstance(error, Mapping) else error
-    text = " ".join(str(message).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return " ".join(str(message).split())
 
 
 def retry_after(value: str | None) -> float | None:

@@ -90,14 +90,22 @@ class Servers:
 
 
 class ServedModel:
-    """A model at a server, for whoever it plays; others may use the server too."""
+    """A model at a server, for whoever it plays; others may use the server too. ``thinking`` is
+    passed to its chat template where it is given."""
 
-    def __init__(self, server: OpenAIEngine, model: str) -> None:
+    def __init__(self, server: OpenAIEngine, model: str, thinking: bool | None = None) -> None:
         self._server = server
         self._model = model
+        self._extra = (
+            {} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking}}
+        )
 
     async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
-        return await self._server.complete(self._model, prompt, sampling, key)
+        # Two teams that play with equal keys may have models of one name at two servers.
+        place = self._server.base_url
+        return await self._server.complete(
+            self._model, prompt, sampling, key, place=place, extra=self._extra
+        )
 
     def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
         raise AssertionError("a served model is not trained")
@@ -120,7 +128,8 @@ def with_served(
         assert at is not None
         options = dict(spec.server)
         variable = options.pop("api_key_env", KEY_VARIABLE)
-        there[name] = ServedModel(servers.at(at[0], variable, options), at[1])
+        server = servers.at(at[0], variable, options)
+        there[name] = ServedModel(server, at[1], spec.template.enable_thinking)
     if not there:
         return local
     of_seats = {seat: there[agent] for seat, agent in seats.items() if agent in there}
