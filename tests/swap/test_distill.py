@@ -222,23 +222,24 @@ def test_it_learns_from_what_it_has_just_seen_and_again_from_earlier_rounds(monk
     monkeypatch.setattr("satune.swap.distill._teach", teach)
     monkeypatch.setattr("satune.swap.distill._step", step)
     settings = replace(
-        SETTINGS, rounds=3, problems=5, passes=3, batch=8, warmup=0.25, measure_problems=4
+        SETTINGS, rounds=4, problems=5, passes=3, batch=8, warmup=0.25, measure_problems=4
     )
     done, _, _ = swapped(policies(), settings)
     assert done.decision == "mixture"
     fresh = [
         {f"p{n:04d}/{sample}" for n in range(5 * k, 5 * k + 5) for sample in range(2)}
-        for k in range(3)
+        for k in range(4)
     ]
     # Ten new ones a round; beside them 2 x 10 earlier ones, or as many as there are.
-    assert [sum(each.values()) for each in taught] == [10, 20, 30]
+    assert [sum(each.values()) for each in taught] == [10, 20, 30, 30]
     assert all(max(each.values()) == 1 for each in taught)
     for number, each in enumerate(taught):
         assert fresh[number] <= set(each) <= set().union(*fresh[: number + 1])
     # At most eight a step: 10 in 2, 20 in 3, 30 in 4.
-    assert [size for _, size in steps] == [5, 5, 6, 7, 7, 7, 8, 7, 8]
-    # Half a cosine over the three rounds, and its first quarter on the way up.
-    shares = [1 / 6, 1 / 3, 4 / 9, 5 / 9, 2 / 3, 3 / 4, 5 / 6, 11 / 12, 1]
+    assert [size for _, size in steps] == [5, 5, 6, 7, 7, *[7, 8] * 4]
+    # Half a cosine over the four rounds, and its first quarter on the way up.
+    steps_of = (2, 3, 4, 4)
+    shares = [(k + n / of) / 4 for k, of in enumerate(steps_of) for n in range(1, of + 1)]
     expected = [
         3e-3 * min(1.0, 4 * share) * (1 + math.cos(math.pi * share)) / 2 for share in shares
     ]

@@ -31,7 +31,7 @@ def swap(
         Literal["mixture", "handover", "refuse"],
         typer.Option(help="for a projection outside delta"),
     ] = "refuse",
-    rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 50,
+    rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 30,
     dry_run: Annotated[bool, typer.Option(help="measure only")] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="rollout settings and task for a team directory")

@@ -57,9 +57,9 @@ class DistillSettings:
     aim: float = 0.1
     stop: float = 0.9
     confirm: int = 3
-    rounds: int = 50
+    rounds: int = 30
     problems: int = 16
-    passes: int = 2
+    passes: int = 4
     batch: int = 16
     warmup: float = 0.05
     measure_problems: int = 64
