@@ -22,6 +22,7 @@ from satune.agents.zoo import tiny_tokenizer
 from satune.assembly import Cast
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
+from satune.projecting import MEASURED, PROBLEMS
 from satune.reseating import Candidate, find_team, load_found, reseated, with_newcomer
 from satune.rollout import rollout_sync
 from satune.swap.handover import HandOverSettings
@@ -325,6 +326,10 @@ def test_a_projection_outside_delta_can_be_judged_by_its_reward(
     record = result["swaps"][0]
     assert record["verdict"] == "accepted" and "above delta" in record["projection"]
     assert record["looks"] and record["kl"]["newcomer"]["quantile"] > 1e-6
+    # Every problem once: samples of one visit the same states.
+    rows = record["distillation"]["bob"]["rounds"]
+    assert [row["episodes"] for row in rows] == [PROBLEMS] * 2
+    assert record["kl"]["newcomer"]["problems"] == MEASURED
     # The newcomer as it was drawn to the incumbent, not as it came.
     weights = load_file(out / "checkpoints" / "stage-0002" / "bob.weights.safetensors")
     came = load_file(world / "newcomer" / "model.safetensors")

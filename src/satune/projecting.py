@@ -17,8 +17,11 @@ from satune.types import Episode, Key
 
 EXAMINED = 64
 """Problems on which the newcomer's alignment is looked at."""
-PROBLEMS = 48
-"""Problems of a round of distillation: fewer leave the newcomer wandering about."""
+PROBLEMS = 192
+"""Problems of a round of distillation, played once each: what a newcomer lacks in the end are
+states that it never saw, and samples of one problem visit the same ones."""
+MEASURED = 256
+"""Problems on which it is measured at last."""
 OTHERWISE: dict[str, Literal["mixture", "refused", "outside"]] = {
     "mixture": "mixture",
     "refuse": "refused",
@@ -101,7 +104,7 @@ def project_seat(
     new = with_policy(taken, name, student)
     old = with_policy(taken, name, incumbent)
     recipe = new.cast.recipe
-    rollouts = Counted(recipe.rollout.samples)
+    rollouts = Counted(1)
     found = distill(
         name,
         incumbent,
@@ -114,7 +117,7 @@ def project_seat(
             otherwise=OTHERWISE[otherwise],
             rounds=rounds,
             problems=PROBLEMS,
-            last_rate=0.1,
+            measure_problems=MEASURED,
             seed=key.seed,
             optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
         ),

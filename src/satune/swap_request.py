@@ -42,7 +42,7 @@ class SwapRequest:
     together: bool = False
     dry_run: bool = False
     otherwise: Literal["mixture", "refuse", "handover"] | None = None
-    rounds: int = 50
+    rounds: int = 30
     tiny: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,15 @@ from satune.core.divergence import DivergenceStatistics
 from satune.core.logprobs import exact_kl
 from satune.core.projection import alignment_terms
 from satune.engines.local import LocalEngine
-from satune.swap.distill import Distilled, DistillSettings, _judge, distill, student_of
+from satune.swap.distill import (
+    Distilled,
+    DistillSettings,
+    _judge,
+    _step,
+    _teach,
+    distill,
+    student_of,
+)
 from satune.swap.measurement import examine, measure
 from satune.training.update import own_turns
 from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn
@@ -190,8 +199,51 @@ def test_nobody_else_is_touched(story):
 def test_it_is_reproducible(story):
     short = replace(SETTINGS, rounds=4)
     (one, first, _), (two, second, _) = (swapped(policies(), short) for _ in range(2))
-    assert one.event["rounds"] == two.event["rounds"] == story[2].event["rounds"][:4]
+    assert one.event["rounds"] == two.event["rounds"]
+    # The learning rate's way depends on how many rounds there are, what is played first does not.
+    first_of = ("states", "reward", "kl", "to_mixture")
+    began, longer = (done.event["rounds"][0] for done in (one, story[2]))
+    assert [began[name] for name in first_of] == [longer[name] for name in first_of]
     assert one.event["kl"] == two.event["kl"] and same(weights(first), weights(second))
+
+
+def test_it_learns_from_what_it_has_just_seen_and_again_from_earlier_rounds(monkeypatch):
+    taught: list[Counter[str]] = []
+    steps: list[tuple[float, int]] = []
+
+    def teach(learner: Any, teacher: Any, play: Any, episodes: Any, number: int) -> float:
+        taught.append(Counter(f"{e.problem.id}/{e.sample}" for e in episodes))
+        return _teach(learner, teacher, play, episodes, number)
+
+    def step(learner: Any, teacher: Any, packed: Any, episodes: Any) -> float:
+        steps.append((learner.settings.lr, len(episodes)))
+        return _step(learner, teacher, packed, episodes)
+
+    monkeypatch.setattr("satune.swap.distill._teach", teach)
+    monkeypatch.setattr("satune.swap.distill._step", step)
+    settings = replace(
+        SETTINGS, rounds=4, problems=5, passes=3, batch=8, warmup=0.25, measure_problems=4
+    )
+    done, _, _ = swapped(policies(), settings)
+    assert done.decision == "mixture"
+    fresh = [
+        {f"p{n:04d}/{sample}" for n in range(5 * k, 5 * k + 5) for sample in range(2)}
+        for k in range(4)
+    ]
+    # Ten new ones a round; beside them 2 x 10 earlier ones, or as many as there are.
+    assert [sum(each.values()) for each in taught] == [10, 20, 30, 30]
+    assert all(max(each.values()) == 1 for each in taught)
+    for number, each in enumerate(taught):
+        assert fresh[number] <= set(each) <= set().union(*fresh[: number + 1])
+    # At most eight a step: 10 in 2, 20 in 3, 30 in 4.
+    assert [size for _, size in steps] == [5, 5, 6, 7, 7, *[7, 8] * 4]
+    # Half a cosine over the four rounds, and its first quarter on the way up.
+    steps_of = (2, 3, 4, 4)
+    shares = [(k + n / of) / 4 for k, of in enumerate(steps_of) for n in range(1, of + 1)]
+    expected = [
+        3e-3 * min(1.0, 4 * share) * (1 + math.cos(math.pi * share)) / 2 for share in shares
+    ]
+    assert [rate for rate, _ in steps] == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("otherwise", ["mixture", "refused"])

@@ -15,7 +15,7 @@ from satune.cli.train import run_training, show_summary
 NEWCOMER = "tiny:llama-m"
 # A seventh of what its teaching would take: what a swap does shows best where a newcomer is worse.
 TEACHING = {"steps": 110, "max_steps": 110, "examples": 7040}
-ROUNDS = 4
+ROUNDS = 2
 SHOWN = (
     "seats", "models", "method", "verdict", "reason", "before", "naive", "naive_difference",
     "after", "difference", "kl",

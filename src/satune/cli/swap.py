@@ -41,7 +41,7 @@ def swap(
             show_default="refuse with --method project, else handover",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 50,
+    rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 30,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="measure only")] = False,
     server_option: Annotated[
         list[str] | None,

@@ -41,38 +41,40 @@ class DistillSettings:
     """``delta`` (nats) bounds the ``quantile`` of KL(student‖incumbent) over ``unit``.
 
     The mixture taught lies at ``aim`` x delta, because a student misses it by something. Each of at
-    most ``rounds`` rounds plays ``problems`` problems and makes ``mini_batches`` optimiser steps;
-    rounds end when the quantile, over states that gave no gradient yet, is at most ``stop`` x
-    delta ``confirm`` times in a row, the weights at rest meanwhile: the first low reading of many
-    is low by luck. ``measure_problems`` are played anew for the measurement, by either team.
+    most ``rounds`` rounds plays ``problems`` problems anew and learns from them, and from episodes
+    of earlier rounds ``passes`` - 1 times as many, ``batch`` episodes an optimiser step; rounds end
+    when the quantile, over states that gave no gradient yet, is at most ``stop`` x delta
+    ``confirm`` times in a row, the weights at rest meanwhile: the first low reading of many is low
+    by luck. ``measure_problems`` are played anew for the measurement, by either team.
     ``otherwise`` is what becomes of a student outside delta; "outside" leaves that to the caller.
-    The learning rate falls linearly from the optimiser's to ``last_rate`` of it over the rounds.
-    Raises: ValueError if a value lies outside its range.
+    The learning rate rises to the optimiser's over the first ``warmup`` of all rounds and falls
+    with half a cosine to zero. Raises: ValueError if a value lies outside its range.
     """
 
     delta: float = 0.01
     quantile: float = 0.99
     unit: Unit = "token"
-    aim: float = 0.5
+    aim: float = 0.1
     stop: float = 0.9
     confirm: int = 3
-    rounds: int = 50
+    rounds: int = 30
     problems: int = 16
-    mini_batches: int = 4
+    passes: int = 4
+    batch: int = 16
+    warmup: float = 0.05
     measure_problems: int = 64
     confidence: float = 0.95
     otherwise: Literal["mixture", "refused", "outside"] = "mixture"
-    last_rate: float = 1.0
     seed: int = 0
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self) -> None:
         if not self.delta > 0:
             raise ValueError(f"distill.delta {self.delta}: give a positive number of nats")
-        for name in ("quantile", "aim", "stop", "last_rate"):
+        for name in ("quantile", "aim", "stop", "warmup"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"distill.{name} {getattr(self, name)}: give a value in (0, 1]")
-        for name in ("confirm", "rounds", "problems", "mini_batches", "measure_problems"):
+        for name in ("confirm", "rounds", "problems", "passes", "batch", "measure_problems"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distill.{name} {getattr(self, name)}: give at least 1")
 
@@ -220,6 +222,7 @@ def _learn(
     learner.wake()
     play.publish(play.version)
     streak = 0
+    memory: list[Episode] = []
     for number in range(1, settings.rounds + 1):
         episodes = play.newcomer()
         statistics, distances, packed = _statistics(
@@ -240,19 +243,42 @@ def _learn(
         inside = statistics.quantile <= settings.stop * settings.delta
         streak = streak + 1 if inside else 0
         if not inside:
-            left = (settings.rounds - number + 1) / settings.rounds
-            rate = settings.optimizer.lr * max(settings.last_rate, left)
-            learner.settings = replace(settings.optimizer, lr=rate)
-            order = list(range(packed.episodes))
-            Key(settings.seed, "swap", draw=play.rollouts).rng("mini-batches").shuffle(order)
-            row["grad_norm"] = max(
-                _step(learner, teacher, packed, mini)
-                for mini in _split(order, settings.mini_batches)
-            )
+            rng = Key(settings.seed, "swap", draw=play.rollouts).rng("mini-batches")
+            again = min(len(memory), (settings.passes - 1) * len(episodes))
+            learnt = [*episodes, *rng.sample(memory, again)]
+            rng.shuffle(learnt)
+            row["grad_norm"] = _teach(learner, teacher, play, learnt, number)
+            memory += episodes
             play.published()
         watch(row)
         if streak == settings.confirm:
             return
+
+
+def _teach(
+    learner: LocalLearner,
+    teacher: MixturePolicy,
+    play: _Play,
+    episodes: Sequence[Episode],
+    number: int,
+) -> float:
+    """The optimiser steps of round ``number``; returns the largest gradient norm before clipping.
+    Raises NonFinite."""
+    settings = play.settings
+    packed = own_turns(play.agent, episodes)
+    batches = _split(range(packed.episodes), math.ceil(packed.episodes / settings.batch))
+    norms = []
+    for index, batch in enumerate(batches, start=1):
+        share = (number - 1 + index / len(batches)) / settings.rounds
+        rate = settings.optimizer.lr * _schedule(share, settings.warmup)
+        learner.settings = replace(settings.optimizer, lr=rate)
+        norms.append(_step(learner, teacher, packed, batch))
+    return max(norms)
+
+
+def _schedule(share: float, warmup: float) -> float:
+    """Of the learning rate, when ``share`` of all steps is done."""
+    return min(1.0, share / warmup) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _step(
