@@ -22,12 +22,12 @@ from satune.agents.zoo import tiny_tokenizer
 from satune.assembly import Cast
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
-from satune.projecting import MEASURED, PROBLEMS
-from satune.reseating import Candidate, find_team, load_found, reseated, with_newcomer
 from satune.rollout import rollout_sync
 from satune.swap.handover import HandOverSettings
-from satune.swap_request import SwapRequest
-from satune.swapping import side_of, swap, table_of
+from satune.swapping.perform import side_of, swap, table_of
+from satune.swapping.projecting import MEASURED, PROBLEMS
+from satune.swapping.request import SwapRequest
+from satune.swapping.reseating import Candidate, find_team, load_found, reseated, with_newcomer
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance
@@ -475,7 +475,7 @@ def test_the_mixtures_episodes_are_those_of_its_sides(sevens: Path, epsilon: flo
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["satune.swapping", "satune.cli.main"])
+    context.set_forkserver_preload(["satune.swapping.perform", "satune.cli.main"])
     return context
 
 
@@ -530,12 +530,12 @@ def test_killed_at_any_moment_the_run_is_whole_and_the_result_whole_or_absent(
 def test_a_failure_while_writing_leaves_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from satune import swap_output
+    from satune.swapping import output
 
     def fail(*arguments: Any, **named: Any) -> None:
         raise UserError("disk: full")
 
-    monkeypatch.setattr(swap_output, "save_recipe", fail)
+    monkeypatch.setattr(output, "save_recipe", fail)
     with pytest.raises(UserError, match="disk: full"):
         give(world / "run", ("bob", world / "newcomer"), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def swap(
     """Give seats of a trained team to other models."""
     from satune.config.load import override
     from satune.swap.handover import HandOverSettings
-    from satune.swap_request import SwapRequest
+    from satune.swapping.request import SwapRequest
 
     server: dict[str, Any] = {}
     for text in server_option or []:
@@ -95,7 +95,7 @@ def run_swap(request: Any) -> dict[str, Any]:
     import torch
 
     from satune.agents.zoo import is_tiny
-    from satune.swapping import swap as perform
+    from satune.swapping.perform import swap as perform
 
     if all(is_tiny(each) for each in request.models):
         torch.set_num_threads(1)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from satune.agents.mixture import MixturePolicy
 from satune.assembly import Cast
 from satune.launch import optimizer_settings
-from satune.reseating import Candidate, with_newcomer, with_policy
 from satune.rollout import rollout_sync
 from satune.swap.distill import Distilled, DistillSettings, distill, student_of
 from satune.swap.measurement import examine
+from satune.swapping.reseating import Candidate, with_newcomer, with_policy
 from satune.types import Episode, Key
 
 EXAMINED = 64

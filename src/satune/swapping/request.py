@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from satune.config.schema import ServerSection
 from satune.loading import nearest, served
-from satune.reseating import Found, check_seat, find_team
 from satune.swap.handover import HandOverSettings
 from satune.swap.transplant import refuse_existing
+from satune.swapping.reseating import Found, check_seat, find_team
 from satune.types import UserError
 
 Method = Literal["auto", "project", "handover"]

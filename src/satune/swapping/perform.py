@@ -10,23 +10,16 @@ from typing import Any
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.assembly import Cast, Progress, no_progress
-from satune.coin_rollout import Side, Table
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
 from satune.evaluation import Evaluation, paired_difference
-from satune.projecting import EXAMINED, look_at, project_seat
-from satune.reseating import (
-    Candidate,
-    Found,
-    load_found,
-    with_newcomer,
-)
 from satune.scalars import scalar_writer
-from satune.swap.handover import (
-    mixture_kl,
-)
-from satune.swap_output import write_result
-from satune.swap_request import DELTA, DELTA_OF_ALL, SwapRequest, check_request, kept_answers
+from satune.swap.handover import mixture_kl
+from satune.swapping.coins import Side, Table
+from satune.swapping.output import write_result
+from satune.swapping.projecting import EXAMINED, look_at, project_seat
+from satune.swapping.request import DELTA, DELTA_OF_ALL, SwapRequest, check_request, kept_answers
+from satune.swapping.reseating import Candidate, Found, load_found, with_newcomer
 from satune.types import Key, UserError
 
 TAKEN = ("accepted", "mixture")

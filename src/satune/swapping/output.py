@@ -9,8 +9,8 @@ from typing import Any
 
 from satune.agents.mixture import MixturePolicy
 from satune.config.load import save_recipe
-from satune.reseating import Candidate, Found, weights_of
 from satune.swap.transplant import Newcomer, copy_team, transplant, written_beside
+from satune.swapping.reseating import Candidate, Found, weights_of
 from satune.team import FORMAT, Team, read_manifest
 from satune.training.run_directory import RunDirectory, strict_json, write_atomically
 from satune.types import UserError
