@@ -29,7 +29,7 @@ SETTINGS = (
     "evaluate={problems: 1000, every: 1, greedy: false}",
     "checkpoint={every: stage, keep: 1}",
 )
-DRAWN = ("--method", "project", "--otherwise", "handover", "--rounds", "20")
+DRAWN = ("--method", "project", "--otherwise", "handover", "--rounds", "15")
 RAMP = ("--tolerance", "0.05", "--problems", "1024", "--samples", "4", "--looks", "3")
 # Whatever it is worth: the newcomer as it is, to see what training makes of that.
 NAIVE = ("--method", "handover", "--tolerance", "1", "--problems", "8", "--looks", "1")
@@ -151,17 +151,17 @@ def learned(out: Path, seed: int) -> dict[str, Path]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| swap | seed | verdict | before | newcomer as it is | at the swap (difference, 95%) "
+        "| swap | seed | verdict | KL | before | newcomer as it is | at the swap (difference, 95%) "
         f"| reward after 1..{AFTER} further stages | not swapped "
         f"| difference to it after {AFTER} (95%) | swap tokens | swap seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for label in dict.fromkeys(row["label"] for row in rows):
         for row in (r for r in rows if r["label"] == label):
             cells = [label, str(row["seed"])]
             result = row.get("result")
             if result is None:
-                cells += ["", "", "", ""]
+                cells += [""] * 5
             else:
                 record = result["swaps"][0]
                 at_swap = "not made"
@@ -169,7 +169,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                     mean, low, high = record["difference"]
                     at_swap = f"{record['after']:.3f} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])"
                 cells += [
-                    result["verdict"], f"{record['before']:.3f}", f"{record['naive']:.3f}", at_swap,
+                    result["verdict"], farthest(record), f"{record['before']:.3f}",
+                    f"{record['naive']:.3f}", at_swap,
                 ]  # fmt: skip
             stayed = " ".join(f"{e['reward']:.3f}" for e in row["stayed"])
             if "on" in row:
@@ -183,6 +184,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 cost = (f"{result['tokens']:,}", f"{result['seconds']:.0f}")
             lines.append("| " + " | ".join([*cells, *cost]) + " |")
     return "\n".join(lines)
+
+
+def farthest(record: dict[str, Any]) -> str:
+    """The largest quantile of KL to its incumbent that a drawn newcomer has, on either's states."""
+    found = [
+        measured["quantile"]
+        for seat in record.get("distillation", {}).values()
+        for measured in seat.get("kl", {}).values()
+    ]
+    return f"{max(found):.3f}" if found else ""
 
 
 def violations(rows: Sequence[dict[str, Any]]) -> str:
