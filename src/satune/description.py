@@ -67,7 +67,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
             total += entry["memory"]["weights"]
             if numbers is not None:
-                # Keys and values have the weights' precision, under autocast too.
+                # Keys and values have at most the weights' precision, under autocast too.
                 token = numbers * (_BYTES[recipe.team.dtype] if section.lora else master)
                 entry["cache"] = {"token": token, "message": token * recipe.rollout.max_new_tokens}
         agents[name] = entry

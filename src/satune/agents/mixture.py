@@ -123,17 +123,14 @@ class MixturePolicy(Policy):
     def masks(self, positions_RS: Tensor, used: int) -> Any:
         return tuple(part.masks(positions_RS, used) for part in self.parts)
 
-    def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    def hidden(self, input_ids: Tensor, *, cache: Any = None, **kwargs: Any) -> Tensor:
         """Hidden states of both [B, S, H_incumbent + H_newcomer]."""
         masks = kwargs.pop("attention_mask", None)
-        cache = kwargs.pop("past_key_values", None)
         both = masks if isinstance(masks, tuple) else (masks, masks)
-        own = {} if cache is None else {"past_key_values": cache}
-        first = self.incumbent.hidden(input_ids, attention_mask=both[0], **own, **kwargs)
+        first = self.incumbent.hidden(input_ids, cache=cache, attention_mask=both[0], **kwargs)
         if cache is not None:
-            layers = int(self.incumbent.config.num_hidden_layers)
-            own = {"past_key_values": _LayersBehind(cache, layers)}
-        second = self.newcomer.hidden(input_ids, attention_mask=both[1], **own, **kwargs)
+            cache = _LayersBehind(cache, int(self.incumbent.config.num_hidden_layers))
+        second = self.newcomer.hidden(input_ids, cache=cache, attention_mask=both[1], **kwargs)
         return torch.cat([first, second], dim=-1)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -50,6 +51,9 @@ class Policy:
         self.autocast = autocast
         self.causal_lm: Any = model.get_base_model() if adapter else model  # type: ignore[operator]
         self.backbone: nn.Module = self.causal_lm.base_model
+        # Renamed by transformers 5.24, in the models that it has come to so far.
+        known = inspect.signature(self.backbone.forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"
         self.head: nn.Module = self.causal_lm.get_output_embeddings()
         # A model that reads pictures too has a config of its own for what it does with text.
         self.config = self.causal_lm.config.get_text_config()
@@ -113,10 +117,13 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
-    def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Last hidden states [B, S, H] of right-padded ids [B, S] (causality hides the padding)."""
+    def hidden(self, input_ids: Tensor, *, cache: Any = None, **kwargs: Any) -> Tensor:
+        """Last hidden states [B, S, H] of right-padded ids [B, S] (causality hides the padding)
+        after what ``cache`` holds, which grows by them."""
         self.activate()
-        kwargs.setdefault("use_cache", False)
+        if cache is not None:
+            kwargs[self._cache_name] = cache
+        kwargs["use_cache"] = cache is not None
         with self.computing():
             return self.backbone(input_ids=input_ids, **kwargs).last_hidden_state
 

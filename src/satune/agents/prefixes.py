@@ -88,8 +88,7 @@ def shared_hidden(policy: Policy, input_ids: Tensor, plan: Plan) -> Tensor:
             ids,
             attention_mask=causal_SS[None, None, begin:end, :end],
             position_ids=positions_S[:, begin:end],
-            past_key_values=cache,
-            use_cache=True,
+            cache=cache,
         )
 
     feed(plan.trunk_ids, 0, length)

@@ -277,6 +277,5 @@ def _extend(policy: Policy, ids_RS: Tensor, positions_RS: Tensor, cache: RowCach
         ids_RS,
         attention_mask=policy.masks(positions_RS, cache.used),
         position_ids=positions_RS,
-        past_key_values=cache,
-        use_cache=True,
+        cache=cache,
     )
