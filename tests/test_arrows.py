@@ -16,12 +16,13 @@ PACKAGE = ROOT / "src" / "satune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 420
 
-TRAINING = {"types", "loading", "core", "agents", "team"}
+TRAINING = {"types", "loading", "interrupts", "core", "agents", "team"}
 ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
     "loading": {"types"},
     "lines": {"types"},
+    "interrupts": set(),
     "core": set(),
     "lab": {"core"},
     "agents": {"types", "loading", "core"},
@@ -30,7 +31,7 @@ ARROWS: dict[str, set[str] | None] = {
     "tasks": {"types", "loading"},
     "engines": {"types", "loading", "lines", "agents"},
     "conversation": {"types", "loading"},
-    "rollout": {"types", "loading", "conversation"},
+    "rollout": {"types", "loading", "interrupts", "conversation"},
     "demonstrations": {"types", "loading", "conversation", "rollout"},
     "training": TRAINING,
     "swap": TRAINING | {"training"},
@@ -55,6 +56,7 @@ OUTSIDE: dict[str, set[str]] = {
     "types": set(),
     "loading": set(),
     "lines": set(),
+    "interrupts": set(),
     "core": {"torch", "scipy"},
     "lab": {"numpy", "scipy", "torch"},
     "protocols": set(),

@@ -5,6 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -299,3 +305,35 @@ def test_a_row_of_another_version_is_refused():
         episode_from_row({**row, "colour": 1})
     with pytest.raises(UserError, match="grade row: no field 'detail'"):
         episode_from_row({**row, "grade": {k: v for k, v in row["grade"].items() if k != "detail"}})
+
+
+LOOPS = """
+import sys
+from satune.rollout import run_alone
+
+async def nothing():
+    return []
+
+try:
+    print("on", flush=True)
+    while True:
+        run_alone(nothing, [])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_never_finds_an_event_loop_half_made() -> None:
+    # Most of the time goes into making and closing loops, so that a few of twelve would be found.
+    for number in range(12):
+        going = subprocess.Popen(
+            [sys.executable, "-c", LOOPS], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src")},
+        )  # fmt: skip
+        assert going.stdout is not None
+        going.stdout.readline()
+        time.sleep(0.02 + 0.0007 * number)
+        going.send_signal(signal.SIGINT)
+        _, err = going.communicate(timeout=30)
+        assert (going.returncode, err) == (130, "")

@@ -8,14 +8,13 @@ core/certificates.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist, fmean, stdev
 
 from satune.conversation import plurality
-from satune.rollout import Progress, rollout
+from satune.rollout import Progress, rollout, run_alone
 from satune.types import Engine, Episode, Key, Problem, Seat, Task, TeamProtocol, UserError
 
 Z_95 = NormalDist().inv_cdf(0.975)
@@ -192,8 +191,8 @@ def evaluate(
     per_seat: bool = False,
 ) -> Evaluation:
     """``evaluate_async`` in an event loop of its own."""
-    return asyncio.run(
-        evaluate_async(
+    return run_alone(
+        lambda: evaluate_async(
             problems,
             samples,
             key,
@@ -204,7 +203,8 @@ def evaluate(
             progress=progress,
             concurrency=concurrency,
             per_seat=per_seat,
-        )
+        ),
+        [engine],
     )
 
 

@@ -6,9 +6,10 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from satune.conversation import Talk, together
+from satune.interrupts import uninterrupted
 from satune.types import (
     Completion,
     Engine,
@@ -32,6 +33,7 @@ __all__ = [
     "play", "play_jobs", "rollout", "rollout_sync", "run_alone",
 ]  # fmt: skip
 
+_T = TypeVar("_T")
 Progress = Callable[[int, int], None]
 Keep = Callable[[Episode], None]
 Row = dict[str, Any]
@@ -199,33 +201,53 @@ def rollout_sync(
     concurrency: int | None = None,
 ) -> list[Episode]:
     """``rollout`` in an event loop of its own, for callers that are not coroutines."""
-    played = rollout(
-        problems,
-        samples,
-        key,
-        seats=seats,
-        protocol=protocol,
-        engine=engine,
-        task=task,
-        progress=progress,
-        concurrency=concurrency,
+    return run_alone(
+        lambda: rollout(
+            problems,
+            samples,
+            key,
+            seats=seats,
+            protocol=protocol,
+            engine=engine,
+            task=task,
+            progress=progress,
+            concurrency=concurrency,
+        ),
+        [engine],
     )
-    return run_alone(played, [engine])
 
 
-def run_alone(
-    played: Coroutine[Any, Any, list[Episode]], engines: Sequence[Engine]
-) -> list[Episode]:
-    """What ``played`` gives, in an event loop of its own; the engines are closed at its end."""
+def run_alone(work: Callable[[], Coroutine[Any, Any, _T]], engines: Sequence[Engine]) -> _T:
+    """What ``work`` gives, in an event loop of its own; the engines are closed at its end. Ctrl-C
+    cancels what is under way; it never finds the loop half made or half closed."""
+    asked = False
+    cancel: Callable[[], object] = lambda: None  # noqa: E731
 
-    async def whole() -> list[Episode]:
+    async def whole() -> _T:
+        nonlocal cancel
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # noqa: E731
+        if asked:
+            raise asyncio.CancelledError
         try:
-            return await played
+            return await work()
         finally:
+            cancel = lambda: None  # noqa: E731
             for engine in engines:
                 await engine.close()
 
-    return asyncio.run(whole())
+    def ask() -> None:
+        nonlocal asked
+        asked = True
+        cancel()
+
+    with uninterrupted(ask):
+        try:
+            return asyncio.run(whole())
+        except asyncio.CancelledError:
+            pass
+    raise KeyboardInterrupt
 
 
 async def _converse(

@@ -40,8 +40,10 @@ class Table:
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def play(self, jobs: Sequence[Job]) -> list[Episode]:
-        played = play_jobs(jobs, protocol=self.protocol, task=self.task, progress=self.progress)
-        return run_alone(played, list({id(job.engine): job.engine for job in jobs}.values()))
+        return run_alone(
+            lambda: play_jobs(jobs, protocol=self.protocol, task=self.task, progress=self.progress),
+            list({id(job.engine): job.engine for job in jobs}.values()),
+        )
 
     def hand_over(
         self,

@@ -12,9 +12,9 @@ from typing import Any, Literal, Protocol
 import torch
 
 from satune.core.trust_region import TrustRegionSettings
+from satune.interrupts import uninterrupted
 from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints
-from satune.training.interrupts import uninterrupted
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Batch, Supply, needs_rollout
 from satune.training.settings import TrainingSettings

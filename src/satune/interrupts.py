@@ -1,0 +1,41 @@
+"""Ctrl-C waits while what must not be left half done is done.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def uninterrupted(ask: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold SIGINT back until the block is done, then deliver it. Other threads are let be.
+
+    ``ask`` is called meanwhile, so that the block may end early; a second SIGINT then waits for
+    nothing.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append((number, frame))
+        if ask is not None:
+            if len(held) > 1:
+                previous(number, frame)
+            ask()
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if held:
+        previous(*held[-1])
