@@ -14,6 +14,13 @@ from satune.types import UserError
 ROWS = [{"prompt": f"{i} + {i}?", "answer": str(2 * i), "level": i} for i in range(20)]
 
 REWARDS = """
+import asyncio
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import torch
+
 def length(completions, **kwargs):
     return [len(c) / 10 for c in completions]
 
@@ -39,7 +46,15 @@ def other(completions, difficulty):
     return [1.0]
 
 async def later(completions, **kwargs):
-    return [1.0]
+    await asyncio.sleep(0)
+    return [len(c) / 4 for c in completions]
+
+async def far(completions, **kwargs):
+    return [3.0]
+
+def values(prompts, completions, **kwargs):
+    # The completion is the expression of what is to be returned.
+    return eval(completions[0])
 """
 
 
@@ -201,7 +216,6 @@ def test_a_range_is_rescaled_and_needed(data, rewards):
         ("nothing", "its value is None"),
         ("scalar", "it returned 1.0 for one completion"),
         ("other", "it asks for 'difficulty'; the rows have prompt, answer, level"),
-        ("later", "it is async"),
         ("missing", "no 'missing' in it"),
     ],
 )
@@ -216,7 +230,7 @@ def test_bad_reward_functions_are_named(data, rewards, name, message):
     [
         (b'{"prompt": "a", "answer": "b"}\n{"prompt": ', {}, "line 2: damaged row"),
         (b'{"prompt": "a", "answer": "\xff"}', {}, r"line 1: damaged row \(not UTF-8\)"),
-        (b'\n{"question": "a"}\n', {}, "line 2: no field 'prompt'; the fields there are: question"),
+        (b'\n{"quest": "a"}\n', {}, "line 2: no field 'prompt'; the fields there are: quest"),
         (b'{"prompt": "a"}', {}, "line 1: no field 'answer'; the fields there are: prompt"),
         (b'{"prompt": "", "answer": "b"}', {}, "line 1: field 'prompt' is empty"),
         (b'{"prompt": "a", "answer": null}', {}, "line 1: field 'answer' is empty"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from satune.thoughts import without_thoughts
+
 LONGEST_ANSWER = 2000
 """Characters; a longer box holds no answer but prose."""
 
@@ -21,17 +23,15 @@ _NUMBER = re.compile(r"([+-]?)\s*([0-9]*)(?:\.([0-9]*))?")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?\(?([0-9]+)\)?\}?")
 _SPACES = re.compile(r"(?:\s|\\[,;:! ]|~)+")
 _SIGNS = str.maketrans({"−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
-_THOUGHT_ENDS = "</think>"
-_THOUGHT_BEGINS = "<think>"
 
 
 def last_box(text: str) -> str | None:
     r"""What the last ``\boxed{}`` (or ``\fbox{}``) with balanced braces holds, without outer space.
 
-    Boxes that hold nothing and boxes inside a thought (up to ``</think>``; all that follows a
-    ``<think>`` that never ends) do not count. Of nested boxes the innermost counts.
+    Boxes that hold nothing and boxes inside a thought (see ``thoughts``) do not count. Of nested
+    boxes the innermost counts.
     """
-    spoken = text.rpartition(_THOUGHT_ENDS)[2].partition(_THOUGHT_BEGINS)[0]
+    spoken = without_thoughts(text)
     best = (-1, "")
     # For every open brace: where its content begins, and whether it is a box's.
     opened: list[tuple[int, bool]] = []
