@@ -29,6 +29,7 @@ from satune.tasks.strips import (
     parse_plan,
     parse_problem,
 )
+from satune.thoughts import without_thoughts
 from satune.types import Grade, Problem, UserError
 
 
@@ -145,7 +146,7 @@ class PlanBench(RowTask):
         pddl: str = problem.metadata["problem_pddl"]
         ground = grounder(self._words, pddl, problem.metadata.get("domain_pddl"))
         plan = None
-        if answer is not None and answer.strip():
+        if answer is not None and without_thoughts(answer).strip():
             plan = self._plan(ground.instance, answer)
         return grade_plan(problem, ground, plan, problem.metadata.get("plan_length"))
 
