@@ -77,9 +77,7 @@ def read_logistics_plan(text: str) -> list[Fact]:
 
 
 def _read_line(line: str) -> list[Fact]:
-    atoms = [
-        _step(m[1], m[2], [_short_name(n) for n in m[3].split()]) for m in _PDDL.finditer(line)
-    ]
+    atoms = [_step(m[1], m[2], [_named(n) for n in m[3].split()]) for m in _PDDL.finditer(line)]
     if atoms:
         return atoms
     start = _LINE.match(line)
