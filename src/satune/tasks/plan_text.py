@@ -17,7 +17,7 @@ _START = re.compile(r"\[ ?plan ?\]|<plan>")
 # The prompt's own [PLAN END], and what models write in its place; [STATEMENT] begins what a base
 # model may add.
 _END = re.compile(
-    r"\[ ?(?:plan[ _-]?end(?:s|ed)?|/ ?plan|(?:the )?end(?:[ _-](?:of )?(?:the )?plan)?) ?\]"
+    r"\[ ?(?:plan[ _-]?end(?:s|ed)?|[/\\] ?plan|(?:the )?end(?:[ _-](?:of )?(?:the )?plan)?) ?\]"
     r"|</plan>|\[statement\]"
     r"|^[^\w\n]{0,4}(?:plan[ _]end|end(?: of)?(?: the)? plan)[^\w\n]{0,4}$",
     re.MULTILINE,
