@@ -115,30 +115,31 @@ PIECES = (
     # thoughts
     "<think>", "</think>", "<think> </think>",
     # numbers
-    "1", "1,", "1.", "1/", "-1", "+1", "1+", "1 + ", "0.5 ", "1 2 ", "\u2212", "\uff15", "1x ", "12",
+    "1", "1,", "1.", "1/", "-1", "+1", "1+", "1 + ", "0.5 ", "1 2 ", "\u2212", "\uff15", "1x ",
+    "12",
     # what marks an answer
     "answer", "answer ", "the answer is ", "answer is: ", "final answer: ", "#### ", "\\boxed",
     "\\boxed{", "\\boxed {", "\\fbox{", "\\boxed{}", "\\text{", "}{", "guess", "guess is ",
     "guess: 1", "guess 1 2 3 ", "guess 1,", "Answer: ", "Answer:\n", "answer*", "question for ",
     "Question for Ann Lee: why?\n", "Ann Lee: ", "Q: ", "A. ", "B", "A B ", "A-", "AB", "=AB",
     # plans
-    "pick up ", "pick ", "pick", "put  down", "(stack ", "(stack a b)", "( ", "(pick-up a", "unstack",
-    "the red block ", "red ", "red_block ", "block a ", "[PLAN]", "[plan", "[PLAN END]", "[/PLAN]",
-    "[end", "end of plan\n", "plan end ", "[STATEMENT]", "### Plan:", "</plan>", "load ", "load p0",
-    "step ", "1. load p", "drive truck_0 ", "(drive-truck t0 ", "(load a b c", "p0_", "p0-0", "l0-0 ",
-    "package_", "package_0 ",
+    "pick up ", "pick ", "pick", "put  down", "(stack ", "(stack a b)", "( ", "(pick-up a",
+    "unstack", "the red block ", "red ", "red_block ", "block a ", "[PLAN]", "[plan", "[PLAN END]",
+    "[/PLAN]", "[end", "end of plan\n", "plan end ", "[STATEMENT]", "### Plan:", "</plan>", "load ",
+    "load p0", "step ", "1. load p", "drive truck_0 ", "(drive-truck t0 ", "(load a b c", "p0_",
+    "p0-0", "l0-0 ", "package_", "package_0 ",
     # JSON and literals
     '{"', '{"a":', '{"a":{', '{ "', '{"a":1}', '{"solution":{', '"a"', '"a\\', "\\\"", "[1,", "[[",
     "[1]", "{'a': 1}", "('", "'a' ", '"""', "'''", "```", "```\n", "```py\n[1]\n", "``` \t", "//",
-    "//\n", "true", "true ", "a = ", "-", "not ", "~", "lambda:", "1j+", "1if 1else ", "\\N{", "\\x",
-    "f'{", "#\n", "0x", "9", "1e9", "1_",
+    "//\n", "true", "true ", "a = ", "-", "not ", "~", "lambda:", "1j+", "1if 1else ", "\\N{",
+    "\\x", "f'{", "#\n", "0x", "9", "1e9", "1_",
 )  # fmt: skip
 """What the patterns of the extractors look for, and what almost is that."""
 
 HEADS = (
-    "", "The answer is", "answer", "Answer:", "\\boxed", "\\boxed{", "guess", "Guess: 1", "[PLAN]\n",
-    "pick", "(stack a", "load package_0", '{"solution": {"House 1": {"Name": "', "```python\n", "[",
-    "<think>", "Question for Ann", "1",
+    "", "The answer is", "answer", "Answer:", "\\boxed", "\\boxed{", "guess", "Guess: 1",
+    "[PLAN]\n", "pick", "(stack a", "load package_0", '{"solution": {"House 1": {"Name": "',
+    "```python\n", "[", "<think>", "Question for Ann", "1",
 )  # fmt: skip
 """What opens something that a repeated piece may keep from ending."""
 

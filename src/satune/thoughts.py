@@ -39,6 +39,11 @@ def without_thoughts(text: str) -> str:
     return answer_part(text) or ""
 
 
+def opened(text: str) -> str:
+    """A message that went on from an opened thought, with that thought's beginning."""
+    return text if text.lstrip().startswith(OPENING) else OPENING + text
+
+
 def opened_by(prompt: str) -> str:
     r"""The thought that a rendered prompt ends with, say ``"<think>\n"``; empty if with none.
 

@@ -16,7 +16,11 @@ def grade(
     name: Annotated[str, typer.Argument(help="a task by name, or path/to/file.py:Task")],
     responses: Annotated[Path, typer.Argument(help='JSONL rows {"id", "response" or "responses"}')],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="options of the task")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="options of the task; thinking=open: the prompt ended inside a thought",
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="the problems: a file or a hub id")] = None,
     workers: Annotated[
@@ -31,6 +35,8 @@ def grade(
     from satune.cli.progress import Display
     from satune.commands.grade import grade_file
 
+    given = _options(options or [])
+    thinking = given.pop("thinking", None)
     count = workers or min(len(os.sched_getaffinity(0)), 8)
     with Display(open_console(stderr=True)) as display:
         result = grade_file(
@@ -38,7 +44,8 @@ def grade(
             responses,
             data,
             seed=seed,
-            options=_options(options or []),
+            options=given,
+            thinking=thinking,
             workers=count,
             seconds=seconds,
             progress=lambda done, total: display.progress(done, total, "grading"),
