@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from satune.cli.common import AsJson, open_console, say, show_result
+from satune.cli.common import AsJson, UnsafeChecks, open_console, say, show_result
 
 
 def grade(
@@ -29,6 +29,7 @@ def grade(
     seconds: Annotated[float, typer.Option(min=0.1, help="limit for grading one response")] = 30.0,
     seed: Annotated[int, typer.Option(min=0, help="of generated problems")] = 0,
     out: Annotated[Path | None, typer.Option(help="also write the grades here, a row each")] = None,
+    unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
     """Grade responses that were written elsewhere."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.tasks.literals import find_literal, read_literal
-from satune.tasks.sandbox import MEMORY, SECONDS, check, screen
+from satune.tasks.sandbox import MEMORY, SECONDS, check, demand, screen
 from satune.tasks.sources import Row, field, identity, read_rows
 from satune.tasks.splits import RowTask, places_of
 from satune.thoughts import without_thoughts
@@ -28,7 +28,8 @@ class AutoLogi(RowTask):
     ``lang`` keeps the rows of one language ("en", "cn"). ``seconds`` (wall time) and ``memory``
     (MiB) bound one check; see ``sandbox``.
 
-    Raises UserError for a bad option or a bad row (file and line).
+    Raises UserError for a bad option or a bad row (file and line), and where checks would run half
+    protected (see ``sandbox.check``).
     """
 
     name = "autologi"
@@ -48,6 +49,7 @@ class AutoLogi(RowTask):
             raise UserError(f"task autologi: seconds is {seconds!r}; give a number above 0")
         if isinstance(memory, bool) or not isinstance(memory, int) or memory < 64:
             raise UserError(f"task autologi: memory is {memory!r}; give MiB, an integer from 64 up")
+        demand()
         self.seed = seed
         self.seconds = float(seconds)
         self.memory = memory

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import itertools
 import marshal
 import math
@@ -24,11 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from satune.types import UserError
+
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 SECONDS = 20.0
 MEMORY = 512 << 20
 LARGEST_CODE = 200_000
 """Characters of a row's code that are looked at; what is longer is refused."""
+_unsafe = False
 _GRACE = 0.5  # for the keeper to start, to kill and to report
 
 _MODULES = {m.__name__: m for m in (itertools, collections, math, re)}
@@ -167,12 +171,14 @@ def check(code: str, inputs: str, *, seconds: float = SECONDS, memory: int = MEM
     of a literal; ``seconds`` of wall time, ``memory`` bytes of address space.
 
     Whatever the code does, this returns within ``seconds`` and a little, and nothing that it
-    started or wrote is left. Raises OSError if no process can be started, RuntimeError where the
-    system offers neither limits that bind nor a filter of system calls.
+    started or wrote is left. Raises OSError if no process can be started, UserError where the
+    system has no filter of system calls and ``allow_unsafe`` was not called, or where its limits
+    do not bind either (the superuser's).
     """
     named = [name for name in _MODULES if re.search(rf"\b{name}\b", code)]
     job = {
         "code": code, "inputs": inputs, "seconds": seconds, "memory": memory, "modules": named,
+        "unsafe": _unsafe,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="satune-sandbox-") as directory:
         process = subprocess.Popen(
@@ -194,11 +200,31 @@ def check(code: str, inputs: str, *, seconds: float = SECONDS, memory: int = MEM
         return Verdict(False, f"stopped after {seconds:g} s")
     outcome = marshal.loads(told)
     if outcome["said"] == "unsafe":
-        raise RuntimeError(
-            "the sandbox has no hold on the code here: run satune as another user than root, or on "
-            "Linux for x86-64 or ARM"
+        raise UserError(
+            "checks of code: the sandbox has no hold on them, even with --unsafe-checks, for the "
+            "superuser of this system; run satune as another user"
+            if _unsafe
+            else "checks of code: this system has no filter of system calls (Linux on x86-64 and "
+            "ARM has), so they are not run; --unsafe-checks runs them behind limits alone"
         )
     return _read(outcome["said"], tuple(outcome["guards"]), seconds)
+
+
+def allow_unsafe(allowed: bool = True) -> None:
+    """Whether checks may run where no system calls are filtered: the user's word, for this process
+    and the worker processes that it starts from now on (see ``workers``)."""
+    global _unsafe
+    _unsafe = allowed
+
+
+def unsafe_allowed() -> bool:
+    return _unsafe
+
+
+@functools.cache
+def demand() -> None:
+    """Raises UserError where ``check`` would, before any row's code is there; asked once."""
+    guards()
 
 
 def guards() -> tuple[str, ...]:

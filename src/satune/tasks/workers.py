@@ -2,7 +2,8 @@
 
 A worker is a fresh interpreter that imports what its ``build`` needs and nothing else, so that it
 is safe beside torch's threads and does not run the caller's main module again. It talks to its
-owner over a socket; what a grader prints goes to standard error.
+owner over a socket; what a grader prints goes to standard error. What the user allowed the owner's
+checks of code (``sandbox.allow_unsafe``) it allows its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+from satune.tasks import sandbox
 from satune.types import UserError
 
 Served = Callable[..., Any]
@@ -187,7 +189,8 @@ class _Process:
         self._link = Connection(ours.detach())
         self.ended = False
         try:
-            answer = self._exchange(pickle.dumps(build), START_SECONDS)
+            start = pickle.dumps((sandbox.unsafe_allowed(), build))
+            answer = self._exchange(start, START_SECONDS)
         except BaseException:
             self.end()
             raise
@@ -238,7 +241,9 @@ def serve(descriptor: int) -> None:
     link = Connection(descriptor)
     with open(os.devnull, "w") as nowhere:
         try:
-            served: Served = pickle.loads(link.recv_bytes())()
+            unsafe, build = pickle.loads(link.recv_bytes())
+            sandbox.allow_unsafe(unsafe)
+            served: Served = build()
             link.send_bytes(pickle.dumps(None))
         except Exception as error:
             link.send_bytes(pickle.dumps(Failure("exception", _said(error))))
