@@ -153,9 +153,15 @@ class Workers:
             return Failure("exception", _said(error))
 
     def _start(self) -> _Process:
-        process = _Process(self._build)
+        process = _Process()
+        # Before it builds, which may take long: who ends the living must find this one as well.
         with self._lock:
             self._living.add(process)
+        try:
+            process.build(self._build)
+        except BaseException:
+            self._drop(process)
+            raise
         if self._closed:
             self._drop(process)
             raise RuntimeError("the worker processes are closed")
@@ -170,7 +176,7 @@ class Workers:
 class _Process:
     """One worker process and the socket to it."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {json.dumps(sys.path)}; "
@@ -188,14 +194,12 @@ class _Process:
             )
         self._link = Connection(ours.detach())
         self.ended = False
-        try:
-            start = pickle.dumps((sandbox.unsafe_allowed(), build))
-            answer = self._exchange(start, START_SECONDS)
-        except BaseException:
-            self.end()
-            raise
+
+    def build(self, build: Build) -> None:
+        """Raises UserError if the worker cannot be built."""
+        start = pickle.dumps((sandbox.unsafe_allowed(), build))
+        answer = self._exchange(start, START_SECONDS)
         if isinstance(answer, Failure):
-            self.end()
             raise UserError(f"worker process: it cannot be built: {answer.text}")
 
     def call(self, arguments: Sequence[Any], seconds: float) -> Any:
