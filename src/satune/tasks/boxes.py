@@ -31,7 +31,7 @@ _SPACE = r"\s|~|\\[,;:! ]"
 _SPACES = re.compile(rf"(?:{_SPACE})+")
 # A command that ends in a space keeps its backslash: behind it, the pattern runs backwards.
 _BEFORE = re.compile(rf"(?:{_SPACE}|\$)*")
-_BEHIND = re.compile(r"(?:\s|~|[,;:! ]\\(?!\\)|\$(?!\\)|[.,;])*")
+_BEHIND = re.compile(r"(?:\s|~|[,;:! ]\\(?!\\)|\$(?!\\)|[,;]|\.(?!\.))*")
 _BOLD = re.compile(r"(\*\*?|__)([^*_].*[^*_]|[^*_])\1", re.DOTALL)
 _SIGNS = str.maketrans({"−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
 _THOUGHT_ENDS = "</think>"

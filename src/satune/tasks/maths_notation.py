@@ -75,6 +75,7 @@ _ROMAN = frozenset(("mathrm", "operatorname"))
 _SKIPPED = words("color textcolor hspace vspace phantom hphantom vphantom label tag")
 
 _THOUSANDS = r"[0-9]{1,3}(?:(?:%s)[0-9]{3})+(?![0-9]|,[0-9])"
+_ALPHABETIC = words("word bare letter initial")
 _BLANK = r"\s|~|\\[,;:> ]|\\(?:quad|qquad|thinspace|medspace|enspace)(?![A-Za-z])"
 
 
@@ -90,6 +91,7 @@ def _scanner(separators: str) -> re.Pattern[str]:
                 (?:\\(?:overline|bar|dot)\s?\{{?(?P<period>[0-9]+)\}}?
                 |(?<=[0-9]{{3}})(?P<dots>\.\.\.|\\(?:ldots|dots|cdots)))
               |\.[0-9]+)?)
+        |(?P<meridiem>[AaPp]\.\s?[Mm](?![A-Za-z])\.?)
         |(?P<letters>[^\W\d_]+(?:[-'][^\W\d_]+)*)
         |(?P<sign>.)""",
         re.DOTALL | re.VERBOSE,
@@ -163,6 +165,8 @@ class _Lexer:
             self._command(found["command"])
         elif found["number"] is not None:
             self._emit("number", _number(found))
+        elif found["meridiem"] is not None:
+            self._emit("word", text[0] + "m")
         elif found["letters"] is not None:
             self._letters(text)
         else:
@@ -222,10 +226,11 @@ class _Lexer:
 
 
 def dense(tokens: Sequence[Token]) -> str:
-    """The tokens without blanks, except between two words."""
+    """The tokens without blanks, except before and behind words."""
     parts: list[str] = []
     for before, token in zip((None, *tokens), tokens, strict=False):
-        if before and before.kind in ("word", "bare") and token.kind in ("word", "bare"):
+        kinds = {before.kind, token.kind} if before else set[str]()
+        if kinds <= _ALPHABETIC and kinds & {"word", "bare"}:
             parts.append(" ")
         parts.append(f"\\{token.text}" if token.kind in ("command", "begin", "end") else token.text)
     return "".join(parts)
@@ -235,7 +240,7 @@ def _looks_like_a_word(run: str) -> bool:
     """Whether letters side by side are a word or a unit, not a product of variables: products
     have one or two letters, no vowel, or letters that are neighbours in the alphabet."""
     small = run.casefold()
-    if len(run) > 1 and is_unit(small):
+    if small == "no" or (len(run) > 1 and is_unit(small)):
         return True
     if len(run) < 3 or not any(vowel in small for vowel in "aeiou"):
         return False

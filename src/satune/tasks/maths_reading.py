@@ -7,14 +7,20 @@ Structure is read here and expressions by ``maths_terms``. What can be read in n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from satune.tasks.maths_brackets import (
+    Tokens,
+    depths,
+    is_sign,
+    split,
+    trimmed,
+    whole_group,
+)
 from satune.tasks.maths_notation import FUNCTIONS, Token, dense, tokens_of
 from satune.tasks.maths_terms import Term, Unreadable, number, parse
 from satune.tasks.maths_units import CURRENCIES, MULTIPLIERS, ORDINALS, is_unit, unit_of, words
-
-Tokens = Sequence[Token]
 
 
 class Quantity(NamedTuple):
@@ -66,13 +72,9 @@ class Literal(NamedTuple):
 
 Reading = Quantity | Name | Numeral | Many | Relation | Literal
 
-_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "langle": "rangle", "lfloor": "rfloor",
-            "lceil": "rceil"}  # fmt: skip
-_CLOSING = frozenset(_OPENING.values())
 _RELATIONS = words("= < > le ge ne approx in notin equiv sim subset subseteq cong")
 _ALIGNED = words("aligned align alignedat gathered gather equation split center displaymath")
 _MATRICES = words("matrix pmatrix bmatrix Bmatrix vmatrix Vmatrix smallmatrix array")
-_ROUGHLY = frozenset(("approximately", "about", "roughly", "around"))
 _BASES = {
     word: base
     for base, word in enumerate(
@@ -93,43 +95,11 @@ _TEMPERATURES = ("C", "F")
 
 def read(text: str) -> Reading:
     """The reading of an answer; a Literal where there is no other."""
-    tokens = _trimmed(tokens_of(text))
+    tokens = trimmed(tokens_of(text))
     try:
         return _several(tokens)
     except Unreadable:
         return Literal(dense(tokens))
-
-
-def _depths(tokens: Tokens) -> Iterator[tuple[int, Token, int]]:
-    """(index, token, depth), a bracket's own depth being that outside it."""
-    depth = 0
-    for i, token in enumerate(tokens):
-        closes = token.kind == "end" or (
-            token.kind in ("sign", "command") and token.text in _CLOSING
-        )
-        depth -= closes
-        if depth < 0:
-            raise Unreadable("a bracket closes that never opened")
-        yield i, token, depth
-        depth += token.kind == "begin" or (
-            token.kind in ("sign", "command") and token.text in _OPENING
-        )
-    if depth:
-        raise Unreadable("a bracket never closes")
-
-
-def _split(tokens: Tokens, where: Callable[[Token], bool]) -> tuple[list[Tokens], list[str]]:
-    """The pieces between the separators outside brackets, and the separators' texts."""
-    pieces: list[Tokens] = []
-    texts: list[str] = []
-    start = 0
-    for i, token, depth in _depths(tokens):
-        if depth == 0 and where(token):
-            pieces.append(tokens[start:i])
-            texts.append(token.text)
-            start = i + 1
-    pieces.append(tokens[start:])
-    return pieces, texts
 
 
 def _separates(token: Token) -> bool:
@@ -142,47 +112,10 @@ def _relates(token: Token) -> bool:
     return token.kind in ("sign", "command") and token.text in _RELATIONS
 
 
-def _is(token: Token, *texts: str) -> bool:
-    return token.kind in ("sign", "command") and token.text in texts
-
-
-def _whole_group(tokens: Tokens) -> bool:
-    """Whether the first token is a bracket that the last one closes."""
-    if len(tokens) < 2 or not (tokens[0].kind == "begin" or _is(tokens[0], *_OPENING)):
-        return False
-    return all(depth > 0 for _, _, depth in list(_depths(tokens))[1:-1])
-
-
-def _trimmed(tokens: Tokens) -> Tokens:
-    """Without what only surrounds an answer: groups, emphasis, a leading = or \\approx, a point."""
-    while tokens:
-        first, last = tokens[0], tokens[-1]
-        if _is(last, ".", ",", ";", ":", "\\") and not _is(last, "dots"):
-            tokens = tokens[:-1]
-        elif _is(first, "approx", "=", "sim", ":", "\\", "to") or (
-            first.kind in ("word", "bare") and first.text.casefold() in _ROUGHLY
-        ):
-            tokens = tokens[1:]
-        elif (len(tokens) > 2 and _is(first, "*") and _is(last, "*")) or (
-            _is(first, "{") and _is(last, "}") and _balanced(tokens) and _whole_group(tokens)
-        ):
-            tokens = tokens[1:-1]
-        else:
-            break
-    return tokens
-
-
-def _balanced(tokens: Tokens) -> bool:
-    try:
-        return bool(list(_depths(tokens)))
-    except Unreadable:
-        return False
-
-
 def _several(tokens: Tokens, kind: str = "list") -> Reading:
     """One reading, or those that commas, "and", "or" separate."""
-    tokens = _trimmed(tokens)
-    pieces = [piece for piece in _split(tokens, _separates)[0] if piece]
+    tokens = trimmed(tokens)
+    pieces = [piece for piece in split(tokens, _separates)[0] if piece]
     if not pieces:
         raise Unreadable("nothing is there")
     if len(pieces) == 1 and kind == "list":
@@ -207,28 +140,28 @@ def _one_or_literal(tokens: Tokens) -> Reading:
 
 
 def _one(tokens: Tokens) -> Reading:
-    tokens = _trimmed(tokens)
+    tokens = trimmed(tokens)
     if not tokens:
         raise Unreadable("nothing is there")
-    sides, signs = _split(tokens, _relates)
+    sides, signs = split(tokens, _relates)
     if signs:
         return _relation(sides, signs)
     for command, kind in (("cup", "union"), ("setminus", "difference")):
-        parts, between = _split(tokens, lambda token, c=command: _is(token, c))
+        parts, between = split(tokens, lambda token, c=command: is_sign(token, c))
         if between:
             return Many(kind, tuple(_one(part) for part in parts))
-    if _whole_group(tokens):
+    if whole_group(tokens):
         grouped = _group(tokens)
         if grouped is not None:
             return grouped
     if any(token.kind == "begin" for token in tokens):
         return _scaled_matrix(tokens)
-    if len(tokens) == 1 and _is(tokens[0], "emptyset"):
+    if len(tokens) == 1 and is_sign(tokens[0], "emptyset"):
         return Many("set", ())
     if dense(tokens) == "\\mathbb{R}":
         infinity = Term("constant", ("inf",))
         return Many("()", (Quantity(Term("negative", (infinity,))), Quantity(infinity)))
-    parts, between = _split(tokens, lambda token: _is(token, ":"))
+    parts, between = split(tokens, lambda token: is_sign(token, ":"))
     if between:
         return Many("ratio", tuple(_amount(part) for part in parts))
     return _numeral(tokens) or _name(tokens) or _amounts(tokens)
@@ -264,7 +197,7 @@ def _group(tokens: Tokens) -> Reading | None:
         return _one(rows[0]) if len(rows) == 1 else Many("list", _items(rows))
     if opening == "\\{":
         return _set(inner)
-    pieces = [piece for piece in _split(inner, _separates)[0] if piece]
+    pieces = [piece for piece in split(inner, _separates)[0] if piece]
     if len(pieces) > 1 and opening in ("(", "[", "langle"):
         if any(token.kind == "word" for piece in pieces for token in piece[:1]):
             return _several(inner)
@@ -278,14 +211,14 @@ def _group(tokens: Tokens) -> Reading | None:
 def _set(inner: Tokens) -> Reading:
     if not inner:
         return Many("set", ())
-    pieces, _ = _split(inner, lambda token: _is(token, "|", ":", "mid"))
+    pieces, _ = split(inner, lambda token: is_sign(token, "|", ":", "mid"))
     if len(pieces) == 2 and len(pieces[0]) == 1 and pieces[0][0].kind == "letter":
         return _one(pieces[1])  # a set by its condition
     return _several(inner, "set")
 
 
 def _rows(tokens: Tokens) -> list[Tokens]:
-    rows, _ = _split(tokens, lambda token: token.kind == "command" and token.text == "\\")
+    rows, _ = split(tokens, lambda token: token.kind == "command" and token.text == "\\")
     return [row for row in rows if row]
 
 
@@ -297,15 +230,15 @@ def _scaled_matrix(tokens: Tokens) -> Reading:
     """A matrix, perhaps with a factor before it."""
     start = next(i for i, token in enumerate(tokens) if token.kind == "begin")
     matrix, kind = tokens[start:], tokens[start].text
-    if kind not in _MATRICES or not _whole_group(matrix):
+    if kind not in _MATRICES or not whole_group(matrix):
         raise Unreadable("no matrix alone")
     factor = None
     if start:
-        last = start - 1 if _is(tokens[start - 1], "*") else start
+        last = start - 1 if is_sign(tokens[start - 1], "*") else start
         factor = number(-1) if dense(tokens[:last]) == "-" else parse(tokens[:last])
     rows: list[Reading] = []
     for row in _rows(matrix[1:-1]):
-        cells, _ = _split(row, lambda token: _is(token, "&"))
+        cells, _ = split(row, lambda token: is_sign(token, "&"))
         read = [_one_or_literal(cell) for cell in cells]
         rows.append(Many("row", tuple(_scaled(cell, factor) for cell in read)))
     return Many(kind if kind in ("vmatrix", "Vmatrix") else "matrix", tuple(rows))
@@ -339,7 +272,7 @@ def _numeral(tokens: Tokens) -> Numeral | None:
 
 
 def _name(tokens: Tokens) -> Name | None:
-    kinds = {token.kind for token in tokens if not _is(token, ".", "-", "'", "(", ")")}
+    kinds = {token.kind for token in tokens if not is_sign(token, ".", "-", "'", "(", ")")}
     if kinds and kinds <= {*_LETTERS} and all(token.kind in _LETTERS for token in tokens):
         return Name("".join(token.text for token in tokens), parse(tokens))
     if kinds & {"word", "bare"} and kinds <= {*_LETTERS, "word", "bare"}:
@@ -354,7 +287,7 @@ def _amounts(tokens: Tokens) -> Reading:
     """An amount, or several side by side, each with its unit: 5 ft 6 in."""
     tail = _tail(tokens)
     for i in range(tail + 1, len(tokens)):
-        if tokens[i].kind == "number" and not _is(tokens[i - 1], "^", "{", "-", "_"):
+        if tokens[i].kind == "number" and not is_sign(tokens[i - 1], "^", "{", "-", "_"):
             first, rest = _amount(tokens[:i]), _amounts(tokens[i:])
             more = rest.items if isinstance(rest, Many) else (rest,)
             amounts = (first, *more)
@@ -366,7 +299,7 @@ def _amounts(tokens: Tokens) -> Reading:
 
 def _tail(tokens: Tokens) -> int:
     """Where the words behind an amount begin; the length of the tokens if there are none."""
-    for i, token, depth in _depths(tokens):
+    for i, token, depth in depths(tokens):
         if i == 0 or depth:
             continue
         before = tokens[i - 1]
@@ -374,15 +307,15 @@ def _tail(tokens: Tokens) -> int:
             return i
         if token.kind == "bare" and (token.blank or before.kind == "number"):
             return i
-        if token.kind == "initial" and i == len(tokens) - 1 and token.text in "mgshl":
+        if token.kind == "initial" and token.text in "mgshl" and before.kind == "number":
             return i
-        if _is(token, "(") and i + 1 < len(tokens) and tokens[i + 1].kind == "word":
+        if is_sign(token, "(") and i + 1 < len(tokens) and tokens[i + 1].kind == "word":
             return i
     return len(tokens)
 
 
 def _amount(tokens: Tokens) -> Reading:
-    tokens = _without_ordinal(_trimmed(tokens))
+    tokens = _without_ordinal(trimmed(tokens))
     tail = _tail(tokens)
     head, behind = tokens[:tail], tokens[tail:]
     head, unit = _without_currency(head)
@@ -390,10 +323,14 @@ def _amount(tokens: Tokens) -> Reading:
     while behind and behind[0].text.casefold() in MULTIPLIERS:
         factor *= MULTIPLIERS[behind[0].text.casefold()]
         behind = behind[1:]
-    if behind and _is(behind[0], "(") and _is(behind[-1], ")"):
+    if behind and is_sign(behind[0], "(") and is_sign(behind[-1], ")"):
         behind = behind[1:-1]
     if behind:
-        named = unit_of(dense(behind))
+        says_more = any(
+            token.kind == "letter" and not (token.text in "mgshl" and is_sign(before, "/"))
+            for before, token in zip(behind, behind[1:], strict=False)
+        )
+        named = None if says_more else unit_of(dense(behind))
         if named is None or (unit and named not in ("", unit)):
             raise Unreadable("words behind an amount")
         # A bare word behind letters is a product's: 2 xab, not an amount of something.
@@ -403,7 +340,7 @@ def _amount(tokens: Tokens) -> Reading:
         unit = unit or named
     if not unit:
         head, unit = _without_sign_unit(head)
-    if any(_is(token, "pm", "mp") for token in head):
+    if any(is_sign(token, "pm", "mp") for token in head):
         both = (parse(head, plus=True), parse(head, plus=False))
         return Many("list", tuple(Quantity(_times(factor, term), unit) for term in both))
     text = dense(head)
@@ -428,7 +365,7 @@ def _without_currency(tokens: Tokens) -> tuple[Tokens, str]:
     for i in {0, 1, len(tokens) - 1} & set(range(len(tokens))):
         token = tokens[i]
         if token.kind == "sign" and token.text in CURRENCIES:
-            if i == 1 and not _is(tokens[0], "-", "+"):
+            if i == 1 and not is_sign(tokens[0], "-", "+"):
                 continue
             return [*tokens[:i], *tokens[i + 1 :]], CURRENCIES[token.text]
     return tokens, ""
@@ -436,13 +373,13 @@ def _without_currency(tokens: Tokens) -> tuple[Tokens, str]:
 
 def _without_sign_unit(tokens: Tokens) -> tuple[Tokens, str]:
     """Without a percent sign or a degree's circle at the end."""
-    if len(tokens) > 1 and _is(tokens[-1], "%"):
+    if len(tokens) > 1 and is_sign(tokens[-1], "%"):
         return tokens[:-1], "percent"
     last = tokens[-1:] if tokens and tokens[-1].text in _TEMPERATURES else ()
     before = tokens[: len(tokens) - len(last)]
     for ending in ("^\\circ", "^{\\circ}", "\\circ"):
         length = {"^\\circ": 2, "^{\\circ}": 4, "\\circ": 1}[ending]
         if len(before) > length and dense(before[-length:]) == ending:
-            functions = any(_is(token, *FUNCTIONS) for token in before)
+            functions = any(is_sign(token, *FUNCTIONS) for token in before)
             return (tokens, "") if functions else (before[:-length], "degree")
     return tokens, ""
