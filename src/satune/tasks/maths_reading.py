@@ -6,6 +6,7 @@ Structure is read here and expressions by ``maths_terms``. What can be read in n
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -194,7 +195,7 @@ def _group(tokens: Tokens) -> Reading | None:
         if opening not in _ALIGNED:
             return None
         rows = [_without_tabs(row) for row in _rows(inner)]
-        return _one(rows[0]) if len(rows) == 1 else Many("list", _items(rows))
+        return _several(rows[0]) if len(rows) == 1 else Many("list", _items(rows))
     if opening == "\\{":
         return _set(inner)
     pieces = [piece for piece in split(inner, _separates)[0] if piece]
@@ -223,7 +224,8 @@ def _rows(tokens: Tokens) -> list[Tokens]:
 
 
 def _without_tabs(tokens: Tokens) -> Tokens:
-    return [token for token in tokens if not (token.kind == "sign" and token.text == "&")]
+    pieces, _ = split(tokens, lambda token: is_sign(token, "&"))
+    return [token for piece in pieces for token in piece]
 
 
 def _scaled_matrix(tokens: Tokens) -> Reading:
@@ -328,7 +330,7 @@ def _amount(tokens: Tokens) -> Reading:
     if behind:
         says_more = any(
             token.kind == "letter" and not (token.text in "mgshl" and is_sign(before, "/"))
-            for before, token in zip(behind, behind[1:], strict=False)
+            for before, token in itertools.pairwise(behind)
         )
         named = None if says_more else unit_of(dense(behind))
         if named is None or (unit and named not in ("", unit)):
@@ -373,7 +375,7 @@ def _without_currency(tokens: Tokens) -> tuple[Tokens, str]:
 
 def _without_sign_unit(tokens: Tokens) -> tuple[Tokens, str]:
     """Without a percent sign or a degree's circle at the end."""
-    if len(tokens) > 1 and is_sign(tokens[-1], "%"):
+    if len(tokens) > 1 and is_sign(tokens[-1], "%") and not any(t.kind == "letter" for t in tokens):
         return tokens[:-1], "percent"
     last = tokens[-1:] if tokens and tokens[-1].text in _TEMPERATURES else ()
     before = tokens[: len(tokens) - len(last)]

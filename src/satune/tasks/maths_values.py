@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 import mpmath
+from mpmath.libmp import NoConvergence
 
 from satune.tasks.maths_terms import Term, Unreadable
 
@@ -72,7 +73,7 @@ def values(terms: list[Term], at: Point) -> tuple[list[Value], int]:
         with _mp.workprec(bits):
             try:
                 found = [calculator.of(term) for term in terms]
-            except (ArithmeticError, ValueError, mpmath.NoConvergence) as error:
+            except (ArithmeticError, ValueError, NoConvergence) as error:
                 raise Unreadable(f"no value: {error}") from error
         needed = _LEAST_BITS + 4 * calculator.spread
         if needed <= bits or all(isinstance(value, Fraction) for value in found):
