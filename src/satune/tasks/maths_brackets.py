@@ -14,6 +14,7 @@ OPENING = {
     "(": ")", "[": "]", "{": "}", "\\{": "\\}", "langle": "rangle", "lfloor": "rfloor",
     "lceil": "rceil",
 }  # fmt: skip
+_DEEPEST = 40
 _CLOSING = frozenset(OPENING.values())
 _ROUGHLY = words("approximately about roughly around")
 
@@ -30,8 +31,8 @@ def depths(tokens: Tokens) -> Iterator[tuple[int, Token, int]]:
             token.kind in ("sign", "command") and token.text in _CLOSING
         )
         depth -= closes
-        if depth < 0:
-            raise Unreadable("a bracket closes that never opened")
+        if not 0 <= depth <= _DEEPEST:
+            raise Unreadable("a bracket closes that never opened, or there are too many")
         yield i, token, depth
         depth += token.kind == "begin" or (
             token.kind in ("sign", "command") and token.text in OPENING

@@ -72,7 +72,7 @@ _DROPPED = words(
 )
 _TEXT = words("text textbf textit textrm textsf texttt textnormal textup mbox hbox")
 _ROMAN = frozenset(("mathrm", "operatorname"))
-_SKIPPED = words("color textcolor hspace vspace phantom hphantom vphantom label tag")
+_SKIPPED = words("color colorbox textcolor hspace vspace phantom hphantom vphantom label tag")
 
 _THOUSANDS = r"[0-9]{1,3}(?:(?:%s)[0-9]{3})+(?![0-9]|,[0-9])"
 _ALPHABETIC = words("word bare letter initial")

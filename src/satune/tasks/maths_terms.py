@@ -13,7 +13,7 @@ from typing import NamedTuple
 from satune.tasks.maths_notation import FUNCTIONS, GREEK, Token
 from satune.tasks.maths_units import words
 
-_DEEPEST = 40
+_DEEPEST = 60
 _MOST_SUFFIXES = 4
 _ACCENTS = words("overline bar vec hat tilde dot ddot widebar")
 _CONSTANTS = {"pi": "pi", "infty": "inf"}
@@ -170,7 +170,7 @@ class _Parser:
     def _factor(self) -> Term:
         term = self._base()
         for _ in range(_MOST_SUFFIXES):
-            if self._take("^"):
+            if self._take("^") or self._double_star():
                 if self._take("circ") or self._circle_in_braces():
                     term = Term("degree", (term,))
                 else:
@@ -182,6 +182,13 @@ class _Parser:
             else:
                 return term
         raise Unreadable("too many suffixes")
+
+    def _double_star(self) -> bool:
+        following = self._tokens[self._at : self._at + 2]
+        if [(token.kind, token.text) for token in following] == [("sign", "*")] * 2:
+            self._at += 2
+            return True
+        return False
 
     def _circle_in_braces(self) -> bool:
         texts = [t.text for t in self._tokens[self._at : self._at + 3]]
@@ -219,6 +226,14 @@ class _Parser:
         return self._base()
 
     def _base(self) -> Term:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise Unreadable("too deep")
+        term = self._bare_base()
+        self._depth -= 1
+        return term
+
+    def _bare_base(self) -> Term:
         token = self.token
         if token is None:
             raise Unreadable("the end is not expected there")

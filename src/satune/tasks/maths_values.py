@@ -117,9 +117,10 @@ def nearly(term: Term, decimal: Fraction, places: int) -> bool:
                 rest //= prime
         if rest == 1:
             return found == decimal
-        return abs(found - decimal) * 10**places < 1
     with _mp.workprec(bits):
-        return bool(abs(_mp.re(found) - _float(decimal)) * 10**places < 1)
+        beyond = (abs(_float(found)) - abs(_float(decimal))) * 10**places
+        same_sign = (found > 0) == (decimal > 0)
+        return bool(same_sign and (0 <= beyond < 1 or abs(beyond) <= 0.5))
 
 
 def _float(value: Value) -> Value:
@@ -273,7 +274,9 @@ class _Calculator:
 
     def _noted(self, value: Value) -> Value:
         """A function's value; one that is zero but for rounding is zero, one at a pole is none."""
-        if value == 0 or not _mp.isfinite(value):
+        if not _mp.isfinite(value):
+            raise Unreadable("no value")
+        if value == 0:
             return value
         if _mp.mag(value) < -self._precision * 3 // 4:
             return Fraction(0)
