@@ -60,6 +60,7 @@ class Policy:
         self.config = self.causal_lm.config.get_text_config()
         self._adjust = _logit_adjustment(self.config)
         _count_places(self.backbone)
+        _keep_windows(self.backbone)
         # Dropout would make the scored policy another one than the sampled.
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -249,6 +250,27 @@ def _count_places(backbone: nn.Module) -> None:
         return biases(mask, *further, **named)
 
     backbone.build_alibi_tensor = counted  # type: ignore[assignment]
+
+
+def _keep_windows(backbone: nn.Module) -> None:
+    """GPT-Neo's local layers count their window back from the batch's last place. It is to end at
+    each token's own, which is the last place that the mask lets it see."""
+    for module in backbone.modules():
+        if getattr(module, "attention_type", None) != "local" or not hasattr(module, "bias"):
+            continue
+        causal: Tensor = module.bias  # type: ignore[assignment]
+        window = int(causal[0, 0].sum(-1).max())
+        module.bias.fill_(True)  # type: ignore[union-attr,operator]
+
+        def near(_: nn.Module, args: Any, kwargs: Any, window: int = window) -> Any:
+            mask = kwargs["attention_mask"]
+            places_C = torch.arange(mask.shape[-1], device=mask.device)
+            own = torch.where(mask == 0, places_C, -1).amax(-1, keepdim=True)
+            far = places_C <= own - window
+            kwargs["attention_mask"] = mask.masked_fill(far, torch.finfo(mask.dtype).min)
+            return args, kwargs
+
+        module.register_forward_pre_hook(near, with_kwargs=True)
 
 
 def _logit_adjustment(config: Any) -> Any:
