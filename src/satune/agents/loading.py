@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ def load_policies(
 
     def load(spec: AgentSpec) -> Policy:
         saved = saved_adapter(spec.model)
+        if saved and not Path(spec.model, "adapter_model.safetensors").is_file():
+            raise UserError(  # a .bin is a pickle, and opening one may run what is written in it
+                f"agent {spec.name}: {spec.model} has no adapter_model.safetensors, and adapters in "
+                "another form (.bin) are not opened; save it anew with PEFT's save_pretrained"
+            )
         base_id = saved.base if saved else spec.model
         lora = spec.lora or (LoraSpec() if shared_base else None)
         adapter = None

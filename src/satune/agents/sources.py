@@ -107,8 +107,7 @@ class SavedAdapter:
 def saved_adapter(model: str) -> SavedAdapter | None:
     """The adapter that lies in the directory ``model``, None where it holds none.
 
-    Raises UserError for a damaged configuration, and for weights that are a pickle: opening one
-    runs what is written in it.
+    Raises UserError for a configuration that is damaged or names no base.
     """
     path = Path(model) / "adapter_config.json"
     if not path.is_file():
@@ -120,11 +119,6 @@ def saved_adapter(model: str) -> SavedAdapter | None:
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: names no base model; give base_model_name_or_path")
-    if not (path.parent / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{model}: has no adapter_model.safetensors, and an adapter in another form (.bin) is "
-            "not opened; save it with PEFT's save_pretrained(DIR, safe_serialization=True)"
-        )
     beside = path.parent.parent / Path(base).name
     return SavedAdapter(config, str(beside) if beside.exists() else base)
 
