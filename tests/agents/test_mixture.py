@@ -16,10 +16,10 @@ from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.agents.packing import pack
 from satune.agents.policy import Policy
-from satune.agents.zoo import tiny_tokenizer
 from satune.core.logprobs import exact_kl
 from satune.core.projection import mixture_logprobs, project
 from satune.engines.local import LocalEngine
+from satune.tiny.zoo import tiny_tokenizer
 from satune.training.self_check import Tolerance, self_check
 from satune.types import Completion, Key, Prompt, Sampling, UserError
 from tiny_models import EOS, Alphabet, episode, next_token_logprobs, tiny_lm, turn

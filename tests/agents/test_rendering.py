@@ -10,7 +10,7 @@ from satune.agents.messages import (
     without_thoughts,
 )
 from satune.agents.rendering import ChatRenderer
-from satune.agents.zoo import tiny_tokenizer
+from satune.tiny.zoo import tiny_tokenizer
 from satune.types import Completion, Entry, UserError, text_part
 
 FAMILIES = ("tiny:qwen3-s", "tiny:llama-s")

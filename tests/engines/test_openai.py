@@ -20,9 +20,9 @@ from satune.agents.packing import pack
 from satune.engines.openai import OpenAIEngine, ServerSettings
 from satune.engines.pace import Pace
 from satune.engines.replies import Unreadable, read_reply, read_stream, retry_after
+from satune.play.rollout import rollout_sync
 from satune.protocols.discussion import debate
 from satune.protocols.sequential import chain
-from satune.rollout import rollout_sync
 from satune.tasks.catalog import take
 from satune.tasks.relay import Relay
 from satune.types import Completion, Entry, Episode, Key, Prompt, Sampling, Seat, UserError

@@ -9,10 +9,10 @@ from dataclasses import replace
 from satune.core.confidence import Spending
 from satune.engines.local import LocalEngine
 from satune.engines.routed import RoutedEngine
+from satune.play.rollout import rollout
 from satune.protocols.sequential import chain
-from satune.rollout import rollout
+from satune.swap.coins import Side, Table
 from satune.swap.handover import HandOverSettings
-from satune.swapping.coins import Side, Table
 from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat
 from scripted import EntriesRenderer, ScriptedEngine
 from tiny_models import tiny_policy

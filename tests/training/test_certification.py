@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import tiny_world
+from satune.commands.train import training_settings
 from satune.config.load import load_recipe
 from satune.core import confidence
 from satune.core.certificates import StatisticalCertificate
-from satune.launch import training_settings
 from satune.training import certification
 from satune.training.certification import Change, Held, log_ratios
 from satune.training.run import Training

@@ -28,7 +28,7 @@ from satune.engines.replies import (
     read_stream,
     retry_after,
 )
-from satune.lines import JsonLines
+from satune.files.lines import JsonLines
 from satune.loading import KEY_VARIABLE
 from satune.types import Completion, Key, Prompt, Sampling, UserError
 
