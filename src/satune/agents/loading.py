@@ -84,8 +84,8 @@ def load_policies(
         saved = saved_adapter(spec.model)
         if saved and not Path(spec.model, "adapter_model.safetensors").is_file():
             raise UserError(  # a .bin is a pickle, and opening one may run what is written in it
-                f"agent {spec.name}: {spec.model} has no adapter_model.safetensors, and adapters in "
-                "another form (.bin) are not opened; save it anew with PEFT's save_pretrained"
+                f"agent {spec.name}: {spec.model} has no adapter_model.safetensors, and adapters "
+                "in another form (.bin) are not opened; save it anew with PEFT's save_pretrained"
             )
         base_id = saved.base if saved else spec.model
         lora = spec.lora or (LoraSpec() if shared_base else None)
