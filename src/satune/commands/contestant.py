@@ -308,8 +308,9 @@ def file_identity(given: str | None) -> str | None:
 
 
 def _fingerprint(model: Path) -> str:
-    """A model's file, or a directory's files by name, size, and what they begin and end with: weights that were
-    trained differ in every part, and reading a large model whole would take minutes."""
+    """A model's file, or a directory's files by name, size, and what they begin and end with:
+    weights that were trained differ in every part, and reading a large model whole would take
+    minutes."""
     found = hashlib.blake2b(digest_size=16)
     files = [model] if model.is_file() else [p for p in model.rglob("*") if p.is_file()]
     for path in sorted(files):
