@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import pack
@@ -27,6 +29,7 @@ LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    "head_dim": 8, "intermediate_size": 24,
 }  # fmt: skip
 # Windows and chunks of 8: the longest conversations below are several times as long.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -46,8 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def policy_of(model_type: str, attention: str | None = None, **changes: Any) -> Policy:
-    named = AutoConfig.for_model(model_type)
-    given = {k: v for k, v in SIZES.items() if k not in getattr(named, "attribute_map", {})}
+    kind = CONFIG_MAPPING[model_type]
+    aliases = getattr(kind, "attribute_map", {})
+    given = {
+        name: value
+        for name, value in SIZES.items()
+        if name not in aliases and not isinstance(getattr(kind, name, None), property)
+    }
     config = AutoConfig.for_model(model_type, **given | changes)
     torch.manual_seed(0)
     options = {"attn_implementation": attention} if attention else {}
@@ -65,12 +73,8 @@ def play(policy: Policy) -> list[list[tuple[tuple[int, ...], Completion]]]:
         said: list[tuple[tuple[int, ...], Completion]] = []
         ids = tuple(prompts[index % 5])
         for own in range(2):
-            completion = await engine.generate(
-                "a",
-                Prompt((), ids=ids),
-                Sampling(10, temperature=1.0),
-                keys[index].at(own_index=own),
-            )
+            key = keys[index].at(own_index=own)
+            completion = await engine.generate("a", Prompt((), ids=ids), Sampling(10), key)
             said.append((ids, completion))
             ids = (*ids, *(completion.ids or ()), 5, 6)
         engine.end(keys[index])
@@ -88,7 +92,7 @@ def play(policy: Policy) -> list[list[tuple[tuple[int, ...], Completion]]]:
 def test_engine_and_learner_are_the_whole_model(model_type):
     policy = policy_of(model_type, **FAMILIES[model_type])
     conversations = play(policy)
-    for ids, completion in (turn for said in conversations for turn in said):
+    for ids, completion in itertools.chain(*conversations):
         expected = completion_logprobs(policy, ids, completion.ids or ())
         sampled = torch.tensor(completion.logprobs)
         assert torch.allclose(sampled, expected, atol=1e-4), (model_type, len(ids))

@@ -248,8 +248,9 @@ def _said(error: Exception) -> str:
 
 
 def _cannot_load(spec: AgentSpec, model_id: str, reason: str) -> str:
+    otherwise = "leave attention out, or " if spec.attention else ""
     return (
-        f"agent {spec.name}: cannot load model {model_id!r} ({reason}); "
+        f"agent {spec.name}: cannot load model {model_id!r} ({reason}); {otherwise}"
         "give a directory with config.json and safetensors weights, a .gguf file, or a hub id that "
         "can be reached"
     )
