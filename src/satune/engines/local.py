@@ -15,7 +15,7 @@ from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore
 from satune.engines.probe import refuse_unservable
 from satune.engines.rows import Conversation, Request, Rows, conversation_of
-from satune.types import Completion, Key, Prompt, Sampling, UserError
+from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of, logprobs_of
 
 
 class LocalEngine:
@@ -80,7 +80,7 @@ class LocalEngine:
             raise UserError(f"seat {seat}: the local engine needs token ids, the prompt has none")
         agent = self.seats[seat]
         loop = asyncio.get_running_loop()
-        request = Request(key, tuple(prompt.ids), sampling, loop.create_future())
+        request = Request(key, prompt.ids, sampling, loop.create_future())
         conversation = request.conversation
         self._waiting[agent].append(request)
         self._pending[conversation] = self._pending.get(conversation, 0) + 1
@@ -189,8 +189,8 @@ class LocalEngine:
                 text=policy.tokenizer.decode(request.written, skip_special_tokens=True),
                 finish_reason="stop" if stopped else "length",
                 version=self.versions[agent],
-                ids=tuple(request.written),
-                logprobs=tuple(request.logprobs),
+                ids=ids_of(request.written),
+                logprobs=logprobs_of(request.logprobs),
                 prompt_tokens=len(request.ids),
                 completion_tokens=len(request.written),
             )
