@@ -21,7 +21,16 @@ from tiny_models import tiny_config
 
 gguf = pytest.importorskip("gguf")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-WORDS = ["<unk>", "<s>", "</s>", *(chr(97 + n) for n in range(26)), "Ġ", "Ġa", "ab", "<|endoftext|>"]
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(chr(97 + n) for n in range(26)),
+    "Ġ",
+    "Ġa",
+    "ab",
+    "<|endoftext|>",
+]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
 # llama.cpp's names of the parts of a layer, and whether its rotary halves lie side by side there.
 PARTS = {

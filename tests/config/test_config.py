@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -545,3 +546,19 @@ plain = st.recursive(
 @given(plain)
 def test_any_plain_data_survives_yaml(data: Any) -> None:
     assert yaml12.parse(yaml12.dump(data)) == data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["lr: 1e30, weight_decay: 1e6", "eps: 1e-30", "eps: 1e30", "betas: [0, 0]",
+     "betas: [0.9999999, 0.9999999]", "lr: 1e30, betas: [0, 0.9999999], eps: 1e-30"],
+)  # fmt: skip
+def test_what_the_recipe_takes_the_optimiser_takes(tmp_path: Path, settings: str) -> None:
+    optimizer = load_recipe(write(tmp_path, f"{BASE}optimizer: {{{settings}}}\n")).optimizer
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), 0.5)
+    adam = torch.optim.AdamW(
+        [weight], optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, foreach=True
+    )
+    adam.step()  # a number that float32 does not hold would raise here
+    adam.step()
