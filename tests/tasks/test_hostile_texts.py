@@ -52,6 +52,8 @@ def breach(read: Callable[[str], object], head: str, piece: str, longest: int) -
                 ratios.append(whole / half)
                 if whole < FELT or ratios[-1] <= LAW:
                     break
+                if whole > 20 * FELT:  # no noise of the clock, and a repetition would take long
+                    return f"{head!r} and {piece!r}: {ratios[-1]:.1f} times as long at {size}"
             else:
                 return f"{head!r} and {piece!r}: {min(ratios):.1f} times as long at {size}"
         size *= 2

@@ -22,7 +22,7 @@ from satune.agents.messages import (
     user_message,
 )
 from satune.thoughts import opened_by
-from satune.types import Completion, Entry, Message, Prompt, UserError
+from satune.types import Completion, Entry, Ids, Message, Prompt, UserError, ids_of
 
 _HISTORIES = (("3+4",), ("a b", "c", "d"), ("1", "x y.", "22", "z", "3\n4", "w", "v"))
 _REPLIES = (("7", "a: 8"), ("one\ntwo", "b"), ("12", "x\ny"))
@@ -88,8 +88,8 @@ class ChatRenderer(MessageBuilder):
         """A fresh view of one conversation for ``seat``."""
         return ChatView(self, seat)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _encode(self, text: str) -> Ids:
+        return ids_of(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of ``messages`` up to where the seat's next message begins."""
@@ -134,7 +134,7 @@ class ChatRenderer(MessageBuilder):
         start = self.render(short) + "2"
         return self.render([*short, own_message("2"), user_message(content)])[len(start) :]
 
-    def suffix_ids(self, suffix: str, completion_ids: Sequence[int]) -> tuple[int, ...]:
+    def suffix_ids(self, suffix: str, completion_ids: Ids) -> Ids:
         """The ids of what follows a completion, without the end token where that was sampled."""
         end = self._special.get(completion_ids[-1]) if completion_ids else None
         return self.encode(suffix.removeprefix(end) if end else suffix)
@@ -159,7 +159,7 @@ class ChatView:
         self._messages: list[Message] = []
         self._text = ""
         self._opening = ""
-        self._ids: tuple[int, ...] = ()
+        self._ids = ids_of()
         self._completion: Completion | None = None
 
     def wrote(self, completion: Completion) -> None:
@@ -209,7 +209,8 @@ class ChatView:
             suffix = whole[len(start) :]
         self._messages = messages
         self._text = start + suffix
-        self._ids += completion.ids + renderer.suffix_ids(suffix, completion.ids)
+        # A new array: the old one is in a prompt that was handed out.
+        self._ids = self._ids + completion.ids + renderer.suffix_ids(suffix, completion.ids)
         return True
 
     def _anew(self) -> None:

@@ -12,7 +12,17 @@ from satune.agents.loading import AgentSpec, Precision, load_policies
 from satune.agents.policy import Policy
 from satune.engines.local import LocalEngine
 from satune.thoughts import opened_by
-from satune.types import Completion, Engine, Key, Message, Prompt, Sampling, UserError
+from satune.types import (
+    Completion,
+    Engine,
+    Ids,
+    Key,
+    Message,
+    Prompt,
+    Sampling,
+    UserError,
+    ids_of,
+)
 
 _ROLE = "environment"
 
@@ -127,8 +137,8 @@ class LocalRole:
             messages = [{"role": "user", "content": led}, *messages[2:]]
         return self._render(messages)
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _ids(self, text: str) -> Ids:
+        return ids_of(self._policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Sequence[Message]) -> str:
         text = self._policy.tokenizer.apply_chat_template(
