@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from every_task import NAMES, Case, case
+from satune.play.rollout import rollout_sync
+from satune.protocols.independent import solo, vote
 from satune.thoughts import CLOSING, OPENING, answer_part, opened_by, without_thoughts
+from satune.types import Completion, Entry, Grade, Key, Problem, Prompt
+from scripted import Letters, ScriptedEngine, by_seat, team
 
 TAGS = st.lists(st.sampled_from([OPENING, CLOSING, "a", " ", "\n", "<think", ">"]), max_size=12)
 
@@ -114,3 +120,51 @@ def test_the_shared_cases(tmp_path):
         assert found.task.grade(found.problem, text).score == row["expected"], row
         tried += 1
     assert tried >= 7
+
+
+class Thinker:
+    """A renderer whose prompts end inside a thought."""
+
+    def view(self, seat: str) -> Thinker:
+        return self
+
+    def prompt(self, entries: Sequence[Entry], max_new_tokens: int) -> Prompt:
+        return Prompt(tuple({"entry": entry} for entry in entries), opening="<think>\n")
+
+    def wrote(self, completion: Completion) -> None: ...
+
+
+def test_a_completion_cut_inside_the_prompts_thought_is_no_answer(tmp_path):
+    """First in two cut messages, then in whole ones: what was only thought scores 0, has no vote,
+    and the answer that a protocol makes of it is none."""
+    found = case("rows numeric", tmp_path)
+    for texts, answer, score in (
+        (("maybe 6, or 5", "so it is 5"), None, 0.0),
+        (("5?", "6? no.</think>It is 5."), "<think>\n6? no.</think>It is 5.", 1.0),
+        (("it is 5</think>So 6.", "6"), "<think>\nit is 5</think>So 6.", 0.0),
+    ):
+        seats = [replace(seat, renderer=Thinker()) for seat in team("ann", "bob")]
+        engine = ScriptedEngine(by_seat(ann=texts[:1], bob=texts[1:]))
+        (episode,) = rollout_sync(
+            [found.problem], 1, Key(0, "train"), seats=seats, protocol=vote, engine=engine,
+            task=found.task,
+        )  # fmt: skip
+        assert [turn.text for turn in episode.turns] == [f"<think>\n{text}" for text in texts]
+        assert (episode.answer, episode.reward) == (answer, score)
+
+
+class Whole(Letters):
+    """A task of somebody's own that does not know what a thought is."""
+
+    def grade(self, problem: Problem, answer: str | None) -> Grade:
+        return Grade(float(answer is not None and "a" in answer))
+
+
+def test_no_task_is_shown_a_message_that_is_nothing_but_thought():
+    for text, score in (("<think>a", 0.0), ("<think>b</think>a", 1.0), ("a", 1.0)):
+        engine = ScriptedEngine(by_seat(ann=[text]))
+        (episode,) = rollout_sync(
+            Whole().problems("train"), 1, Key(0, "train"), seats=team("ann"), protocol=solo,
+            engine=engine, task=Whole(),
+        )  # fmt: skip
+        assert episode.reward == score
