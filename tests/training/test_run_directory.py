@@ -32,8 +32,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_events_are_lines_with_kind_and_time(run: RunDirectory) -> None:
     before = datetime.now(UTC)
-    run.append_event("stage", stage=1, reward=0.5, order=("a", "b"))
-    run.append_event("eval", stage=1, reward=0.25)
+    run.append_event(event("stage", stage=1, reward=0.5, order=("a", "b")))
+    run.append_event(event("eval", stage=1, reward=0.25))
     stage, evaluation = run.read_events()
     assert list(stage) == ["event", "time", "stage", "reward", "order"]
     assert (stage["event"], stage["order"], evaluation["event"]) == ("stage", ["a", "b"], "eval")
@@ -43,7 +43,9 @@ def test_events_are_lines_with_kind_and_time(run: RunDirectory) -> None:
 
 
 def test_what_json_lacks_is_written_as_text(run: RunDirectory) -> None:
-    run.append_event("update", kl={"quantile": math.inf, "mean": [math.nan, -math.inf, 1e-300]})
+    run.append_event(
+        event("update", kl={"quantile": math.inf, "mean": [math.nan, -math.inf, 1e-300]})
+    )
     line = run.events.read_text()
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
     kl = run.read_events()[0]["kl"]
@@ -54,7 +56,7 @@ def test_what_json_lacks_is_written_as_text(run: RunDirectory) -> None:
 
 def test_values_that_are_not_plain_are_refused(run: RunDirectory) -> None:
     with pytest.raises(TypeError):
-        run.append_event("stage", reward={1, 2})
+        run.append_event(event("stage", reward={1, 2}))
     assert not run.events.exists()
 
 
@@ -89,7 +91,7 @@ def test_a_text_with_line_separators_stays_one_row(run: RunDirectory) -> None:
 
 
 def test_a_last_line_still_being_written_is_left_out(run: RunDirectory) -> None:
-    run.append_event("stage", stage=1)
+    run.append_event(event("stage", stage=1))
     with open(run.events, "ab") as file:
         file.write(b'{"event": "sta')
     assert [event["stage"] for event in run.read_events()] == [1]
@@ -109,11 +111,11 @@ def test_no_file_has_no_lines(tmp_path: Path) -> None:
 
 
 def test_truncate_restores_what_sizes_saw(run: RunDirectory) -> None:
-    run.append_event("stage", stage=1)
+    run.append_event(event("stage", stage=1))
     run.append_episodes(1, [{"id": "a"}])
     sizes = json.loads(json.dumps(run.sizes()))
     held = {path: path.read_bytes() for path in (run.events, run.episodes / "stage-0001.jsonl")}
-    run.append_event("stage", stage=2)
+    run.append_event(event("stage", stage=2))
     run.append_episodes(1, [{"id": "b"}])
     run.append_episodes(2, [{"id": "c"}])
     with open(run.events, "ab") as file:
@@ -124,20 +126,20 @@ def test_truncate_restores_what_sizes_saw(run: RunDirectory) -> None:
     assert not (run.episodes / "stage-0002.jsonl").exists()
     assert not run.finished
     assert run.sizes() == sizes
-    run.append_event("stage", stage=2)
+    run.append_event(event("stage", stage=2))
     assert [event["stage"] for event in run.read_events()] == [1, 2]
 
 
 def test_sizes_of_a_run_without_lines(run: RunDirectory) -> None:
     assert run.sizes() == {"events": 0, "episodes": {}}
-    run.append_event("run")
+    run.append_event(event("run"))
     run.append_episodes(0, [{"id": "a"}])
     run.truncate({"events": 0, "episodes": {}})
     assert run.sizes() == {"events": 0, "episodes": {}}
 
 
 def test_a_file_shorter_than_recorded_changes_nothing(run: RunDirectory) -> None:
-    run.append_event("stage", stage=1)
+    run.append_event(event("stage", stage=1))
     run.append_episodes(1, [{"id": "a"}])
     before = run.events.read_bytes()
     with pytest.raises(UserError, match=r"stage-0001\.jsonl: holds \d+ bytes where .* 999"):
@@ -197,7 +199,7 @@ def test_a_full_disk_is_one_line(run: RunDirectory) -> None:
     # Writing to this device fails as on a full disk.
     run.events.symlink_to("/dev/full")
     with pytest.raises(UserError) as caught:
-        run.append_event("stage", stage=1)
+        run.append_event(event("stage", stage=1))
     assert str(caught.value) == (
         f"{run.events}: cannot be written: the disk is full; free some space or give another --out"
     )
