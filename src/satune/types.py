@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 Part = Mapping[str, Any]
 Message = dict[str, Any]
 Purpose = Literal["train", "certify", "evaluate", "swap", "environment", "demonstrate"]
 FinishReason = Literal["stop", "length"]
+Ids: TypeAlias = "array[int]"
+"""Token ids as ``array.array('i')``, int32: made by ``ids_of``, shared, and changed by nobody."""
+LogProbs: TypeAlias = "array[float]"
+"""Natural logarithms as ``array.array('f')``, float32: made by ``logprobs_of``."""
+
+
+def ids_of(numbers: Iterable[int] = ()) -> Ids:
+    """Token ids from whatever gives them one by one. Raises OverflowError beyond 32 bits."""
+    # iter: bytes would be taken as memory, not as numbers.
+    return array("i", iter(numbers))
+
+
+def logprobs_of(numbers: Iterable[float] = ()) -> LogProbs:
+    """Log-probabilities, each rounded to float32."""
+    return array("f", numbers)
 
 
 class UserError(ValueError):
@@ -108,7 +124,7 @@ class Prompt:
     """
 
     messages: tuple[Message, ...]
-    ids: tuple[int, ...] | None = None
+    ids: Ids | None = None
     dropped: int = 0
 
 
@@ -123,8 +139,8 @@ class Completion:
     text: str
     finish_reason: FinishReason
     version: int
-    ids: tuple[int, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
+    ids: Ids | None = None
+    logprobs: LogProbs | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -143,9 +159,9 @@ class Turn:
     text: str
     finish_reason: FinishReason
     version: int
-    prompt_ids: tuple[int, ...] | None = None
-    completion_ids: tuple[int, ...] | None = None
-    sampled_logprobs: tuple[float, ...] | None = None
+    prompt_ids: Ids | None = None
+    completion_ids: Ids | None = None
+    sampled_logprobs: LogProbs | None = None
     dropped: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -680,7 +680,7 @@ def test_a_finite_set_is_drawn_with_replacement_and_each_draw_is_played_for_itse
     assert len({e.problem.id for e in episodes}) == 30
     by_row: dict[str, set[Any]] = {}
     for e in episodes:
-        by_row.setdefault(e.problem.text, set()).add(e.turns[0].completion_ids)
+        by_row.setdefault(e.problem.text, set()).add(tuple(e.turns[0].completion_ids))
     # The same row drawn again has random numbers of its own.
     assert all(len(messages) > 5 for messages in by_row.values())
 

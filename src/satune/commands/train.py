@@ -17,7 +17,8 @@ from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.loading import served
 from satune.play.evaluation import mean_estimate
-from satune.play.rollout import episode_from_row, episode_to_row, rollout_sync
+from satune.play.rollout import rollout_sync
+from satune.play.rows import episode_from_row, episode_to_row
 from satune.tasks.catalog import draw, take
 from satune.training.checkpoint import Checkpoints
 from satune.training.ports import Watcher

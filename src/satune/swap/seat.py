@@ -241,6 +241,7 @@ def with_newcomer(
         update={
             "model": model,
             "trust_remote_code": False,
+            "attention": None,
             "lora": None if at_server else had.lora,
             "frozen": bool(at_server) or (had.frozen and incumbent in team.policies),
             "server": _asked(recipe.team, at_server[0], server or {}) if at_server else None,
