@@ -408,7 +408,8 @@ def test_numbers_are_read_exactly():
     ("phrase", "unit"),
     [
         ("centimetres", "cm"), ("square cm", "cm^2"), ("cm^{2}", "cm^2"),
-        ("miles per hour", "mi/h"), ("mph", "mi/h"), ("units", ""), ("square units", ""), ("possible values", "possible value"),
+        ("miles per hour", "mi/h"), ("mph", "mi/h"), ("units", ""), ("square units", ""),
+        ("possible values", "possible value"),
         ("th", ""), ("inches", "in"), ("feet", "ft"), ("boxes", "box"), ("ladies", "lady"),
         ("or more", None), ("if x", None), ("apples + 3", None), ("times", None), ("(", None),
         ("a b c d e f g h i j k l", None),
@@ -462,8 +463,8 @@ def test_no_difference_is_too_small(exponent):
 
 
 NO_VALUE = [
-    r"\frac{1}{0}", "0^{-1}", r"\ln 0", r"9^{9^{9^{9}}}", r"\infty-\infty", r"\tan 90^\circ", "(-1)!",
-    r"\sin(10^{99})",
+    r"\frac{1}{0}", "0^{-1}", r"\ln 0", r"9^{9^{9^{9}}}", r"\infty-\infty", r"\tan 90^\circ",
+    "(-1)!", r"\sin(10^{99})",
 ]  # fmt: skip
 
 
