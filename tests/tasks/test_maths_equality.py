@@ -260,6 +260,7 @@ TABLE = {
         6 == f(2)=6
         6 == 2+4=6
         6 != 2+5=6
+        6 != x=5=6
         x=1, y=2 == y=2, x=1
         x=1, y=2 != x=2, y=1
         (1,2) == (x,y)=(1,2)
@@ -271,6 +272,7 @@ TABLE = {
         Brenda == \text{Brenda}
         Monday != dynamo
         no != on
+        TTF != TFT
         abc == cab
         xy^2z == zxy^2
         \text{Tuesday} != \text{Thursday}
