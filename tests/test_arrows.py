@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,40 +15,29 @@ from satune.config.load import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "satune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LONGEST = 420
+LONGEST = 400
 
-TRAINING = {"types", "loading", "interrupts", "core", "agents", "team"}
+GROUND = {"types", "loading"}
+TRAINING = GROUND | {"files", "core", "agents", "team"}
 ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
     "loading": {"types"},
-    "lines": {"types"},
-    "interrupts": set(),
+    "files": {"types"},
     "core": set(),
     "lab": {"core"},
-    "agents": {"types", "loading", "core"},
-    "team": {"types", "loading", "agents"},
-    "protocols": {"types", "loading"},
-    "tasks": {"types", "loading"},
-    "engines": {"types", "loading", "lines", "agents"},
-    "conversation": {"types", "loading"},
-    "rollout": {"types", "loading", "interrupts", "conversation"},
-    "demonstrations": {"types", "loading", "conversation", "rollout"},
+    "agents": GROUND | {"files", "core"},
+    "team": GROUND | {"files", "agents"},
+    "protocols": GROUND,
+    "tasks": GROUND,
+    "engines": GROUND | {"files", "agents"},
+    "play": GROUND | {"files"},
+    "tiny": GROUND | {"files", "agents", "play"},
     "training": TRAINING,
-    "swap": TRAINING | {"training"},
-    "evaluation": {"types", "loading", "conversation", "rollout"},
-    "grading": {"types", "loading", "tasks", "conversation", "evaluation"},
-    "report": set(),
+    "swap": None,
+    "report": {"types", "files"},
     "config": None,
-    "progress": set(),
-    "scalars": {"types"},
-    "assembly": None,
-    "launch": None,
-    "candidates": None,
-    "examination": None,
-    "swapping": None,
-    "description": None,
-    "quickstart": None,
+    "commands": None,
     "cli": None,
     "__main__": None,
 }
@@ -55,14 +45,12 @@ OUTSIDE: dict[str, set[str]] = {
     # rooms that hold to few packages beside the standard library
     "types": set(),
     "loading": set(),
-    "lines": set(),
-    "interrupts": set(),
     "core": {"torch", "scipy"},
     "lab": {"numpy", "scipy", "torch"},
     "protocols": set(),
-    "conversation": set(),
-    "rollout": set(),
-    "report": {"matplotlib"},
+    "files": {"numpy", "safetensors"},
+    "play": set(),
+    "report": {"matplotlib", "tensorboard"},
 }
 
 
@@ -112,6 +100,20 @@ def test_modules(path: Path) -> None:
         assert offences(path, package, room) == []
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports in functions and under TYPE_CHECKING count: a reader goes round in them as well."""
+    modules = {".".join((*place(path)[0], path.stem)): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        graph[module] = set()
+        for name in imports(path, place(path)[0]):
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules and target != module:
+                graph[module].add(target)
+    assert len(graph["satune.training.stage"]) >= 5
+    graphlib.TopologicalSorter(graph).prepare()
+
+
 @pytest.mark.parametrize(
     ("line", "package", "room", "expected"),
     [
@@ -122,7 +124,7 @@ def test_modules(path: Path) -> None:
         ("from satune.types import Turn", ("satune", "core"), "core", ["satune.types.Turn"]),
         ("from satune.types import Turn", ("satune", "tasks"), "tasks", []),
         ("from ..core.ratios import x", ("satune", "tasks"), "tasks", ["satune.core.ratios.x"]),
-        ("from .. import rollout", ("satune", "training"), "training", ["satune.rollout"]),
+        ("from .. import play", ("satune", "training"), "training", ["satune.play"]),
         ("from .agents import x", ("satune",), "team", []),
         ("from .core import x", ("satune",), "team", ["satune.core.x"]),
         ("def f():\n    import transformers", ("satune", "core"), "core", ["transformers"]),
@@ -137,6 +139,68 @@ def test_the_check_sees_every_form_of_import(
     path = tmp_path / "module.py"
     path.write_text(line)
     assert offences(path, package, room) == expected
+
+
+def test_the_root_holds_no_more_than_a_glance_takes_in() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("satune", *path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def module_graph(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """The modules that each module imports, wherever in it the import stands: at its head, inside a
+    function or for the type checker alone."""
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = tuple(name.split(".")[:-1])
+        named = set(imports(path, package))
+        # `from satune.x.y import z` names a module's content, `from satune.x import y` a module.
+        graph[name] = {
+            m for m in modules if m in named or any(n.startswith(f"{m}.") for n in named)
+        }
+        graph[name].discard(name)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import each other, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        ahead = list(graph[start])
+        while ahead:
+            module = ahead.pop()
+            if module not in seen:
+                seen.add(module)
+                ahead.extend(graph[module])
+        reached[start] = seen
+    groups = {
+        tuple(sorted({m for m in reached[start] if start in reached[m]} | {start}))
+        for start in graph
+        if start in reached[start]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def test_no_two_modules_import_each_other() -> None:
+    modules = {module_of(path): path for path in MODULES if path.name != "__init__.py"}
+    assert circles(module_graph(modules)) == []
+
+
+def test_the_search_for_circles_reads_type_checking_and_functions(tmp_path: Path) -> None:
+    texts = {
+        "satune.a": "if TYPE_CHECKING:\n    from satune.b import x",
+        "satune.b": "def f():\n    from satune import c",
+        "satune.c": "import satune.a",
+        "satune.d": "from satune.a import y",
+    }
+    modules = {}
+    for name, text in texts.items():
+        modules[name] = tmp_path / f"{name}.py"
+        modules[name].write_text(text)
+    assert circles(module_graph(modules)) == [["satune.a", "satune.b", "satune.c"]]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)

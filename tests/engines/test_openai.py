@@ -20,9 +20,9 @@ from satune.agents.packing import pack
 from satune.engines.openai import OpenAIEngine, ServerSettings
 from satune.engines.pace import Pace
 from satune.engines.replies import Unreadable, read_reply, read_stream, retry_after
+from satune.play.rollout import rollout_sync
 from satune.protocols.discussion import debate
 from satune.protocols.sequential import chain
-from satune.rollout import rollout_sync
 from satune.tasks.catalog import take
 from satune.tasks.relay import Relay
 from satune.types import Completion, Entry, Episode, Key, Prompt, Sampling, Seat, UserError
@@ -123,7 +123,7 @@ def test_turns_cannot_be_trained_on_and_weights_not_given(server: Server) -> Non
     with pytest.raises(ValueError, match="no token ids: it cannot be trained on"):
         pack([episodes[0].turns])
     with pytest.raises(UserError, match="cannot be given new weights"):
-        engine.publish("ann", 1)
+        engine.publish("ann", 1, {})
     with pytest.raises(UserError, match="no model for the seat 'zoe'; there are: ann, bob, eve"):
         asyncio.run(engine.generate("zoe", PROMPT, SAMPLING, KEY))
 

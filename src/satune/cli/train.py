@@ -24,6 +24,7 @@ from satune.cli.common import (
     shipped_recipe,
     show_result,
 )
+from satune.files.events import Event
 from satune.loading import served
 
 
@@ -64,12 +65,12 @@ def run_training(
     recipe: Any, out: Path, *, resume: bool, checkpoint: str | None, command: str
 ) -> dict[str, Any]:
     """Train into ``out`` and return the summary. Raises Interrupted with the command to go on."""
-    from satune.progress import Display
+    from satune.cli.progress import Display
     from satune.training.run_directory import RunDirectory
 
     directory = RunDirectory(out)
     if resume and directory.finished and checkpoint is None:
-        from satune.launch import check_recipe_unchanged
+        from satune.commands.train import check_recipe_unchanged
 
         check_recipe_unchanged(directory, recipe)
         summary = json.loads(directory.summary.read_text())
@@ -90,12 +91,13 @@ def _train(
     quiet_libraries()
     import torch
 
-    from satune.agents.zoo import is_tiny
-    from satune.assembly import assemble, overlap_note
-    from satune.launch import check_recipe_unchanged, start_training, tolerance_of
+    from satune.commands.assemble import assemble, overlap_note
+    from satune.commands.train import check_recipe_unchanged, start_training, tolerance_of
+    from satune.files.writing import tensor_errors
+    from satune.report.monitors import scalar_writer
     from satune.report.plots import plot_training
-    from satune.scalars import scalar_writer
-    from satune.training.checkpoint import Checkpoints, tensor_errors
+    from satune.tiny.zoo import is_tiny
+    from satune.training.checkpoint import Checkpoints
     from satune.training.trainer import train as run
 
     name: str | None = None
@@ -125,15 +127,15 @@ def _train(
         if resume and name is None:
             # What a run left that ended before its first checkpoint would stand there twice.
             directory.truncate({"events": 0, "episodes": {}})
-        watchers: list[Callable[..., None]] = [display.watch]
+        watchers: list[Callable[[Event], None]] = [display.watch]
         if recipe.log.tensorboard:
             watchers.append(stack.enter_context(scalar_writer(directory.path / "tensorboard")))
 
-        def watch(kind: str, fields: Any) -> None:
+        def watch(event: Event) -> None:
             for watcher in watchers:
-                watcher(kind, fields)
-            if kind == "stage":
-                display.stages(fields["stage"], recipe.stages)
+                watcher(event)
+            if event["event"] == "stage":
+                display.stages(event["stage"], recipe.stages)
 
         training = start_training(cast, directory, watch)
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from satune.training.checkpoint import identity, link, tensor_errors
-from satune.training.run_directory import (
-    RunDirectory,
+from satune.files.events import SwapEvent
+from satune.files.writing import (
     disk_errors,
+    identity,
+    link,
     strict_json,
-    sync_directory,
+    tensor_errors,
     write_atomically,
 )
+from satune.training.run_directory import RunDirectory
 from satune.types import UserError
-
-BESIDE = ".writing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,29 +34,6 @@ class Newcomer:
     """An agent that the old team does not have: its parameters by name, as ``Learner.export``."""
 
     weights: Mapping[str, Tensor]
-
-
-@contextmanager
-def written_beside(out: Path) -> Iterator[Path]:
-    """A new directory that becomes ``out`` when the block is done; nothing is left where it fails.
-
-    What a killed process left beside is removed first. Raises UserError if ``out`` exists, or the
-    place cannot be written.
-    """
-    refuse_existing(out)
-    beside = out.with_name(out.name + BESIDE)
-    try:
-        with tensor_errors(beside):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            yield beside
-            sync_directory(beside)
-            refuse_existing(out)
-            beside.rename(out)
-            sync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def refuse_existing(out: Path) -> None:
@@ -98,15 +74,16 @@ def transplant(
     if state["step"] > 0:
         state["stage"] += 1
         fields["closed_stage"] = state["stage"]
-        # A simultaneous sweep publishes at its end, which is here.
-        held["published"] = dict(state["versions"])
     fields["stage"] = state["stage"]
+    # A newcomer may bear the name of an agent whose numbers are given out.
+    fresh = {name: state["issued"].get(name, -1) + 1 for name in newcomers}
     state |= {
         "step": 0,
         "order": list(agents),
         "opening": {},
         "betas": {name: state["betas"][name] if name in kept else beta for name in agents},
-        "versions": _of(state["versions"], kept, agents),
+        "versions": _of(state["versions"], kept, agents) | fresh,
+        "issued": _of(state["issued"], kept, agents) | fresh,
     }
     state.pop("batch", None)
     certify = state["certify"]
@@ -117,7 +94,7 @@ def transplant(
         target.episodes.mkdir()
         target.checkpoints.mkdir()
     _copy_records(source, target, held["sizes"])
-    target.append_event("swap", **fields)
+    target.append_event(cast(SwapEvent, {"event": "swap", **fields}))
     beside = target.checkpoints / f"stage-{state['stage']:04d}"
     with disk_errors(beside):
         beside.mkdir()
@@ -136,7 +113,6 @@ def transplant(
             files[relative] = identity(beside / relative)
     held |= {
         "learner_steps": _of(held["learner_steps"], kept, agents),
-        "published": _of(held["published"], kept, agents),
         "sizes": target.sizes(),
         "files": files,
     }

@@ -1,0 +1,133 @@
+"""Progress on a terminal: bars with rate and remaining time, and a line a stage."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from satune.files.events import EvalEvent, Event, Notice, UpdateEvent
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="dim")
+
+
+class Display:
+    """Shows what goes on, on standard error. Without a terminal only the lines are written."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._message = ""
+        self._stages: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        """(done, of how many, of what); a new message starts a new bar."""
+        if self._task is None or message != self._message:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(message, total=total)
+            self._message = message
+        self._bars.update(self._task, completed=done, total=total)
+        if done >= total:
+            self._bars.remove_task(self._task)
+            self._task = None
+
+    def stages(self, done: int, total: int) -> None:
+        if self._stages is None:
+            self._stages = self._bars.add_task("stages", total=total)
+        self._bars.update(self._stages, completed=done)
+
+    def watch(self, event: Event | Notice) -> None:
+        """One line for each event that a person wants to see while a run goes on."""
+        match event["event"]:
+            case "eval":
+                decoding = "greedy" if event["greedy"] else "sampled"
+                self.note(
+                    f"[bold]held-out reward[/] {event['reward']:.3f}{_interval(event)} "
+                    f"({decoding}, after {event['stage']} stages, {event['problems']} problems)"
+                )
+            case "update":
+                moved = ""
+                if "kl" in event:
+                    moved = f"KL {event['kl']['quantile']:.4f} of {event['delta']:g}, "
+                taken = event["accepted"]
+                verdict = f"scale {event['scale']:.2f}" if taken else "[red]reverted[/]"
+                reason = "" if taken else f" ({event['reason']})"
+                self.note(
+                    f"  stage {event['stage']} step {event['step']} {event['agent']}: "
+                    f"{moved}{verdict}{reason}{_certified(event)}"
+                )
+            case "look":
+                self.note(
+                    f"  hand-over of {', '.join(event['seats'])}: {event['problems']} problems, "
+                    f"reward {event['mean']:+.4f}, at least {event['lower']:+.4f}; "
+                    f"the newcomer may have {event['allowed']:.1%}"
+                )
+            case "alignment":
+                if "alignment" not in event:
+                    return
+                found = event["alignment"]
+                error = found["standard_error"]
+                self.note(
+                    f"  newcomer of {event['seat']}: alignment {found['score']:+.4f}"
+                    + ("" if error is None else f" (standard error {error:.4f})")
+                )
+            case "distillation":
+                self.note(
+                    f"  distillation of {event['seat']}, round {event['round']}: "
+                    f"KL {event['kl']['quantile']:.4g}, reward {event['reward']:.3f}"
+                )
+            case "swap":
+                self.note(f"swap of {', '.join(event['seats'])} after {event['stage']} stages")
+            case "note":
+                self.note(event["text"])
+            case "stage":
+                self.note(
+                    f"stage {event['stage']}: reward {event['reward']:.3f}, "
+                    f"{event['seconds']:.1f} s"
+                )
+
+
+def _certified(event: UpdateEvent) -> str:
+    if "certificate" not in event:
+        return ""
+    found = event["certificate"]["statistical"]
+    return f", reward {found['mean']:+.4f}, certified at least {found['lower']:+.4f}"
+
+
+def _interval(event: EvalEvent) -> str:
+    bounds = event["interval"]
+    return f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
