@@ -120,12 +120,15 @@ class Sampling:
 class Prompt:
     """What an engine is given: the messages, and the ids where a tokenizer is known.
 
-    ``dropped`` counts foreign messages left out because the context was full.
+    ``dropped`` counts foreign messages left out because the context was full. ``opening`` is the
+    thought that the template opens at the prompt's end ("<think>" and what follows it), which the
+    message's text then begins with; empty where it opens none, or where nobody here knows.
     """
 
     messages: tuple[Message, ...]
     ids: Ids | None = None
     dropped: int = 0
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,7 @@ class Turn:
     """One message of one seat. Turns that are active together share ``moment``.
 
     ``own_index`` counts the seat's own turns from 0. ``prompt_ids`` are exactly what was fed.
+    ``text`` is the completion's, after the thought that the prompt opened for it, if any.
     """
 
     seat: str

@@ -17,6 +17,7 @@ from satune.cli.common import (
     AsJson,
     Interrupted,
     Overrides,
+    UnsafeChecks,
     find_recipe,
     open_console,
     quiet_libraries,
@@ -155,6 +156,7 @@ def evaluate(
             show_default=f"{ENVIRONMENT_KEY} beside --base-url, {KEY_VARIABLE} without it",
         ),
     ] = None,
+    unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
