@@ -35,22 +35,31 @@ class JsonLines:
         rows = []
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise UserError(
-                    f"{self.path}, line {number}: not JSON; remove the line, or the file"
-                ) from None
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise self._damaged(number, "not JSON") from None
+            if not isinstance(row, dict):
+                raise self._damaged(number, "not an object")
+            rows.append(row)
         return rows
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one object. Raises UserError if the disk is full."""
+        """Add one object. Raises UserError if the disk is full; the file is then as it was."""
         data = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
-                while data:
-                    data = data[file.write(data) :]
+                whole = file.tell()
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    file.truncate(whole)  # or the next line would be glued to half of this one
+                    raise
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _damaged(self, number: int, what: str) -> UserError:
+        return UserError(f"{self.path}, line {number}: {what}; remove the line, or the file")
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(

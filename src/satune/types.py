@@ -22,6 +22,30 @@ class UserError(ValueError):
     """Bad input from the person at the keyboard: one line saying where, what and the mend."""
 
 
+class EpisodeFailure(Exception):
+    """One conversation cannot go on; the run can.
+
+    ``reason`` is one line for people that begins with the kind of failure, up to a colon. With
+    ``policy`` it is the policy's own failure (its prompt overflows, its text is filtered), which
+    playing again cannot mend; without it the world's (a dead server), which it may.
+    """
+
+    def __init__(self, reason: str, *, policy: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.policy = policy
+
+
+def printable(text: str) -> str:
+    """``text`` for one line of a terminal: each line end or other blank becomes a space, whatever
+    could steer the terminal or cannot be written (control and direction characters, half a
+    surrogate pair) U+FFFD. Joiners stay, scripts and emoji need them."""
+    return "".join(
+        c if c.isprintable() or c in "\u200c\u200d" else " " if c.isspace() else "\ufffd"
+        for c in text
+    )
+
+
 def text_part(text: str) -> Part:
     """One text part of a message's content, in the form chat templates take."""
     return {"type": "text", "text": text}
