@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import socket
 import threading
 import time
@@ -19,6 +21,7 @@ from satune.agents.packing import pack
 from satune.engines.client import ServerSettings
 from satune.engines.openai import OpenAIEngine
 from satune.engines.pace import Pace
+from satune.lines import JsonLines
 from satune.protocols.discussion import debate
 from satune.protocols.sequential import chain
 from satune.rollout import rollout_sync
@@ -296,6 +299,25 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         OpenAIEngine("http://localhost/v1", MODELS, answers=tmp_path / "file" / "answers.jsonl")
+
+
+def test_a_full_disk_leaves_no_half_line_for_the_next_to_be_glued_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:9])
+
+    lines = JsonLines(tmp_path / "answers.jsonl")
+    lines.append({"a": 1})
+    with monkeypatch.context() as disk:
+        disk.setattr("builtins.open", lambda path, mode, buffering: Full(path, mode))
+        with pytest.raises(UserError, match="No space left"):
+            lines.append({"much": "b" * 99})
+    lines.append({"c": 3})
+    assert lines.read() == [{"a": 1}, {"c": 3}]
 
 
 # Pace
