@@ -40,8 +40,8 @@ from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.local import LocalEngine
+from satune.play.rollout import rollout_sync
 from satune.protocols.catalog import load_protocol
-from satune.rollout import rollout_sync
 from satune.training.settings import UpdateSettings
 from satune.training.update import improve
 from satune.types import Experience, Grade, Key, Problem, Sampling, Seat

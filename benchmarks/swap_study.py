@@ -245,7 +245,7 @@ def families(out: Path) -> str:
 
 def sides(run: Path) -> Any:
     """The team, and the same with the newcomer of the other family in its second seat."""
-    from satune.swapping.reseating import Candidate, find_team, load_found, with_newcomer
+    from satune.swap.seat import Candidate, find_team, load_found, with_newcomer
 
     old = Candidate(load_found(find_team(run, None), lambda done, total, what: None))
     return old, with_newcomer(old, "second", LARGER)
@@ -255,7 +255,7 @@ def ramps(run: Path) -> dict[str, Any]:
     """Hand-overs of one seat on problems of their own, and the change of reward that they judge."""
     from satune.core.confidence import Spending
     from satune.swap.handover import HandOverSettings
-    from satune.swapping.perform import side_of, table_of
+    from satune.swap.swap import side_of, table_of
     from satune.tasks.catalog import take
     from satune.types import Key
 
@@ -296,7 +296,7 @@ def ramps_of(found: dict[str, Any]) -> str:
 
 
 def linearity(run: Path) -> list[dict[str, Any]]:
-    from satune.swapping.perform import side_of, table_of
+    from satune.swap.swap import side_of, table_of
     from satune.tasks.catalog import take
     from satune.types import Key
 

@@ -14,40 +14,29 @@ from satune.config.load import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "satune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LONGEST = 420
+LONGEST = 400
 
-TRAINING = {"types", "loading", "interrupts", "core", "agents", "team"}
+GROUND = {"types", "loading"}
+TRAINING = GROUND | {"files", "core", "agents", "team"}
 ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
     "loading": {"types"},
-    "lines": {"types"},
-    "interrupts": set(),
+    "files": {"types"},
     "core": set(),
     "lab": {"core"},
-    "agents": {"types", "loading", "core"},
-    "team": {"types", "loading", "agents"},
-    "protocols": {"types", "loading"},
-    "tasks": {"types", "loading"},
-    "engines": {"types", "loading", "lines", "agents"},
-    "conversation": {"types", "loading"},
-    "rollout": {"types", "loading", "interrupts", "conversation"},
-    "demonstrations": {"types", "loading", "conversation", "rollout"},
+    "agents": GROUND | {"files", "core"},
+    "team": GROUND | {"files", "agents"},
+    "protocols": GROUND,
+    "tasks": GROUND,
+    "engines": GROUND | {"files", "agents"},
+    "play": GROUND | {"files"},
+    "tiny": GROUND | {"files", "agents", "play"},
     "training": TRAINING,
-    "swap": TRAINING | {"training"},
-    "evaluation": {"types", "loading", "conversation", "rollout"},
-    "grading": {"types", "loading", "tasks", "conversation", "evaluation"},
-    "report": set(),
+    "swap": None,
+    "report": {"types", "files"},
     "config": None,
-    "progress": set(),
-    "scalars": {"types"},
-    "assembly": None,
-    "launch": None,
-    "candidates": None,
-    "examination": None,
-    "swapping": None,
-    "description": None,
-    "quickstart": None,
+    "commands": None,
     "cli": None,
     "__main__": None,
 }
@@ -55,14 +44,12 @@ OUTSIDE: dict[str, set[str]] = {
     # rooms that hold to few packages beside the standard library
     "types": set(),
     "loading": set(),
-    "lines": set(),
-    "interrupts": set(),
     "core": {"torch", "scipy"},
     "lab": {"numpy", "scipy", "torch"},
     "protocols": set(),
-    "conversation": set(),
-    "rollout": set(),
-    "report": {"matplotlib"},
+    "files": {"numpy", "safetensors"},
+    "play": set(),
+    "report": {"matplotlib", "tensorboard"},
 }
 
 
@@ -122,7 +109,7 @@ def test_modules(path: Path) -> None:
         ("from satune.types import Turn", ("satune", "core"), "core", ["satune.types.Turn"]),
         ("from satune.types import Turn", ("satune", "tasks"), "tasks", []),
         ("from ..core.ratios import x", ("satune", "tasks"), "tasks", ["satune.core.ratios.x"]),
-        ("from .. import rollout", ("satune", "training"), "training", ["satune.rollout"]),
+        ("from .. import play", ("satune", "training"), "training", ["satune.play"]),
         ("from .agents import x", ("satune",), "team", []),
         ("from .core import x", ("satune",), "team", ["satune.core.x"]),
         ("def f():\n    import transformers", ("satune", "core"), "core", ["transformers"]),

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from satune.assembly import load_tasks, overlap_note
+from satune.commands.assemble import load_tasks, overlap_note
+from satune.commands.describe import describe_recipe
 from satune.config.load import load_recipe
-from satune.description import describe_recipe
 from satune.tasks.catalog import take
 from satune.types import UserError
 

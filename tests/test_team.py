@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from satune.agents.loading import AgentSpec, LoraSpec
 from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
-from satune.agents.tiny_tokenizers import llama_tokenizer, qwen3_tokenizer
 from satune.team import Team, build_team, load_team, read_manifest
+from satune.tiny.tokenizers import llama_tokenizer, qwen3_tokenizer
 from satune.types import UserError
 from tiny_models import tiny_lm
 

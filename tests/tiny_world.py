@@ -11,11 +11,11 @@ import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from satune.agents.zoo import tiny_tokenizer
-from satune.assembly import assemble
+from satune.commands.assemble import assemble
+from satune.commands.train import start_training
 from satune.config.load import load_recipe
 from satune.config.schema import Recipe
-from satune.launch import start_training
+from satune.tiny.zoo import tiny_tokenizer
 from satune.training.checkpoint import Checkpoints
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory

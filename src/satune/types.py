@@ -8,32 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 Part = Mapping[str, Any]
 Message = dict[str, Any]
 Purpose = Literal["train", "certify", "evaluate", "swap", "environment", "demonstrate"]
 FinishReason = Literal["stop", "length"]
+Ids: TypeAlias = "array[int]"
+"""Token ids as ``array.array('i')``, int32: made by ``ids_of``, shared, and changed by nobody."""
+LogProbs: TypeAlias = "array[float]"
+"""Natural logarithms as ``array.array('f')``, float32: made by ``logprobs_of``."""
+
+
+def ids_of(numbers: Iterable[int] = ()) -> Ids:
+    """Token ids from whatever gives them one by one. Raises OverflowError beyond 32 bits."""
+    # iter: bytes would be taken as memory, not as numbers.
+    return array("i", iter(numbers))
+
+
+def logprobs_of(numbers: Iterable[float] = ()) -> LogProbs:
+    """Log-probabilities, each rounded to float32."""
+    return array("f", numbers)
 
 
 class UserError(ValueError):
     """Bad input from the person at the keyboard: one line saying where, what and the mend."""
-
-
-class EpisodeFailure(Exception):
-    """One conversation cannot go on; the run can.
-
-    ``reason`` is one line for people that begins with the kind of failure, up to a colon. With
-    ``policy`` it is the policy's own failure (its prompt overflows, its text is filtered), which
-    playing again cannot mend; without it the world's (a dead server), which it may.
-    """
-
-    def __init__(self, reason: str, *, policy: bool) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.policy = policy
 
 
 def printable(text: str) -> str:
@@ -132,7 +134,7 @@ class Prompt:
     """
 
     messages: tuple[Message, ...]
-    ids: tuple[int, ...] | None = None
+    ids: Ids | None = None
     dropped: int = 0
 
 
@@ -147,8 +149,8 @@ class Completion:
     text: str
     finish_reason: FinishReason
     version: int
-    ids: tuple[int, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
+    ids: Ids | None = None
+    logprobs: LogProbs | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -167,9 +169,9 @@ class Turn:
     text: str
     finish_reason: FinishReason
     version: int
-    prompt_ids: tuple[int, ...] | None = None
-    completion_ids: tuple[int, ...] | None = None
-    sampled_logprobs: tuple[float, ...] | None = None
+    prompt_ids: Ids | None = None
+    completion_ids: Ids | None = None
+    sampled_logprobs: LogProbs | None = None
     dropped: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -191,9 +193,39 @@ class Entry:
     parts: tuple[Part, ...] = ()
 
 
+Status = Literal["finished", "truncated", "failed"]
+
+
+class EpisodeFailure(Exception):
+    """A conversation cannot go on, while the others can.
+
+    ``policy`` tells whose failure it is: the policy's own (what it wrote led to it: the context is
+    full, the server's filter refused the text) or the world's (a connection, a server, a worker).
+    ``reason`` is one line; a server's begins with the kind of failure, up to a colon.
+    """
+
+    def __init__(self, reason: str, *, policy: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.policy = policy
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an episode failed. The policy's own failures have reward 0 and are learnt from; the
+    world's say nothing about the policy and are left out of every update."""
+
+    reason: str
+    policy: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One finished conversation on one problem."""
+    """One conversation on one problem, from its beginning to its end or its failure.
+
+    ``status`` is "truncated" where a message was cut at its limit, which is no failure, and
+    "failed" where the conversation could not go on, for the reason in ``failure``.
+    """
 
     problem: Problem
     sample: int
@@ -203,10 +235,22 @@ class Episode:
     observations: tuple[tuple[int, str], ...] = ()
     """(number of turns before it, text) for each observation of the environment."""
     environment_tokens: int = 0
+    failure: Failure | None = None
 
     @property
     def reward(self) -> float:
         return self.grade.score
+
+    @property
+    def status(self) -> Status:
+        if self.failure is not None:
+            return "failed"
+        return "truncated" if any(t.finish_reason == "length" for t in self.turns) else "finished"
+
+    @property
+    def masked(self) -> bool:
+        """Whether the world ended it: no update may learn from it, no group may count it."""
+        return self.failure is not None and not self.failure.policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,71 +322,6 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Let go of what belongs to the running event loop; the engine may be used in another."""
         ...
-
-
-class Learner(Protocol):
-    """What training talks to: one agent's parameters and optimiser, never the module itself.
-
-    ``agents.learner.LocalLearner`` says what each call takes and gives; tensors and the packed
-    experience are Any here, so that this module needs neither torch nor agents. ``steps`` counts
-    optimiser steps; a ``frozen`` learner is never updated.
-    """
-
-    frozen: bool
-    steps: int
-
-    def wake(self) -> None: ...
-
-    def rest(self) -> None: ...
-
-    def score(self, packed: Any) -> Any: ...
-
-    def anchor(self, packed: Any, *, reference: bool = False) -> Any: ...
-
-    def complete(self, anchor: Any) -> None: ...
-
-    def accumulate(
-        self,
-        anchor: Any,
-        episodes: Sequence[int],
-        advantages_E: Any,
-        weights_E: Any,
-        objective: Any,
-    ) -> dict[str, float]: ...
-
-    def step(self) -> float: ...
-
-    def drop_gradients(self) -> None: ...
-
-    def gradient(self, packed: Any, coefficients_T: Any) -> dict[str, Any]: ...
-
-    def measure(self, anchor: Any) -> Any: ...
-
-    def snapshot(self) -> Any: ...
-
-    def restore(self, snapshot: Any) -> None: ...
-
-    def interpolate(
-        self, anchor: Mapping[str, Any], target: Mapping[str, Any], scale: float
-    ) -> None: ...
-
-    def export(self) -> dict[str, Any]:
-        """The agent's own parameters by name, copied."""
-        ...
-
-    def load_weights(self, weights: Mapping[str, Any]) -> None: ...
-
-    def optimizer_state(self, *, copy: bool = False) -> dict[str, Any]: ...
-
-    def load_optimizer_state(self, state: Mapping[str, Any], steps: int) -> None: ...
-
-    def keep_reference(self, weights: Mapping[str, Any] | None = None) -> None: ...
-
-    @property
-    def reference_weights(self) -> Mapping[str, Any] | None: ...
-
-    @property
-    def device(self) -> str: ...
 
 
 Generate = Callable[[Sequence[Message], Sampling], Awaitable[Completion]]

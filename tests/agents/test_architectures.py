@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from satune.agents import architectures
 from satune.agents.architectures import ARCHITECTURES, cached_numbers, configuration, skeleton
-from satune.agents.zoo import tiny_model
+from satune.tiny.zoo import tiny_model
 
 # Elements in the published safetensors files, tied embeddings once.
 PUBLISHED = {

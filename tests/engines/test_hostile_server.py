@@ -26,7 +26,7 @@ from hostile_server import (
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.engines.client import STREAM, Client, ServerSettings
 from satune.engines.openai import OpenAIEngine
-from satune.evaluation import Evaluation, evaluate_async
+from satune.play.evaluation import Evaluation, evaluate_async
 from satune.protocols.sequential import chain
 from satune.tasks.catalog import take
 from satune.tasks.relay import Relay
@@ -388,8 +388,8 @@ def test_no_count_and_no_header_keeps_the_others_waiting_for_ever() -> None:
             await engine.generate("ann", prompt(number), SAMPLING, key(number))
         return asyncio.get_running_loop().time() / 3600
 
-    # Nine times ten minutes are the most.
-    assert 1.0 < run_virtually(hours()) < 1.6
+    # A date far ahead is a pause of ten minutes, three times; the others are no number.
+    assert 0.5 <= run_virtually(hours()) < 0.51
 
 
 # Secrets, terminals, records

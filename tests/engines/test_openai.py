@@ -21,10 +21,10 @@ from satune.agents.packing import pack
 from satune.engines.client import ServerSettings
 from satune.engines.openai import OpenAIEngine
 from satune.engines.pace import Pace
-from satune.lines import JsonLines
+from satune.files.lines import JsonLines
+from satune.play.rollout import rollout_sync
 from satune.protocols.discussion import debate
 from satune.protocols.sequential import chain
-from satune.rollout import rollout_sync
 from satune.tasks.catalog import take
 from satune.tasks.relay import Relay
 from satune.types import Completion, Entry, Episode, Key, Prompt, Sampling, Seat, UserError
@@ -294,7 +294,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
             OpenAIEngine("http://localhost/v1", MODELS, answers=file)
     for line in ("7", "{}", '{"request": "r", "completion": {"words": "a"}}'):
         file.write_text(f"{line}\n")
-        with pytest.raises(UserError, match=r"answers.jsonl, line 1: not an (answer|object)"):
+        with pytest.raises(UserError, match=r"answers.jsonl, line 1: not (an answer|JSON)"):
             OpenAIEngine("http://localhost/v1", MODELS, answers=file)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
@@ -313,8 +313,8 @@ def test_a_full_disk_leaves_no_half_line_for_the_next_to_be_glued_to(
     lines = JsonLines(tmp_path / "answers.jsonl")
     lines.append({"a": 1})
     with monkeypatch.context() as disk:
-        disk.setattr("builtins.open", lambda path, mode, buffering: Full(path, mode))
-        with pytest.raises(UserError, match="No space left"):
+        disk.setattr("builtins.open", lambda path, mode, buffering: Full(path, "ab"))
+        with pytest.raises(UserError, match="the disk is full"):
             lines.append({"much": "b" * 99})
     lines.append({"c": 3})
     assert lines.read() == [{"a": 1}, {"c": 3}]

@@ -10,13 +10,13 @@ import yaml
 
 import tiny_world
 from satune.agents.loading import AgentSpec, Precision, load_policies
-from satune.assembly import assemble, no_progress
-from satune.candidates import local_candidate
+from satune.commands.assemble import assemble, no_progress
+from satune.commands.contestant import local_candidate
+from satune.commands.evaluate import Wanted, examine
 from satune.config.load import load_recipe
 from satune.engines.roles import LocalRole, WithRoles, with_roles
 from satune.engines.servers import Servers
-from satune.examination import Wanted, examine
-from satune.rollout import rollout_sync
+from satune.play.rollout import rollout_sync
 from satune.types import Key, Prompt, Sampling, UserError
 from scripted import ScriptedEngine
 

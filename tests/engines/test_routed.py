@@ -9,11 +9,11 @@ from dataclasses import replace
 from satune.core.confidence import Spending
 from satune.engines.local import LocalEngine
 from satune.engines.routed import RoutedEngine
+from satune.play.rollout import rollout
 from satune.protocols.sequential import chain
-from satune.rollout import rollout
+from satune.swap.coins import Side, Table
 from satune.swap.handover import HandOverSettings
-from satune.swapping.coins import Side, Table
-from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat
+from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import EntriesRenderer, ScriptedEngine
 from tiny_models import tiny_policy
 
@@ -57,7 +57,7 @@ class IdsView:
     """A view for tests of the local engine: any entries make a prompt of two ids."""
 
     def prompt(self, entries: Sequence[Entry], max_new_tokens: int) -> Prompt:
-        return Prompt((), ids=(1 + len(entries), 2))
+        return Prompt((), ids=ids_of((1 + len(entries), 2)))
 
     def wrote(self, completion: Completion) -> None: ...
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from satune.conversation import Talk
+from satune.play.conversation import Talk
 from satune.protocols.catalog import PROTOCOLS, load_protocol
 from satune.protocols.discussion import JUDGE, REVISION, ROLES
 from satune.types import Key, Problem, UserError

@@ -31,7 +31,7 @@ from satune.swap.distill import (
 )
 from satune.swap.measurement import examine, measure
 from satune.training.update import own_turns
-from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn
+from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn, ids_of
 from tiny_models import Alphabet, next_token_logprobs, tiny_lm
 
 SETTINGS = DistillSettings(
@@ -81,7 +81,7 @@ class Stage:
             for seat, tokens, temperature in (("bob", 2, 1.0), ("ann", 4, self.ann.temperature)):
                 sampling = Sampling(tokens, temperature=temperature)
                 said = await self.engine.generate(
-                    seat, Prompt((), ids), sampling, own.at(seat=seat)
+                    seat, Prompt((), ids_of(ids)), sampling, own.at(seat=seat)
                 )
                 turns.append(_turn(seat, len(turns), ids, said))
                 ids = (*ids, *(said.ids or ()), 2)
@@ -113,7 +113,7 @@ def _turn(seat: str, moment: int, ids: tuple[int, ...], said: Completion) -> Tur
         text=said.text,
         finish_reason=said.finish_reason,
         version=said.version,
-        prompt_ids=ids,
+        prompt_ids=ids_of(ids),
         completion_ids=said.ids,
         sampled_logprobs=said.logprobs,
     )

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark_rows import rows_of
+from satune.play.rollout import play
 from satune.protocols.catalog import load_protocol
-from satune.rollout import play
 from satune.tasks.arbench import f1_score, parse_host, without_thoughts
 from satune.tasks.arbench_dc import DetectiveCases
 from satune.tasks.arbench_sp import SituationPuzzles

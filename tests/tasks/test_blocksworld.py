@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark_rows import fuzz, rows_of
+from satune.play.rollout import rollout_sync
 from satune.protocols.catalog import load_protocol
-from satune.rollout import rollout_sync
 from satune.tasks import block_stacks as stacks
 from satune.tasks.blocks import DOMAIN, blocks_problem
 from satune.tasks.blocksworld import Blocksworld

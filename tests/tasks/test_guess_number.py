@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from satune.play.rollout import play, rollout_sync
 from satune.protocols.catalog import load_protocol
-from satune.rollout import play, rollout_sync
 from satune.tasks.guess_number import GuessNumber, feedback
 from satune.tasks.sweep import neighbours, sweep
 from satune.types import Entry, Key, UserError

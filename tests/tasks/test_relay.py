@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from satune.play.rollout import rollout_sync
 from satune.protocols.catalog import load_protocol
-from satune.rollout import rollout_sync
 from satune.tasks.relay import Relay, last_expression, operations, reduce_once
 from satune.types import Entry, Key, Problem, UserError
 from scripted import ScriptedEngine, expert_writer, team

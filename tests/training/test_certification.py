@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import tiny_world
+from satune.commands.train import training_settings
 from satune.config.load import load_recipe
 from satune.core import confidence
 from satune.core.certificates import StatisticalCertificate
-from satune.launch import training_settings
 from satune.training import certification
 from satune.training.certification import Change, Held, log_ratios
 from satune.training.run import Training
@@ -676,7 +676,7 @@ def test_a_finite_set_is_drawn_with_replacement_and_each_draw_is_played_for_itse
     assert len({e.problem.id for e in episodes}) == 30
     by_row: dict[str, set[Any]] = {}
     for e in episodes:
-        by_row.setdefault(e.problem.text, set()).add(e.turns[0].completion_ids)
+        by_row.setdefault(e.problem.text, set()).add(tuple(e.turns[0].completion_ids))
     # The same row drawn again has random numbers of its own.
     assert all(len(messages) > 5 for messages in by_row.values())
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 import tiny_world
 from satune.cli.train import run_training
 from satune.config.load import load_recipe
-from satune.interrupts import uninterrupted
+from satune.files.interrupts import uninterrupted
 from satune.training import checkpoint as checkpoint_module
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError

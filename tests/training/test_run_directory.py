@@ -14,13 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from satune.training.run_directory import (
-    RunDirectory,
-    disk_errors,
-    read_lines,
-    strict_json,
-    write_atomically,
-)
+from satune.files.lines import read_lines
+from satune.files.writing import disk_errors, strict_json, write_atomically
+from satune.training.run_directory import RunDirectory
 from satune.types import UserError
 
 

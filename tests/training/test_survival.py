@@ -35,7 +35,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that start with the imports done: a kill then finds a run, not an import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["satune.launch", "satune.training.trainer", "satune.cli.main"])
+    context.set_forkserver_preload(
+        ["satune.commands.train", "satune.training.trainer", "satune.cli.main"]
+    )
     return context
 
 

@@ -41,7 +41,7 @@ class NonFinite(ArithmeticError):
 
 @dataclass(slots=True)
 class LocalLearner:
-    """A learner over a policy in this process; ``satune.types.Learner`` is what training sees.
+    """A learner over a policy in this process; ``agents.ports.Learner`` is what training sees.
 
     Trainable parameters are the master weights (float32, or float64 where the team is); compute may
     run under autocast. The optimiser's moments exist between ``wake`` and ``rest`` on the device.

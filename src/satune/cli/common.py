@@ -47,7 +47,7 @@ def show_result(
     value: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]
 ) -> None:
     if as_json:
-        from satune.training.run_directory import strict_json
+        from satune.files.writing import strict_json
 
         print(strict_json(value))
     else:

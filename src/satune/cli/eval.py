@@ -26,7 +26,7 @@ from satune.loading import KEY_VARIABLE
 from satune.types import UserError
 
 if TYPE_CHECKING:  # their libraries take seconds to load
-    from satune.candidates import Candidate
+    from satune.commands.contestant import Candidate
 
 
 ENVIRONMENT_KEY = "ENVIRONMENT_API_KEY"
@@ -158,10 +158,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
+    from satune.cli.progress import Display
+    from satune.commands.evaluate import Wanted, examine, place
     from satune.config.load import override
     from satune.engines.servers import Servers
-    from satune.examination import Wanted, examine, place
-    from satune.progress import Display
 
     if greedy and temperature is not None:
         raise UserError("--greedy: is temperature 0; drop it or --temperature")
@@ -203,7 +203,7 @@ def evaluate(
     servers = Servers(server, usual, directory / "answers.jsonl")
 
     def candidate_of(display: Display) -> Candidate:
-        from satune.candidates import local_candidate, served_candidate
+        from satune.commands.contestant import local_candidate, served_candidate
 
         if base_url is not None:
             engine = servers.at(base_url, api_key_env or KEY_VARIABLE)

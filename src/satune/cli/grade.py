@@ -28,8 +28,8 @@ def grade(
     as_json: AsJson = False,
 ) -> None:
     """Grade responses that were written elsewhere."""
-    from satune.grading import grade_file
-    from satune.progress import Display
+    from satune.cli.progress import Display
+    from satune.commands.grade import grade_file
 
     count = workers or min(len(os.sched_getaffinity(0)), 8)
     with Display(open_console(stderr=True)) as display:
@@ -98,7 +98,7 @@ def _options(given: list[str]) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    from satune.training.run_directory import strict_json
+    from satune.files.writing import strict_json
     from satune.types import UserError
 
     try:

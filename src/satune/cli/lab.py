@@ -20,10 +20,10 @@ def lab(
     """Hold every bound of the theory against exact values in small worlds."""
     import torch
 
+    from satune.cli.progress import Display
+    from satune.files.writing import disk_errors, strict_json, write_atomically
     from satune.lab.run import run_lab
-    from satune.progress import Display
     from satune.report.lab_plots import plot_lab
-    from satune.training.run_directory import disk_errors, strict_json, write_atomically
 
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)

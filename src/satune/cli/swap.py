@@ -60,7 +60,7 @@ def swap(
     """Give seats of a trained team to other models."""
     from satune.config.load import override
     from satune.swap.handover import HandOverSettings
-    from satune.swapping.request import SwapRequest
+    from satune.swap.request import SwapRequest
 
     server: dict[str, Any] = {}
     for text in server_option or []:
@@ -89,13 +89,13 @@ def swap(
 
 def run_swap(request: Any) -> dict[str, Any]:
     """The swap with its progress on the terminal."""
-    from satune.progress import Display
+    from satune.cli.progress import Display
 
     quiet_libraries()
     import torch
 
-    from satune.agents.zoo import is_tiny
-    from satune.swapping.perform import swap as perform
+    from satune.swap.swap import swap as perform
+    from satune.tiny.zoo import is_tiny
 
     if all(is_tiny(each) for each in request.models):
         torch.set_num_threads(1)

@@ -64,12 +64,12 @@ def run_training(
     recipe: Any, out: Path, *, resume: bool, checkpoint: str | None, command: str
 ) -> dict[str, Any]:
     """Train into ``out`` and return the summary. Raises Interrupted with the command to go on."""
-    from satune.progress import Display
+    from satune.cli.progress import Display
     from satune.training.run_directory import RunDirectory
 
     directory = RunDirectory(out)
     if resume and directory.finished and checkpoint is None:
-        from satune.launch import check_recipe_unchanged
+        from satune.commands.train import check_recipe_unchanged
 
         check_recipe_unchanged(directory, recipe)
         summary = json.loads(directory.summary.read_text())
@@ -90,12 +90,13 @@ def _train(
     quiet_libraries()
     import torch
 
-    from satune.agents.zoo import is_tiny
-    from satune.assembly import assemble, overlap_note
-    from satune.launch import check_recipe_unchanged, start_training, tolerance_of
+    from satune.commands.assemble import assemble, overlap_note
+    from satune.commands.train import check_recipe_unchanged, start_training, tolerance_of
+    from satune.files.writing import tensor_errors
+    from satune.report.monitors import scalar_writer
     from satune.report.plots import plot_training
-    from satune.scalars import scalar_writer
-    from satune.training.checkpoint import Checkpoints, tensor_errors
+    from satune.tiny.zoo import is_tiny
+    from satune.training.checkpoint import Checkpoints
     from satune.training.trainer import train as run
 
     name: str | None = None

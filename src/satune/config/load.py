@@ -19,7 +19,7 @@ from satune.config import yaml12
 from satune.config.bases import NAMED, merge, origin, read_layers
 from satune.config.checks import Fault, faults, nearest, no_such
 from satune.config.schema import Recipe
-from satune.training.run_directory import write_atomically
+from satune.files.writing import write_atomically
 from satune.types import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from satune.lines import JsonLines
+from satune.files.lines import JsonLines
 from satune.types import Completion, Key, UserError
 
 

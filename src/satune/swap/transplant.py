@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,16 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from satune.training.checkpoint import identity, link, tensor_errors
-from satune.training.run_directory import (
-    RunDirectory,
+from satune.files.writing import (
     disk_errors,
+    identity,
+    link,
     strict_json,
-    sync_directory,
+    tensor_errors,
     write_atomically,
 )
+from satune.training.run_directory import RunDirectory
 from satune.types import UserError
-
-BESIDE = ".writing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,29 +33,6 @@ class Newcomer:
     """An agent that the old team does not have: its parameters by name, as ``Learner.export``."""
 
     weights: Mapping[str, Tensor]
-
-
-@contextmanager
-def written_beside(out: Path) -> Iterator[Path]:
-    """A new directory that becomes ``out`` when the block is done; nothing is left where it fails.
-
-    What a killed process left beside is removed first. Raises UserError if ``out`` exists, or the
-    place cannot be written.
-    """
-    refuse_existing(out)
-    beside = out.with_name(out.name + BESIDE)
-    try:
-        with tensor_errors(beside):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            yield beside
-            sync_directory(beside)
-            refuse_existing(out)
-            beside.rename(out)
-            sync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def refuse_existing(out: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from satune.agents.anchor import Snapshot
+from satune.agents.ports import Learner
 from satune.core.certificates import (
     StatisticalCertificate,
     balance_evidence,
@@ -30,7 +31,7 @@ from satune.core.ratios import sequence_log_ratio
 from satune.training.settings import CertifySettings, TrainingSettings
 from satune.training.theory import measure_own_steps, theory_rows
 from satune.training.update import Outcome, own_turns
-from satune.types import Episode, Key, Learner
+from satune.types import Episode, Key
 
 if TYPE_CHECKING:
     from satune.training.run import Training

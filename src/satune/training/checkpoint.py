@@ -7,30 +7,28 @@ processes. state.json lists every file with its size and digest.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.core.confidence import Spending
-from satune.training.certification import CertifyState, Held, tests_left
-from satune.training.run_directory import (
-    disk_errors,
-    read_lines,
+from satune.files.lines import append_lines, read_lines
+from satune.files.writing import (
+    WRITING,
+    identity,
+    link,
     strict_json,
-    sync_directory,
     write_atomically,
+    written_beside,
 )
+from satune.training.certification import CertifyState, Held, tests_left
 from satune.training.schedules import Batch
 from satune.types import Episode, UserError
 
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from satune.training.run import State, Training
 
 FORMAT = 3
-_WRITING = ".writing"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
 
@@ -62,17 +59,12 @@ class Checkpoints:
     def write(self, name: str, training: Training) -> None:
         """Write a checkpoint of the run as it is. Raises UserError where the disk refuses; the
         checkpoints that were there stay."""
-        state = training.state
+        state, previous = training.state, self._last
         target = self.directory / name
-        beside = self.directory / (name + _WRITING)
-        with disk_errors(beside):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        try:
-            previous = self._last
-            files: dict[str, list[Any]] = {}
-            known = _listed(previous) if previous is not None else {}
-            held: dict[str, tuple[int, int]] = {}
+        files: dict[str, list[Any]] = {}
+        known = _listed(previous) if previous is not None else {}
+        held: dict[str, tuple[int, int]] = {}
+        with written_beside(target) as beside:
             for agent, learner in training.learners.items():
                 held[agent] = (state.versions[agent], learner.steps)
                 unchanged = previous is not None and self._held.get(agent) == held[agent]
@@ -85,8 +77,7 @@ class Checkpoints:
                         continue
                     tensors = _tensors(learner, part)
                     if tensors:
-                        with tensor_errors(beside / relative):
-                            save_file(tensors, beside / relative)
+                        save_file(tensors, beside / relative)
                         files[relative] = identity(beside / relative)
             for agent, before in state.certify.held.items():
                 relative = f"{agent}.held.safetensors"
@@ -94,29 +85,16 @@ class Checkpoints:
                     link(previous / relative, beside / relative)
                     files[relative] = known[relative]
                     continue
-                with tensor_errors(beside / relative):
-                    save_file(_flat(before.snapshot), beside / relative)
+                save_file(_flat(before.snapshot), beside / relative)
                 files[relative] = identity(beside / relative)
             if state.batch is not None:
                 rows = (training.world.to_row(e) for e in state.batch.episodes)
-                data = "".join(strict_json(row) + "\n" for row in rows)
-                write_atomically(beside / "experience.jsonl", data)
+                append_lines(beside / "experience.jsonl", rows)
                 files["experience.jsonl"] = identity(beside / "experience.jsonl")
             write_atomically(
                 beside / "state.json",
                 strict_json(_state_to_json(training, files)) + "\n",
             )
-            with disk_errors(beside):
-                for relative in files:
-                    with open(beside / relative, "rb") as file:
-                        os.fsync(file.fileno())
-                sync_directory(beside)
-                shutil.rmtree(target, ignore_errors=True)
-                beside.rename(target)
-                sync_directory(self.directory)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
         self._last, self._held = target, held
         self._windows = _windows(state)
         self._prune()
@@ -125,7 +103,7 @@ class Checkpoints:
         """Remove all but the newest, and the pieces that a killed run left half-way."""
         kept = self.names()[-self.keep :]
         for path in self.directory.iterdir():
-            name = path.name.removesuffix(_WRITING)
+            name = path.name.removesuffix(WRITING)
             if _NAME.fullmatch(name) and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -262,37 +240,8 @@ def _snapshot(path: Path, steps: int) -> Snapshot:
     return Snapshot(parts["weights"], parts["optimizer"], steps)
 
 
-@contextmanager
-def tensor_errors(path: Path) -> Iterator[None]:
-    """``disk_errors`` for blocks that write safetensors, whose writer has errors of its own."""
-    with disk_errors(path):
-        try:
-            yield
-        except SafetensorError as error:
-            # The writer keeps the system's number in its text alone.
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), str(error), str(path)) from error
-
-
 def _listed(path: Path) -> dict[str, list[Any]]:
     return json.loads((path / "state.json").read_text())["files"]
-
-
-def link(source: Path, target: Path) -> None:
-    """A hard link; where the file system has none, a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        with disk_errors(target):
-            shutil.copy2(source, target)
-
-
-def identity(path: Path) -> list[Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    return [path.stat().st_size, digest.hexdigest()]
 
 
 def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, Any]:

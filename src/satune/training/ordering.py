@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from satune.agents.packing import PackedTurns
+from satune.agents.ports import Learner
 from satune.training.settings import TrainingSettings
 from satune.training.update import advantages, own_turns
-from satune.types import Episode, Key, Learner
+from satune.types import Episode, Key
 
 DAMPING = 1e-3
 """Added to the diagonal Fisher relative to its mean, where too few episodes leave zeros."""

@@ -11,15 +11,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from satune.agents.ports import Learner
 from satune.core.trust_region import TrustRegionSettings
-from satune.interrupts import uninterrupted
+from satune.files.interrupts import uninterrupted
 from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Batch, Supply, needs_rollout
 from satune.training.settings import TrainingSettings
 from satune.training.update import Outcome
-from satune.types import Episode, Key, Learner
+from satune.types import Episode, Key
 
 
 class World(Protocol):

@@ -1,92 +1,20 @@
 """The directory of one run: where everything lies, and how it is written so that it survives.
 
 Events and episodes are appended a line at a time and can be cut back to the lengths a checkpoint
-recorded; everything else is written beside its place and renamed, so that it is complete or
-absent. Problems with the disk become one ``UserError`` line.
+recorded; everything else is complete or absent.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from satune.files.lines import append_lines, read_lines
+from satune.files.writing import disk_errors, strict_json, sync_directory, write_atomically
 from satune.types import UserError
-
-_MENDS = {
-    errno.ENOSPC: "the disk is full; free some space or give another --out",
-    errno.EDQUOT: "the disk quota is used up; free some space or give another --out",
-    errno.EACCES: "no permission to write there; change it or give another --out",
-    errno.EPERM: "no permission to write there; change it or give another --out",
-    errno.EROFS: "the file system is read-only; give another --out",
-    errno.ENOTDIR: "a part of the path is a file; give another --out",
-    errno.EEXIST: "a file stands where a directory is needed; give another --out",
-    errno.EISDIR: "a directory stands where a file is needed; give another --out",
-    errno.ENAMETOOLONG: "the path is too long; give another --out",
-}
-
-
-@contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn what the disk or its owner can mend into ``UserError``; the rest is passed on."""
-    try:
-        yield
-    except OSError as error:
-        mend = _MENDS.get(error.errno or 0)
-        if mend is None:
-            raise
-        raise UserError(f"{error.filename or path}: cannot be written: {mend}") from error
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file so that a reader, or the next start, finds the old one or the new one.
-
-    Raises ``UserError`` if the disk is full or the place cannot be written.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
-    data = content.encode() if isinstance(content, str) else content
-    with disk_errors(path):
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync_directory(path.parent)
-
-
-def sync_directory(path: str | Path) -> None:
-    """Make renames inside ``path`` last through a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def strict_json(value: Any) -> str:
-    """``value`` on one line of strict JSON; "inf", "-inf" and "nan" stand for what JSON lacks.
-
-    ``float`` turns them, and numbers, back into numbers. Raises ``TypeError`` for values that are
-    neither numbers, texts, booleans, None, lists nor mappings.
-    """
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
 
 
 class RunDirectory:
@@ -211,32 +139,5 @@ class RunDirectory:
         write_atomically(self.summary, strict_json(summary) + "\n")
 
     def _append(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-        data = "".join(f"{strict_json(row)}\n" for row in rows).encode()
-        with disk_errors(path):
-            # Unbuffered and in append mode: what a killed run leaves is a prefix of its lines.
-            with open(path, "ab", buffering=0) as file:
-                written = 0
-                while written < len(data):
-                    written += file.write(data[written:]) or 0
-            self._unsynced.add(path)
-
-
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file that this module wrote; none if it does not exist.
-
-    Raises ``UserError`` with file and line for a damaged line that a newline ends.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    complete, newline, _ = path.read_bytes().rpartition(b"\n")
-    lines = complete.split(b"\n") if newline else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(
-                f"{path}, line {number}: not JSON; remove the line or the run"
-            ) from None
-    return rows
+        append_lines(path, rows)
+        self._unsynced.add(path)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from satune.agents.ports import Learner
 from satune.training.update import own_turns
-from satune.types import Episode, Learner, UserError
+from satune.types import Episode, UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from satune.core.advantages import group_advantages
-from satune.core.bounds import penalty_paper, tv_from_kl
 from satune.core.horizon_bounds import (
     largest_gain,
     penalty_horizon,
@@ -23,8 +22,9 @@ from satune.core.horizon_bounds import (
     penalty_sup_free,
     prefix_tv,
 )
-from satune.core.theory import PAPER, PAPER_REGION, SUP_FREE, theory_row
+from satune.core.theory import PAPER, PAPER_REGION, SUP_FREE, penalty_paper, theory_row
 from satune.core.trust_region import TrustRegionSettings
+from satune.core.variation import tv_from_kl
 from satune.training.update import groups, own_turns
 from satune.types import Episode
 

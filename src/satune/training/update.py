@@ -19,12 +19,13 @@ from torch import Tensor
 from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.learner import NonFinite
 from satune.agents.packing import PackedTurns, pack
+from satune.agents.ports import Learner
 from satune.core.advantages import group_advantages, overlong_penalty
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
 from satune.training.settings import AdvantageSettings, UpdateSettings
-from satune.types import Episode, Experience, Key, Learner
+from satune.types import Episode, Experience, Key
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,244 @@
+"""From a recipe to the things it names: task, protocol, team, engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from satune.agents.loading import AgentSpec, LoraSpec, Precision
+from satune.agents.policy import Policy
+from satune.agents.rendering import TemplateSettings
+from satune.config.schema import AgentSection, Recipe
+from satune.engines.local import LocalEngine
+from satune.engines.roles import SCRIPTED, with_roles
+from satune.engines.servers import Servers, with_served
+from satune.files.writing import tensor_errors
+from satune.play.evaluation import Evaluation, evaluate
+from satune.protocols.catalog import load_protocol
+from satune.tasks.catalog import load_task, take
+from satune.tasks.contamination import Without, note, training_overlaps
+from satune.team import Team, build_team
+from satune.tiny.demonstrations import demonstrate
+from satune.tiny.training import TinySettings
+from satune.tiny.zoo import is_tiny, tiny_directory
+from satune.types import Engine, Key, Problem, Task, TeamProtocol
+
+Progress = Callable[[int, int, str], None]
+"""(done, of how many, of what), called while something long goes on."""
+
+DEFAULT_CACHE_TOKENS = 1 << 20
+GATE_PROBLEMS = 128
+"""Problems on which a tiny base must reach its greedy success."""
+
+
+def no_progress(done: int, total: int, message: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Cast:
+    """A recipe brought to life: everything that rollouts need."""
+
+    recipe: Recipe
+    task: Task
+    held_out: tuple[Task, str]
+    protocol: TeamProtocol
+    team: Team
+    engine: Engine
+    progress: Progress = no_progress
+    servers: Servers = field(default_factory=Servers)
+
+    def train_problems(self, count: int, offset: int) -> list[Problem]:
+        return take(self.task, "train", count, offset)
+
+    def held_out_problems(self, count: int) -> list[Problem]:
+        task, split = self.held_out
+        if not getattr(task, "fresh", False):
+            count = min(count, len(list(task.problems(split))))
+        return take(task, split, count, 0)
+
+    def evaluate(self, *, greedy: bool, key: Key) -> Evaluation:
+        """The team on the recipe's held-out problems, the same ones each time."""
+        settings = self.recipe.evaluate
+        sampling = {"temperature": 0.0} if greedy else {}
+        return evaluate(
+            self.held_out_problems(settings.problems),
+            1 if greedy else settings.samples,
+            key,
+            seats=self.team.seats_for(self.recipe.rollout.max_new_tokens, **sampling),
+            protocol=self.protocol,
+            engine=self.engine,
+            task=self.held_out[0],
+            progress=lambda done, total: self.progress(done, total, "evaluation"),
+        )
+
+
+def load_tasks(recipe: Recipe) -> tuple[Task, tuple[Task, str]]:
+    """The training task, and the task and split that evaluations use."""
+    section = recipe.task
+    task = load_task(section.name, section.data, recipe.seed, None, **section.options)
+    if recipe.evaluate.data is None:
+        return task, (task, "eval")
+    held_out = load_task(section.name, recipe.evaluate.data, recipe.seed, None, **section.options)
+    if recipe.evaluate.drop_overlap:
+        task = cast(Task, Without(task, training_overlaps(task, held_out)))
+    return task, (held_out, "all")
+
+
+def overlap_note(task: Task, held_out: tuple[Task, str]) -> str:
+    """One line if problems that are trained on are also evaluated on, or were left out for it."""
+    if isinstance(task, Without):
+        return note(task.left_out, dropped=True)
+    return "" if held_out[0] is task else note(training_overlaps(task, held_out[0]), dropped=False)
+
+
+def assemble(
+    recipe: Recipe,
+    progress: Progress = no_progress,
+    servers: Servers | None = None,
+    *,
+    roles: bool = True,
+) -> Cast:
+    """Load or build everything a recipe names; without ``roles`` the engine is the team's alone,
+    for a caller who attaches them. Raises UserError for whatever cannot be had."""
+    servers = servers or Servers()
+    resolved = recipe.team.resolved()
+    task, held_out = load_tasks(recipe)
+    protocol = load_protocol(
+        recipe.protocol.name, list(resolved.seats), None, **recipe.protocol.options
+    )
+    specs = [
+        agent_spec(name, agent, model_path(agent, recipe, protocol, resolved.seats, progress))
+        for name, agent in resolved.agents.items()
+    ]
+    team = build_team(
+        specs,
+        resolved.seats,
+        sharing=recipe.team.sharing,
+        dtype=recipe.team.dtype,
+        autocast=recipe.optimizer.autocast,
+        device=recipe.team.device,
+        seed=recipe.seed,
+        protocol=recipe.protocol.model_dump(),
+        task=recipe.task.model_dump(),
+        max_new_tokens=recipe.rollout.max_new_tokens,
+    )
+    engine = with_roles(
+        team_engine(team, recipe, servers),
+        getattr(task, "role_player", SCRIPTED) if roles else SCRIPTED,
+        precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
+        device=recipe.team.device,
+        open_server=servers.model,
+    )
+    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers)
+
+
+def team_engine(team: Team, recipe: Recipe, servers: Servers) -> Engine:
+    """What draws a team's completions: its own models here, those of served agents there."""
+    local = local_engine(team.policies, team.seats, recipe)
+    return with_served(local, team.served, team.seats, servers)
+
+
+def local_engine(
+    policies: Mapping[str, Policy], seats: Mapping[str, str], recipe: Recipe
+) -> LocalEngine:
+    return LocalEngine(
+        policies,
+        seats,
+        max_rows=recipe.engine.max_rows,
+        cache_tokens=recipe.engine.cache_tokens or DEFAULT_CACHE_TOKENS,
+    )
+
+
+def agent_spec(name: str, section: AgentSection, model: str) -> AgentSpec:
+    """A recipe's agent as the team is built of it, from the model at ``model``."""
+    lora = None
+    if section.lora is not None:
+        targets = section.lora.targets
+        every = targets == ("all-linear",)
+        lora = LoraSpec(section.lora.rank, section.lora.alpha, None if every else targets)
+    return AgentSpec(
+        name=name,
+        model=model,
+        temperature=section.temperature,
+        template=TemplateSettings(**section.template.model_dump()),
+        lora=lora,
+        delta=section.delta,
+        trust_remote_code=section.trust_remote_code,
+        attention=section.attention,
+        server=section.server.model_dump() if section.server else {},
+    )
+
+
+def model_path(
+    agent: AgentSection,
+    recipe: Recipe,
+    protocol: TeamProtocol,
+    seats: Mapping[str, str],
+    progress: Progress,
+) -> str:
+    """The agent's model; a tiny one is taught first, by this recipe's task and protocol.
+
+    Its problems follow ``tiny.seed``, not the run's seed, and its gate never looks at
+    ``evaluate.data``: a base depends on nothing that its fingerprint leaves out.
+    """
+    if not is_tiny(agent.model):
+        return agent.model
+    template = TemplateSettings(**agent.template.model_dump())
+    settings = TinySettings(**recipe.tiny.model_dump())
+    section = recipe.task
+    task = load_task(section.name, section.data, settings.seed, None, **section.options)
+    held_out = (task, "eval" if recipe.evaluate.data is None else "train")
+    evaluation = recipe.evaluate.model_copy(update={"problems": GATE_PROBLEMS})
+    taught = recipe.model_copy(update={"evaluate": evaluation})
+    cache = Path(recipe.team.cache) if recipe.team.cache else None
+
+    def greedy_success(model: Any, tokenizer: Any) -> float:
+        policy = Policy("base", model, tokenizer, 1.0)
+        alone = Team(
+            {"base": policy}, {"base": AgentSpec("base", "", template=template)},
+            dict.fromkeys(seats, "base"),
+        )  # fmt: skip
+        engine = local_engine({"base": policy}, alone.seats, recipe)
+        cast = Cast(taught, task, held_out, protocol, alone, engine)
+        return cast.evaluate(greedy=True, key=Key(recipe.tiny.seed, "demonstrate")).avg_at_k
+
+    with tensor_errors(cache or Path.home() / ".cache"):
+        directory = tiny_directory(
+            agent.model,
+            settings,
+            json.dumps(
+                {
+                    "task": {**section.model_dump(), "data": _identity(section.data)},
+                    "gate": held_out[1],
+                    "protocol": recipe.protocol.model_dump(),
+                    "seats": len(seats),
+                    "max_new_tokens": recipe.rollout.max_new_tokens,
+                },
+                sort_keys=True,
+            ),
+            lambda count, seed: demonstrate(
+                task,
+                protocol,
+                list(seats),
+                lambda problems: take(task, "train", problems, 0),
+                count,
+                settings.error,
+                seed,
+            ),
+            template=template,
+            held_out_success=greedy_success,
+            cache=cache,
+            progress=lambda done, total, what: progress(done, total, f"{agent.model}: {what}"),
+        )
+    return str(directory)
+
+
+def _identity(data: str | None) -> str | None:
+    """A file by its content, wherever it lies; anything else by its name."""
+    if data is None or not Path(data).is_file():
+        return data
+    return hashlib.blake2b(Path(data).read_bytes(), digest_size=16).hexdigest()

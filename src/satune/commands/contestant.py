@@ -1,0 +1,323 @@
+"""Who is evaluated: a team or run directory, a recipe, a model, or models at a server."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from satune.agents.loading import AgentSpec, Precision
+from satune.agents.messages import MessageRenderer, TemplateSettings
+from satune.agents.sources import misspelt_path
+from satune.config.load import load_recipe, override, recipe_text
+from satune.config.schema import EngineSection, Recipe
+from satune.engines.roles import OpenServer
+from satune.engines.servers import Servers, with_served
+from satune.loading import nearest
+from satune.types import Engine, Sampling, Seat, UserError
+
+if TYPE_CHECKING:  # httpx is an extra
+    from satune.engines.openai import OpenAIEngine
+
+PAPER_TOKENS = 32768
+PAPER_TEMPERATURE = 0.8
+
+
+@dataclass(slots=True)
+class Candidate:
+    """What an evaluation needs to know of a team.
+
+    ``protocol``, ``task`` (name, data and options), ``held_out`` (other data for evaluations) and
+    ``seed`` are its own, as it was or would be trained. ``identity`` names its models by content
+    where they lie here: equal identities answer alike.
+    """
+
+    seats: list[Seat]
+    engine: Engine
+    identity: dict[str, Any]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+    """Keys of a protocol that were given for this evaluation."""
+    task: dict[str, Any] = field(default_factory=dict)
+    asked_task: dict[str, Any] = field(default_factory=dict)
+    """Options of the task that were given for this evaluation, whatever task it is."""
+    held_out: str | None = None
+    seed: int = 0
+    conversations: int | None = None
+    """How many conversations may be open at a time; None: all."""
+    host: str | None = None
+    """Who plays an environment's roles where the task has a choice and nobody made it."""
+    open_server: OpenServer = field(default_factory=lambda: Servers().model)
+    precision: Precision = field(default_factory=Precision)
+    device: str = "auto"
+    """Of whoever plays an environment's roles in this process."""
+
+    def sampled(self, temperature: float | None, max_new_tokens: int | None) -> list[Seat]:
+        """The seats, with another temperature or limit where one is given."""
+        changes: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return [replace(seat, sampling=replace(seat.sampling, **changes)) for seat in self.seats]
+
+    def only(self, name: str) -> None:
+        """Leave this seat alone in the team. Raises UserError if there is none of the name."""
+        kept = [seat for seat in self.seats if seat.name == name]
+        if not kept:
+            raise UserError(f"--seat: no {name!r}{nearest(name, [s.name for s in self.seats])}")
+        self.seats, self.protocol = kept, {"name": "solo"}
+
+
+def served_candidate(
+    names: str, copies: int, overrides: Sequence[str], engine: OpenAIEngine
+) -> Candidate:
+    """Models at a server, a seat each (``names`` are separated by commas), or ``copies`` of one.
+    ``engine`` is told the seats' models here. Overrides are protocol.* and task.*."""
+    keys = _keys(overrides, ("protocol", "task"))
+    models = [name.strip() for name in names.split(",")]
+    if not all(models):
+        raise UserError(f"TEAM: {names!r} leaves a name empty; give model or model,model,...")
+    seats = _seat_names(models, copies)
+    engine.models = {**engine.models, **seats}
+    renderer = MessageRenderer(TemplateSettings())
+    sampling = Sampling(PAPER_TOKENS, temperature=PAPER_TEMPERATURE)
+    return Candidate(
+        [Seat(name, model, renderer, sampling) for name, model in seats.items()],
+        engine,
+        {"models": seats},
+        asked=keys["protocol"],
+        task=keys["task"],
+        asked_task=keys["task"],
+        conversations=engine.settings.concurrency,
+    )
+
+
+def local_candidate(
+    given: str,
+    path: Path | None,
+    copies: int,
+    overrides: Sequence[str],
+    progress: Any,
+    servers: Servers,
+) -> Candidate:
+    """The team that ``given`` names; ``path`` is where a recipe of that name lies, if one does.
+
+    Overrides are those of the recipe; other teams take protocol.*, task.*, engine.*, team.device
+    and team.dtype. Raises UserError for whatever cannot be had.
+    """
+    place = Path(given)
+    if path is not None and not place.is_dir():
+        _one_of_each(copies, "a recipe")
+        candidate = _of_recipe(load_recipe(path, overrides), progress, servers)
+        given_here: dict[str, Any] = {}
+        for text in overrides:
+            if text.startswith("task."):
+                override(given_here, text)
+        candidate.asked_task = given_here.get("task", {})
+        return candidate
+    keys = _keys(overrides)
+    if (place / "manifest.json").is_file() or (place / "team" / "manifest.json").is_file():
+        _one_of_each(copies, "a team")
+        return _of_directory(place, keys, servers)
+    if place.is_dir() and not any(
+        any(place.glob(name)) for name in ("config.json", "adapter_config.json", "*.gguf")
+    ):
+        unfinished = (place / "recipe.yaml").is_file()
+        raise UserError(
+            f"{given}: the run has no trained team yet; finish it, or evaluate its recipe.yaml"
+            if unfinished
+            else f"{given}: holds neither a team (manifest.json) nor a model (config.json, *.gguf)"
+        )
+    misspelt = misspelt_path(given)
+    if misspelt:
+        raise UserError(f"{given}: no such team, recipe or model ({misspelt})")
+    if given.startswith(("http://", "https://")):
+        raise UserError("TEAM: is an address; give the model's name, and the address by --base-url")
+    if not place.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        raise UserError(f"{given}: no such team, recipe or model; give a directory or a hub id")
+    return _of_model(given, copies, keys)
+
+
+def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
+    from satune.commands.assemble import assemble
+
+    # Its roles are those of whatever task is played: the examination attaches them.
+    cast = assemble(recipe, progress, servers, roles=False)
+    models = {a.model for a in recipe.team.agents.values() if Path(a.model).exists()}
+    return Candidate(
+        cast.team.seats_for(recipe.rollout.max_new_tokens),
+        cast.engine,
+        {
+            "recipe": _digest(recipe_text(recipe).encode()),
+            "models": {model: _fingerprint(Path(model)) for model in sorted(models)},
+        },
+        protocol=recipe.protocol.model_dump(),
+        task=recipe.task.model_dump(),
+        held_out=recipe.evaluate.data,
+        seed=recipe.seed,
+        conversations=2 * recipe.engine.max_rows,
+        precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
+        device=recipe.team.device,
+    )
+
+
+def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Candidate:
+    from satune.team import load_team
+
+    directory = place if (place / "manifest.json").is_file() else place / "team"
+    team = load_team(directory, **keys["team"])
+    # A run's team plays as it was trained: the recipe beside it says how long a message may be.
+    written = directory.parent / "recipe.yaml"
+    recipe = load_recipe(written) if directory.name == "team" and written.is_file() else None
+    section = _engine_section(keys, recipe)
+    limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
+    return Candidate(
+        team.seats_for(limit),
+        with_served(_engine(team, section), team.served, team.seats, servers),
+        {"team": _fingerprint(directory)},
+        protocol=dict(team.protocol),
+        asked=keys["protocol"],
+        task={**team.task, **keys["task"]},
+        asked_task=keys["task"],
+        held_out=recipe.evaluate.data if recipe else None,
+        seed=recipe.seed if recipe else 0,
+        conversations=2 * section.max_rows,
+        **_placed(keys),
+    )
+
+
+def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
+    from satune.team import build_team
+    from satune.tiny.zoo import is_tiny
+
+    if is_tiny(given):
+        raise UserError(f"{given}: a tiny model is built for a recipe; give the recipe")
+    seats = _seat_names([given], copies)
+    agent = re.sub(r"-1$", "", next(iter(seats))) if copies > 1 else next(iter(seats))
+    spec = AgentSpec(agent, given, PAPER_TEMPERATURE)
+    team = build_team([spec], dict.fromkeys(seats, agent), sharing="separate", **keys["team"])
+    section = _engine_section(keys, None)
+    local = Path(given).exists()
+    return Candidate(
+        team.seats_for(_room(team)),
+        _engine(team, section),
+        {"model": _fingerprint(Path(given)) if local else given, "seats": copies},
+        asked=keys["protocol"],
+        task=keys["task"],
+        asked_task=keys["task"],
+        conversations=2 * section.max_rows,
+        **_placed(keys),
+    )
+
+
+def _placed(keys: dict[str, Any]) -> dict[str, Any]:
+    """Where the team of those keys lies, and roles with it."""
+    dtype = keys["team"].get("dtype", "float32")
+    return {"precision": Precision.of(dtype), "device": keys["team"].get("device", "auto")}
+
+
+def _room(team: Any) -> int:
+    """Tokens a message may have where nothing says it: the paper's, or half the context."""
+    return min([PAPER_TOKENS, *(p.context_limit // 2 for p in team.policies.values())])
+
+
+def _engine(team: Any, section: EngineSection) -> Engine:
+    import torch
+
+    from satune.commands.assemble import DEFAULT_CACHE_TOKENS
+    from satune.engines.local import LocalEngine
+
+    size = sum(p.numel() for policy in team.policies.values() for p in policy.model.parameters())
+    if size < 10_000_000:
+        # Matrices too small to share: two threads were slower than one.
+        torch.set_num_threads(1)
+    return LocalEngine(
+        team.policies,
+        team.seats,
+        max_rows=section.max_rows,
+        cache_tokens=section.cache_tokens or DEFAULT_CACHE_TOKENS,
+    )
+
+
+def _engine_section(keys: dict[str, Any], recipe: Recipe | None) -> EngineSection:
+    written = recipe.engine.model_dump() if recipe else {}
+    try:
+        return EngineSection(**{**written, **keys["engine"]})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("engine", *first["loc"])))
+        raise UserError(f"command line: {where}: {first['msg'].lower()}") from None
+
+
+def _keys(
+    overrides: Sequence[str], known: Sequence[str] = ("protocol", "task", "engine", "team")
+) -> dict[str, Any]:
+    """The overrides of a team that is no recipe, by section."""
+    data: dict[str, Any] = {}
+    for text in overrides:
+        override(data, text)
+    for section in data:
+        if section not in known:
+            raise UserError(f"command line: {section}: unknown here{nearest(section, known)}")
+    found = {section: data.get(section) or {} for section in known}
+    for section, value in found.items():
+        if isinstance(value, str):
+            found[section] = {"name": value}
+    where = found.get("team", {})
+    for key in where:
+        if key not in ("device", "dtype"):
+            raise UserError(f"command line: team.{key}: only team.device and team.dtype are heeded")
+    if where.get("dtype", "float32") not in ("float32", "float64", "bfloat16"):
+        raise UserError("command line: team.dtype: give float32, bfloat16 or float64")
+    return found
+
+
+def _one_of_each(copies: int, what: str) -> None:
+    if copies != 1:
+        raise UserError(f"--seats: {what} has its own seats; leave it out")
+
+
+def _seat_names(models: Sequence[str], copies: int) -> dict[str, str]:
+    """A name for each model's seat: the last part of the model's, numbered where it comes twice."""
+    if copies > 1 and len(models) > 1:
+        raise UserError("--seats: copies are made of one model; name each model once for each seat")
+    models = [model for model in models for _ in range(copies)]
+    short = [
+        re.sub(r"[^A-Za-z0-9_-]+", "-", Path(model).name).strip("-") or "model" for model in models
+    ]
+    names = [
+        f"{name}-{short[: at + 1].count(name)}" if short.count(name) > 1 else name
+        for at, name in enumerate(short)
+    ]
+    return dict(zip(names, models, strict=True))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def file_identity(given: str | None) -> str | None:
+    """A file (also of ``file.py:name``) by its content, wherever it lies; the rest by its name."""
+    file, _, name = (given or "").partition(":")
+    if given is None or not Path(file).is_file():
+        return given
+    return _digest(Path(file).read_bytes()) + (f":{name}" if name else "")
+
+
+def _fingerprint(model: Path) -> str:
+    """A model's file, or a directory's files by name, size, and what they begin and end with:
+    weights that were trained differ in every part, and reading a large model whole would take
+    minutes."""
+    found = hashlib.blake2b(digest_size=16)
+    files = [model] if model.is_file() else [p for p in model.rglob("*") if p.is_file()]
+    for path in sorted(files):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(model)}:{size}\n".encode())
+        with open(path, "rb") as file:
+            found.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            found.update(file.read())
+    return found.hexdigest()

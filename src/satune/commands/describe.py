@@ -1,0 +1,231 @@
+"""What a recipe will need, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.table import Table
+
+from satune.agents.architectures import cached_numbers, configuration, skeleton
+from satune.cli.common import open_console
+from satune.commands.assemble import load_tasks, overlap_note
+from satune.config.load import recipe_text
+from satune.config.schema import AgentSection, Recipe
+from satune.loading import served
+from satune.tiny.zoo import is_tiny, tiny_model
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_PARTS = ("weights", "gradients", "optimizer", "anchor_and_proposal")
+_DEVICE = 80 * 10**9
+"""What a common accelerator holds; the description says whether that is enough."""
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The effective recipe; per agent its size and memory in bytes; the episodes of a stage.
+
+    Memory counts weights, gradients, AdamW's two moments (resident for one agent at a time) and the
+    two copies a step keeps (anchor and proposal). ``cache`` holds an agent's key-value cache in
+    bytes: a token, and a message of ``max_new_tokens``. It grows with the conversations that are
+    decoded at once and, like activations, is in no sum. Sizes that cannot be told are absent: of
+    models that are neither here nor among the published ones that ``agents.architectures`` lists.
+    """
+    resolved = recipe.team.resolved()
+    master = 8 if recipe.team.dtype == "float64" else 4
+    agents: dict[str, Any] = {}
+    counted: set[str] = set()
+    total = 0
+    for name, section in resolved.agents.items():
+        entry: dict[str, Any] = {
+            "model": section.model,
+            "seats": [seat for seat, agent in resolved.seats.items() if agent == name],
+            "temperature": section.temperature,
+            "delta": section.delta or recipe.trust_region.delta,
+            "trained": not section.frozen and recipe.stages > 0,
+        }
+        if served(section.model) is not None:
+            # Elsewhere it may take what it takes.
+            entry["memory"] = dict.fromkeys(_PARTS, 0)
+        elif (sizes := _sizes(section)) is not None:
+            parameters, adapter, numbers = sizes
+            shared = recipe.team.sharing == "lora" and section.model in counted
+            counted.add(section.model)
+            base_bytes = (
+                0
+                if shared
+                else parameters * (_BYTES[recipe.team.dtype] if section.lora else master)
+            )
+            still = section.frozen or recipe.stages == 0
+            trained = 0 if still else (adapter if section.lora else parameters)
+            entry["parameters"] = parameters
+            entry["trained_parameters"] = trained
+            weights = base_bytes + (adapter * master if section.lora else 0)
+            step = trained * master
+            entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
+            total += entry["memory"]["weights"]
+            if numbers is not None:
+                # Keys and values have at most the weights' precision, under autocast too.
+                token = numbers * (_BYTES[recipe.team.dtype] if section.lora else master)
+                entry["cache"] = {"token": token, "message": token * recipe.rollout.max_new_tokens}
+        agents[name] = entry
+    steps = sum(agent["trained"] for agent in agents.values())
+    updates = max(
+        (
+            sum(v for k, v in agent["memory"].items() if k != "weights")
+            for agent in agents.values()
+            if "memory" in agent
+        ),
+        default=0,
+    )
+    # Sizes of models on the hub are not known here, and a sum without them would be too small.
+    known = all("memory" in agent for agent in agents.values())
+    rollouts = {"fresh": (steps, steps), "hybrid": (1, steps)}.get(recipe.schedule.name, (1, 1))
+    episodes = recipe.rollout.problems * recipe.rollout.samples
+    memory = (
+        {"all_weights": total, "largest_step": updates, "together": total + updates}
+        if known
+        else {}
+    )
+    return {
+        "recipe": yaml.safe_load(recipe_text(recipe)),
+        "agents": agents,
+        "memory": memory,
+        "fit": _fit(memory, agents),
+        "stage": {
+            "steps": steps,
+            "rollouts": list(rollouts),
+            "episodes": [episodes * count for count in rollouts],
+            "certify_episodes": _certify_episodes(recipe, steps),
+        },
+        "stages": recipe.stages,
+        **_overlap(recipe),
+    }
+
+
+def _certify_episodes(recipe: Recipe, steps: int) -> list[int]:
+    """The fewest and most episodes that a stage's certificates draw."""
+    certify = recipe.certify
+    windows = 1 if recipe.schedule.name == "simultaneous" else -(-steps // certify.every)
+    sides = 1 if certify.evidence == "pessimistic" else 2
+    one = certify.problems * certify.samples * sides * windows
+    return [one, one * (1 + certify.backtracks * (certify.accept == "certified"))]
+
+
+def _overlap(recipe: Recipe) -> dict[str, str]:
+    """What training and evaluation data share, if both are files (a hub's are not fetched here)."""
+    files = (recipe.task.data, recipe.evaluate.data)
+    if not all(file is not None and Path(file).is_file() for file in files):
+        return {}
+    line = overlap_note(*load_tasks(recipe))
+    return {"overlap": line} if line else {}
+
+
+def _sizes(section: AgentSection) -> tuple[int, int, int | None] | None:
+    """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
+    if is_tiny(section.model):
+        model: Any = tiny_model(section.model, 0)
+    else:
+        config = configuration(section.model)
+        if config is None:
+            return None
+        model = skeleton(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    adapter = 0
+    if section.lora is not None:
+        wanted = section.lora.targets
+        head = model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear) or module is head:
+                continue
+            if wanted == ("all-linear",) or name.rsplit(".", 1)[-1] in wanted:
+                adapter += section.lora.rank * (module.in_features + module.out_features)
+    return parameters, adapter, cached_numbers(model.config)
+
+
+def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
+    """One line: whether weights and the largest step fit one device, and what that leaves."""
+    together = memory.get("together")
+    device = f"one device of {_DEVICE // 10**9} GB"
+    if together is None:
+        return f"{device}: not known here, the size of a model is missing"
+    if together > _DEVICE:
+        sized = [agent for agent in agents.values() if "parameters" in agent]
+        whole = any(agent["trained_parameters"] == agent["parameters"] for agent in sized)
+        mend = "; adapters take less (team.sharing=lora)" if whole else ""
+        return f"{device}: too small by {_bytes(together - _DEVICE)}{mend}"
+    caches = [agent["cache"]["token"] for agent in agents.values() if "cache" in agent]
+    # Agents decode one after the other, but finished turns of all of them are kept.
+    tokens = int((_DEVICE - together) / sum(caches)) if caches else 0
+    room = f", or the cache of {tokens:,} tokens of every agent" if caches else ""
+    return f"{device}: fits, {_bytes(_DEVICE - together)} left for activations{room}"
+
+
+def show_description(description: dict[str, Any]) -> None:
+    console = open_console()
+    console.print(yaml.safe_dump(description["recipe"], sort_keys=False), highlight=False)
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for column in ("agent", "model", "seats", "parameters", "trained", "weights", "one step"):
+        table.add_column(column)
+    for name, agent in description["agents"].items():
+        memory = agent.get("memory", {})
+        step = sum(v for k, v in memory.items() if k != "weights")
+        table.add_row(
+            name,
+            agent["model"],
+            ", ".join(agent["seats"]),
+            _count(agent.get("parameters")),
+            _count(agent.get("trained_parameters")),
+            _bytes(memory.get("weights")),
+            _bytes(step if memory else None),
+        )
+    console.print(table)
+    memory, stage = description["memory"], description["stage"]
+    fewest, most = stage["episodes"]
+    episodes = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    fewest, most = stage["certify_episodes"]
+    certified = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    console.print(
+        f"memory: {_bytes(memory.get('together'))} for all weights and the largest step "
+        "(activations and key-value cache come on top); "
+        f"a stage: {stage['steps']} steps, {episodes} episodes"
+        f"{f' and {certified} for certificates' if most else ''}; "
+        f"{description['stages']} stages",
+        highlight=False,
+        soft_wrap=True,
+    )
+    caches = [
+        f"{name} {_bytes(agent['cache']['token'])} ({_bytes(agent['cache']['message'])})"
+        for name, agent in description["agents"].items()
+        if "cache" in agent
+    ]
+    if caches:
+        longest = description["recipe"]["rollout"]["max_new_tokens"]
+        console.print(
+            f"key-value cache a token (a message of {longest:,}): {', '.join(caches)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(description["fit"], highlight=False, soft_wrap=True)
+    if "overlap" in description:
+        console.print(description["overlap"], highlight=False, soft_wrap=True)
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return "not known here"
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f}{suffix}"
+    return str(number)
+
+
+def _bytes(number: float | None) -> str:
+    if number is None:
+        return "not known here"
+    if number == 0:
+        return "0"
+    power = min(int(math.log(number, 1024)), 4)
+    return f"{number / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,0 +1,305 @@
+"""A team's evaluation on a benchmark, at a matched sample budget, that survives interruption.
+
+``out`` holds settings.json (what must be the same when it is gone on with), conversations.jsonl
+(every finished one), answers.jsonl (what a server answered) and report.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from satune.commands.contestant import Candidate, file_identity
+from satune.engines.roles import SCRIPTED, with_roles
+from satune.files.lines import JsonLines
+from satune.files.writing import disk_errors, write_atomically
+from satune.play.evaluation import Evaluation, Scores, summarise
+from satune.play.rollout import rollout
+from satune.play.rows import episode_from_row, episode_to_row
+from satune.protocols.catalog import load_protocol
+from satune.tasks.catalog import load_task, take, takes
+from satune.types import Episode, Key, Problem, Seat, Task, Turn, UserError
+
+SAMPLES = {
+    "aime24": 64, "aime25": 64, "zebralogic": 64, "math500": 4, "arbench_dc": 25, "arbench_sp": 25,
+    "arbench_gn": 25, "planbench_bw": 8, "planbench_logistics": 8,
+}  # fmt: skip
+"""K of the paper by benchmark."""
+OTHER_SAMPLES = 8
+_FILES = ("settings.json", "conversations.jsonl", "answers.jsonl")
+GENERATED = 128
+"""Problems of a task that generates them without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to evaluate on and how, as it was asked for; None: what the team or benchmark has."""
+
+    benchmark: str | None = None
+    data: str | None = None
+    samples: int | None = None
+    protocol: str | None = None
+    protocol_options: Mapping[str, Any] | None = None
+    limit: int | None = None
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("samples", "limit", "max_new_tokens", "concurrency"):
+            value = getattr(self, option)
+            name = "-k" if option == "samples" else f"--{option.replace('_', '-')}"
+            if value is not None and value < 1:
+                raise UserError(f"{name}: is {value}; give at least 1")
+        if self.temperature is not None and not self.temperature >= 0:
+            raise UserError(f"--temperature: is {self.temperature}; give 0 (greedy) or more")
+
+
+@contextmanager
+def place(out: Path) -> Iterator[None]:
+    """The directory of an evaluation, made where it is not there. One that is left by an exception
+    before anything was answered is left as it was found.
+
+    Raises UserError for a directory with contents that an evaluation would mix with.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        found = {path.name: path.stat().st_size for path in out.iterdir()}
+    begun = "settings.json" in found
+    if not begun and set(found) - {"answers.jsonl"}:
+        raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")
+    try:
+        yield
+    except BaseException:
+        ours = [path for path in map(out.joinpath, _FILES) if path.exists()]
+        grown = any(p.stat().st_size > found.get(p.name, 0) for p in ours if p.suffix == ".jsonl")
+        if not begun and not grown:
+            for path in ours:
+                if path.name not in found:
+                    path.unlink()
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
+
+
+async def examine(
+    candidate: Candidate, wanted: Wanted, out: Path, progress: Callable[[int, int, str], None]
+) -> dict[str, Any]:
+    """Play what is not in ``out`` yet (in its ``place``), and give the report, which is written
+    there too.
+
+    Raises UserError for what cannot be had, and for an ``out`` that holds another evaluation.
+    """
+    seed = candidate.seed if wanted.seed is None else wanted.seed
+    task, split, named = _task(candidate, wanted, seed)
+    engine = with_roles(
+        candidate.engine,
+        getattr(task, "role_player", SCRIPTED),
+        precision=candidate.precision,
+        device=candidate.device,
+        open_server=candidate.open_server,
+    )
+    seats = candidate.sampled(wanted.temperature, wanted.max_new_tokens)
+    protocol = _protocol(candidate, wanted, seats)
+    play = load_protocol(
+        protocol["name"],
+        [seat.name for seat in seats],
+        None,
+        **{key: value for key, value in protocol.items() if key != "name"},
+    )
+    problems = _problems(task, split, wanted.limit)
+    samples = wanted.samples
+    if samples is None:
+        greedy = all(seat.sampling.temperature == 0 for seat in seats)
+        samples = 1 if greedy else SAMPLES.get(named["name"], OTHER_SAMPLES)
+    settings = {
+        "team": candidate.identity,
+        "benchmark": {**named, "data": file_identity(named["data"]), "split": split},
+        "protocol": {**protocol, "name": file_identity(protocol["name"])},
+        "sampling": {seat.name: asdict(seat.sampling) for seat in seats},
+        "seed": seed,
+    }
+    _hold_against(out, settings)
+    file = JsonLines(out / "conversations.jsonl")
+    finished: dict[tuple[str, int], Episode] = {}
+    for row in file.read():
+        episode = episode_from_row(row)
+        finished.setdefault((episode.problem.id, episode.sample), episode)
+    episodes = await rollout(
+        problems,
+        samples,
+        Key(seed, "evaluate"),
+        seats=seats,
+        protocol=play,
+        engine=engine,
+        task=task,
+        progress=lambda done, total: progress(done, total, named["name"]),
+        concurrency=wanted.concurrency or candidate.conversations,
+        finished=finished,
+        keep=lambda episode: file.append(episode_to_row(_without_ids(episode))),
+    )
+    # In an environment a message is no answer, and a seat that never spoke has nothing to grade.
+    acting = getattr(task, "environment", None) is not None
+    spoke = {turn.seat for episode in episodes for turn in episode.turns}
+    graded = [] if acting else [seat.name for seat in seats if seat.name in spoke]
+    report = {
+        "benchmark": named["name"],
+        **figures(summarise(episodes, samples, task, graded)),
+        "protocol": protocol,
+        "split": split,
+        "seed": seed,
+        "temperature": {seat.name: seat.sampling.temperature for seat in seats},
+        "max_new_tokens": seats[0].sampling.max_new_tokens,
+    }
+    write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    """The rows of a report, each with what it cost a problem.
+
+    All rows come from the same K conversations a problem. ``team`` and each of ``seats`` have K
+    answers, a seat's being its last message (one that never spoke has no row); ``pooled`` has the
+    seats' last messages together, n·K of them; ``oracle`` takes the best of each conversation.
+    ``budget`` says beside each row how many answers it chose from, how many conversations were
+    played for them, and the tokens read and written in those (seats: by that seat; null where the
+    server did not count).
+    """
+    episodes = evaluation.episodes
+    turns = [turn for episode in episodes for turn in episode.turns]
+    k = evaluation.samples
+    whole = {"conversations": k, **_tokens(turns)}
+    report: dict[str, Any] = {
+        "problems": len(evaluation.problem_ids),
+        "k": k,
+        "team": _row(evaluation.team),
+        "seats": {name: _row(scores) for name, scores in evaluation.seats.items()},
+        "tokens": whole["completion_tokens"],
+        "budget": {
+            "team": {"answers": k, **whole},
+            "seats": {
+                name: {
+                    "answers": k,
+                    "conversations": k,
+                    **_tokens([turn for turn in turns if turn.seat == name]),
+                }
+                for name in dict.fromkeys(turn.seat for turn in turns)
+            },
+        },
+    }
+    if evaluation.pooled is not None and evaluation.oracle is not None:
+        report["pooled"] = _row(evaluation.pooled)
+        report["oracle"] = _row(evaluation.oracle)
+        for name in ("pooled", "oracle"):
+            report["budget"][name] = {"answers": len(evaluation.seats) * k, **whole}
+    report["cut_by_length"] = sum(t.finish_reason == "length" for t in turns) / max(1, len(turns))
+    report["environment_tokens"] = sum(episode.environment_tokens for episode in episodes)
+    report["per_problem"] = [
+        {"id": id, "scores": list(scores), "majority": majority}
+        for id, scores, majority in zip(
+            evaluation.problem_ids, evaluation.scores_PK, evaluation.majority_P, strict=True
+        )
+    ]
+    return report
+
+
+def _row(scores: Scores) -> dict[str, Any]:
+    estimate = scores.estimate()
+    row: dict[str, Any] = {
+        "avg_at_k": estimate.mean,
+        "pass_at_k": scores.pass_at_k(scores.samples),
+        "interval": None if estimate.low is None else [estimate.low, estimate.high],
+    }
+    if scores.majority_P:
+        row["majority"] = scores.majority
+    return row
+
+
+def _tokens(turns: Sequence[Turn]) -> dict[str, int | None]:
+    """Tokens read and written; None where a message was written and no token counted."""
+    known = all(turn.completion_tokens or not turn.text for turn in turns)
+    return {
+        "prompt_tokens": sum(turn.prompt_tokens for turn in turns) if known else None,
+        "completion_tokens": sum(turn.completion_tokens for turn in turns) if known else None,
+    }
+
+
+def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, dict[str, Any]]:
+    """The task, the split to play, and the task's name, data and options.
+
+    A team's own task is played on what was held out of its training; any other, and data given
+    here, whole.
+    """
+    own = dict(candidate.task)
+    name = wanted.benchmark or own.get("name")
+    if name is None:
+        raise UserError("--benchmark: is needed, the team has no task of its own; give its name")
+    itself = own.get("name") in (name, None)
+    kept = own if itself else candidate.asked_task
+    options = {k: v for k, v in kept.items() if k not in ("name", "data")}
+    data, split = wanted.data, "all"
+    if data is None and itself:
+        data = candidate.held_out or own.get("data")
+        split = "all" if candidate.held_out or "name" not in own else "eval"
+    if candidate.host is not None and takes(name, "host"):
+        options = {**options, "host": candidate.asked_task.get("host", candidate.host)}
+    task = load_task(name, data, seed, None, **options)
+    if getattr(task, "fresh", False):
+        split = "eval"
+    return task, split, {"name": name, "data": data, "options": options}
+
+
+def _problems(task: Task, split: str, limit: int | None) -> list[Problem]:
+    if getattr(task, "fresh", False):
+        return take(task, split, limit or GENERATED)
+    rows = list(task.problems(split))
+    # Some benchmarks are sorted; the first few of them would be a sample of their own kind.
+    return rows if limit is None else take(task, split, min(limit, max(1, len(rows))))
+
+
+def _protocol(candidate: Candidate, wanted: Wanted, seats: Sequence[Seat]) -> dict[str, Any]:
+    own, asked = candidate.protocol, candidate.asked
+    usual = "solo" if len(seats) == 1 else "vote"
+    name = wanted.protocol or asked.get("name") or own.get("name") or usual
+    kept = own if own.get("name", name) == name else {}
+    return {**kept, **asked, "name": name, **(wanted.protocol_options or {})}
+
+
+def _hold_against(out: Path, settings: dict[str, Any]) -> None:
+    """Compare with what ``out`` was begun with, or begin it."""
+    path = out / "settings.json"
+    now = json.loads(json.dumps(settings))
+    if not path.is_file():
+        write_atomically(path, json.dumps(now, indent=1) + "\n")
+        return
+    try:
+        held = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: not JSON; give another --out") from None
+    for key, value in now.items():
+        if held.get(key) != value:
+            raise UserError(
+                f"{out}: holds an evaluation with another {key} ({_short(held.get(key))}; now "
+                f"{_short(value)}); give another --out"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _without_ids(episode: Episode) -> Episode:
+    """Token ids and log-probabilities are for training, and many times what the text takes."""
+    turns = tuple(
+        replace(turn, prompt_ids=None, completion_ids=None, sampled_logprobs=None)
+        for turn in episode.turns
+    )
+    return replace(episode, turns=turns)

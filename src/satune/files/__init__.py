@@ -1,0 +1,1 @@
+"""Files that survive: written beside and renamed, lines, arrays, the lock."""

@@ -1,0 +1,76 @@
+"""JSON lines that survive whatever ends their writer: whole lines stay, a torn one is cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from satune.files.writing import disk_errors, strict_json
+from satune.types import UserError
+
+
+def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add objects, one a line of strict JSON. A killed process leaves a prefix of the lines.
+
+    Raises UserError where the disk refuses; the file is then as it was.
+    """
+    path = Path(path)
+    data = "".join(f"{strict_json(row)}\n" for row in rows).encode()
+    with disk_errors(path), open(path, "ab", buffering=0) as file:
+        whole = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) or 0 :]
+        except OSError:
+            file.truncate(whole)  # or the next line would be glued to half of this one
+            raise
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none if it does not exist. A last
+    line that was still being written is left out.
+
+    Raises ``UserError`` with file and line for a damaged line that a newline ends.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    complete, newline, _ = path.read_bytes().rpartition(b"\n")
+    lines = complete.split(b"\n") if newline else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}, line {number}: not JSON, or no object; remove the line or the run"
+            )
+        rows.append(row)
+    return rows
+
+
+class JsonLines:
+    """An append-only file of objects, one a line, written by one process at a time.
+
+    Opening it makes its directory, and cuts off a last line that was still being written.
+    Raises UserError where the place cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All objects in order. Raises UserError with file and line for a damaged line."""
+        return read_lines(self.path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one object. Raises UserError if the disk is full."""
+        append_lines(self.path, [row])

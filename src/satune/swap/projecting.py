@@ -1,0 +1,132 @@
+"""A seat given to a newcomer with the incumbent's tokenizer: projected, distilled, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from satune.agents.mixture import MixturePolicy
+from satune.commands.assemble import Cast
+from satune.commands.train import optimizer_settings
+from satune.play.rollout import rollout_sync
+from satune.swap.distill import Distilled, DistillSettings, distill, student_of
+from satune.swap.measurement import examine
+from satune.swap.seat import Candidate, with_newcomer, with_policy
+from satune.types import Episode, Key
+
+EXAMINED = 64
+"""Problems on which the newcomer's alignment is looked at."""
+PROBLEMS = 192
+"""Problems of a round of distillation, played once each: what a newcomer lacks in the end are
+states that it never saw, and samples of one problem visit the same ones."""
+MEASURED = 256
+"""Problems on which it is measured at last."""
+OTHERWISE: dict[str, Literal["mixture", "refused", "outside"]] = {
+    "mixture": "mixture",
+    "refuse": "refused",
+    "handover": "outside",
+}
+"""What becomes of a newcomer that is drawn to the incumbent and stays outside delta."""
+
+
+@dataclass(slots=True)
+class Counted:
+    """Rollouts on training problems, and what they cost."""
+
+    samples: int
+    tokens: int = 0
+
+    def of(self, cast: Cast) -> Callable[[Key, int, int], list[Episode]]:
+        def draw(key: Key, offset: int, count: int) -> list[Episode]:
+            episodes = rollout_sync(
+                cast.train_problems(count, offset),
+                self.samples,
+                key,
+                seats=cast.team.seats_for(cast.recipe.rollout.max_new_tokens),
+                protocol=cast.protocol,
+                engine=cast.engine,
+                task=cast.task,
+                progress=lambda done, total: cast.progress(done, total, "projection"),
+            )
+            self.tokens += sum(t.completion_tokens for e in episodes for t in e.turns)
+            return episodes
+
+        return draw
+
+
+def look_at(
+    base: Candidate,
+    candidate: Candidate,
+    seat: str,
+    *,
+    delta: float,
+    key: Key,
+    offset: int,
+) -> tuple[dict[str, Any], int]:
+    """How the newcomer's projection would lie and lean, on the incumbent's own episodes: the
+    alignment score with its standard error, λ, KL; and the tokens that this took."""
+    name = candidate.agent_of(seat)
+    incumbent = base.cast.team.policies[base.agent_of(seat)]
+    newcomer = candidate.cast.team.policies[name]
+    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    old = with_policy(taken, name, incumbent)
+    rollouts = Counted(max(2, base.cast.recipe.rollout.samples))
+    episodes = rollouts.of(old.cast)(key, offset, EXAMINED)
+    mixture = MixturePolicy(name, incumbent, newcomer, delta)
+    return examine(mixture, name, episodes).to_dict(), rollouts.tokens
+
+
+def project_seat(
+    base: Candidate,
+    candidate: Candidate,
+    seat: str,
+    *,
+    delta: float,
+    otherwise: str,
+    rounds: int,
+    key: Key,
+    offset: int,
+    watch: Callable[[Mapping[str, Any]], None],
+) -> tuple[Candidate | None, Distilled, int]:
+    """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
+    does not come so near, what ``otherwise`` says: None for a refusal. Also what was measured, and
+    the tokens that this took."""
+    name = candidate.agent_of(seat)
+    newcomer = candidate.cast.team.policies[name]
+    incumbent = base.cast.team.policies[base.agent_of(seat)]
+    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    mixture = MixturePolicy(name, incumbent, newcomer, delta)
+    if rounds == 0:
+        found = Distilled("mixture", "mixed at decode time, as asked", {"decision": "mixture"})
+        return with_policy(taken, name, mixture), found, 0
+    student = student_of(newcomer, name)
+    new = with_policy(taken, name, student)
+    old = with_policy(taken, name, incumbent)
+    recipe = new.cast.recipe
+    rollouts = Counted(1)
+    found = distill(
+        name,
+        incumbent,
+        newcomer,
+        student,
+        DistillSettings(
+            delta=delta,
+            quantile=recipe.trust_region.quantile,
+            unit=recipe.trust_region.unit,
+            otherwise=OTHERWISE[otherwise],
+            rounds=rounds,
+            problems=PROBLEMS,
+            measure_problems=MEASURED,
+            seed=key.seed,
+            optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
+        ),
+        draw=rollouts.of(new.cast),
+        draw_incumbent=rollouts.of(old.cast),
+        publish=lambda version: new.cast.engine.publish(name, version),
+        offset=offset,
+        watch=watch,
+    )
+    if found.decision == "mixture":
+        new = with_policy(taken, name, mixture)
+    return (None if found.decision == "refused" else new), found, rollouts.tokens

@@ -1,0 +1,134 @@
+"""What a swap is asked for, and what can be refused of it before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from satune.config.schema import ServerSection
+from satune.loading import nearest, served
+from satune.swap.handover import HandOverSettings
+from satune.swap.seat import Found, check_seat, find_team
+from satune.swap.transplant import refuse_existing
+from satune.types import UserError
+
+Method = Literal["auto", "project", "handover"]
+METHODS = ("auto", "project", "handover")
+DELTA, DELTA_OF_ALL = 0.01, 0.004
+"""Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRequest:
+    """What ``satune swap`` is asked for. ``delta`` None: the paper's. ``otherwise``: what becomes
+    of a projection outside it; None: a hand-over, or a refusal where projection was asked for by
+    name. ``rounds``: the most that a distillation takes. ``tiny``: keys of the recipe's section by
+    that name which a tiny newcomer is taught by instead. ``server``: how a served newcomer is
+    asked, as ``team.agents.*.server`` of a recipe. ``out`` None: beside the source."""
+
+    source: Path
+    seats: Sequence[str]
+    models: Sequence[str]
+    method: Method = "auto"
+    delta: float | None = None
+    together: bool = False
+    dry_run: bool = False
+    otherwise: Literal["mixture", "refuse", "handover"] | None = None
+    rounds: int = 30
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    server: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Path | None = None
+    out: Path | None = None
+    hand_over: HandOverSettings = field(default_factory=HandOverSettings)
+
+    @property
+    def fallback(self) -> Literal["mixture", "refuse", "handover"]:
+        return self.otherwise or ("handover" if self.method == "auto" else "refuse")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each seat with its model. Raises UserError where they do not match."""
+        if not self.seats:
+            raise UserError("--seat: name a seat, and its model by --with")
+        for seat in self.seats:
+            if list(self.seats).count(seat) > 1:
+                raise UserError(f"--seat {seat}: is named twice; a seat has one newcomer")
+        if len(self.models) not in (1, len(self.seats)):
+            raise UserError(
+                f"--with: {len(self.models)} models for {len(self.seats)} seats; give one a seat, "
+                "in the same order, or one for all"
+            )
+        models = self.models if len(self.models) > 1 else [self.models[0]] * len(self.seats)
+        return list(zip(self.seats, models, strict=True))
+
+
+def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
+    """The team, and where the new one goes; whatever can be refused before models are loaded."""
+    if request.method not in METHODS:
+        hint = nearest(request.method, METHODS)
+        raise UserError(f"--method {request.method}: no such method{hint}")
+    if request.rounds < 0:
+        raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
+    if request.rounds == 0 and request.fallback != "mixture":
+        raise UserError("--rounds 0: leaves only the mixture; add --otherwise mixture")
+    if request.delta is not None and not request.delta > 0:
+        raise UserError(f"--delta {request.delta:g}: give a positive number of nats, such as 0.01")
+    source = request.source
+    out = request.out or source.with_name(source.resolve().name + "-swapped")
+    if not request.dry_run:
+        refuse_existing(out)
+    found = find_team(source, request.recipe)
+    for seat, model in pairs:
+        check_seat(found, seat)
+        try:
+            at_server = served(model) is not None
+        except UserError as error:
+            raise UserError(f"--with: {error}") from None
+        if at_server and request.method == "project":
+            raise UserError(
+                f"--with {model}: a server shows no distributions to project; use --method handover"
+            )
+    _check_server(request)
+    return found, out
+
+
+@contextmanager
+def kept_answers(request: SwapRequest, found: Found, out: Path) -> Iterator[Path | None]:
+    """Where servers' answers lie until the swap is decided, so that the same command, begun again
+    after a failure, asks only for what is missing. None for a dry run, which writes nothing."""
+    if request.dry_run:
+        yield None
+        return
+    same = [str(found.path.resolve()), found.checkpoint, request.pairs(), dict(request.server)]
+    digest = hashlib.blake2b(json.dumps(same).encode(), digest_size=4).hexdigest()
+    path = out.absolute().with_name(f"{out.absolute().name}.answers-{digest}.jsonl")
+    try:
+        yield path
+    except BaseException:
+        if path.is_file() and path.stat().st_size == 0:
+            path.unlink()
+        raise
+    path.unlink(missing_ok=True)
+
+
+def _check_server(request: SwapRequest) -> None:
+    try:
+        section = ServerSection(**request.server)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
+        hint = nearest(where, ServerSection.model_fields) if "extra" in first["type"] else ""
+        raise UserError(f"--server-option {where}: {said}{hint}") from None
+    if request.server and not any(served(model) for model in request.models):
+        raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
+    if "api_key_env" in request.server and not os.environ.get(section.api_key_env):
+        raise UserError(
+            f"--server-option api_key_env: ${section.api_key_env} is not set; export it"
+        )

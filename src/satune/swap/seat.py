@@ -1,0 +1,311 @@
+"""A trained team as a run or a team directory holds it, and the same team with newcomers in some
+seats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from satune.agents.loading import Precision, load_policies
+from satune.agents.mixture import tokenizer_difference
+from satune.agents.policy import Policy
+from satune.commands.assemble import Cast, Progress, agent_spec, assemble, model_path, team_engine
+from satune.config.load import load_recipe
+from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
+from satune.engines.roles import WithRoles
+from satune.engines.servers import Servers
+from satune.loading import nearest, served
+from satune.team import Team, add_mixtures, read_manifest
+from satune.training.checkpoint import Checkpoints
+from satune.training.run_directory import RunDirectory
+from satune.types import UserError
+
+
+@dataclass(slots=True)
+class Found:
+    """A trained team and where it was found. ``run`` and ``checkpoint`` are None for a team
+    directory, whose recipe is made of its manifest, and of a file if one is given; ``room_said``
+    tells whether these say how long a message may be. ``state`` is the checkpoint's."""
+
+    path: Path
+    recipe: Recipe
+    run: RunDirectory | None = None
+    checkpoint: str | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    passed: Sequence[str] = ()
+    room_said: bool = False
+
+    @property
+    def seats(self) -> Mapping[str, str]:
+        return self.recipe.team.resolved().seats
+
+    @property
+    def stage(self) -> int:
+        """Stages finished, or begun and not to be gone on with."""
+        held = self.state.get("state", {"stage": 0, "step": 0})
+        return held["stage"] + (held["step"] > 0)
+
+    @property
+    def certify_offset(self) -> int:
+        """Problems for certificates that training has used up."""
+        return self.state["state"]["certify"]["offset"] if self.state else 0
+
+    @property
+    def train_offset(self) -> int:
+        return self.state["offset"] if self.state else 0
+
+
+def find_team(path: Path, recipe: Path | None) -> Found:
+    """The team in a run's newest undamaged checkpoint, or in a team directory; loads no model.
+
+    ``recipe`` gives a team directory what its manifest does not hold. Raises UserError where there
+    is no team, or nothing complete of one.
+    """
+    if (path / "manifest.json").is_file():
+        manifest = read_manifest(path)
+        said = recipe is not None or manifest.get("max_new_tokens") is not None
+        return Found(path, _recipe_of_team(path, manifest, recipe), room_said=said)
+    run = RunDirectory(path)
+    if not run.recipe.is_file():
+        what = "holds neither a run nor a team" if path.is_dir() else "no such directory"
+        raise UserError(f"{path}: {what}; give a run's directory, or the team/ in it")
+    if recipe is not None:
+        raise UserError(f"{path}: a run has its own recipe; drop --recipe {recipe}")
+    loaded = load_recipe(run.recipe)
+    found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest()
+    if found is None:
+        raise UserError(f"{path}: the run has no complete checkpoint yet; let it train on")
+    name, passed = found
+    state = json.loads((run.checkpoints / name / "state.json").read_text())
+    return Found(path, loaded, run, name, state, passed)
+
+
+def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None) -> Recipe:
+    agents: dict[str, AgentSection] = {}
+    sharing = "separate"
+    for name, entry in manifest["agents"].items():
+        sharing = entry["sharing"]
+        lora = entry.get("lora")
+        if lora is not None:
+            lora = {**lora, "targets": lora["targets"] or ["all-linear"]}
+        agents[name] = AgentSection.model_validate(
+            {
+                "model": entry.get("served") or str(path / entry["dir"]),
+                "frozen": "served" in entry,
+                "server": entry.get("server"),
+                "temperature": entry["temperature"],
+                "template": entry["template"],
+                "delta": entry["delta"],
+                "lora": lora,
+            }
+        )
+    seats: dict[str, str] = manifest["seats"]
+    if recipe is not None:
+        given = load_recipe(recipe)
+        team = given.team.model_copy(update={"sharing": sharing, "agents": agents, "seats": seats})
+        return given.model_copy(update={"team": team})
+    for part in ("task", "protocol"):
+        if "name" not in manifest[part]:
+            raise UserError(f"{path}: its manifest names no {part}; give the recipe by --recipe")
+    section = TeamSection(sharing=sharing, agents=agents, seats=seats)  # type: ignore[arg-type]
+    limit = manifest.get("max_new_tokens")
+    return Recipe.model_validate(
+        {
+            "team": section,
+            "task": manifest["task"],
+            "protocol": manifest["protocol"],
+            "rollout": {} if limit is None else {"max_new_tokens": limit},
+        }
+    )
+
+
+def check_seat(found: Found, seat: str) -> None:
+    if seat not in found.seats:
+        raise UserError(f"--seat {seat}: the team has no such seat{nearest(seat, found.seats)}")
+
+
+def load_found(found: Found, progress: Progress, servers: Servers | None = None) -> Cast:
+    """The team as it is in the checkpoint, ready to play."""
+    cast = assemble(found.recipe, progress, servers)
+    if found.run is None:
+        manifest, section = read_manifest(found.path), found.recipe.team
+        add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
+        return with_team(cast, _fitting(found, cast.team), cast.team)
+    assert found.checkpoint is not None
+    path = found.run.checkpoints / found.checkpoint
+    for name, policy in cast.team.policies.items():
+        weights_of_file = path / f"{name}.weights.safetensors"
+        if not weights_of_file.is_file():
+            raise UserError(f"{path}: holds no weights of agent {name}; is it of another recipe?")
+        put_weights(policy, load_file(weights_of_file))
+        cast.engine.publish(name, found.state["state"]["versions"][name])
+    return cast
+
+
+def _fitting(found: Found, team: Team) -> Recipe:
+    """The recipe, with messages that leave room in every context where nobody has said how long
+    they may be."""
+    rollout = found.recipe.rollout
+    limits = [policy.context_limit // 4 for policy in team.policies.values()]
+    room = min(limits, default=rollout.max_new_tokens)
+    if found.room_said or rollout.max_new_tokens <= room:
+        return found.recipe
+    shorter = rollout.model_copy(update={"max_new_tokens": max(1, room)})
+    return found.recipe.model_copy(update={"rollout": shorter})
+
+
+@torch.no_grad()
+def put_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in policy.trainable().items():
+        parameter.copy_(weights[name])
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in policy.trainable().items()}
+
+
+# -- the team with a newcomer ---------------------------------------------------------------------
+
+
+def reseated(team: TeamSection, seat: str, newcomer: AgentSection) -> tuple[TeamSection, str]:
+    """The team with a newcomer in ``seat``, and the newcomer's name: that of the agent which filled
+    this seat alone, else one of its own, behind the agent that keeps its other seats."""
+    resolved = team.resolved()
+    shared = team.sharing == "shared"
+    old, seats = dict(resolved.agents if shared else team.agents), dict(resolved.seats)
+    incumbent = seats[seat]
+    name = incumbent
+    if list(seats.values()).count(incumbent) > 1:
+        name = next(n for n in _names(seat) if n not in old)
+    agents: dict[str, AgentSection] = {}
+    for each, section in old.items():
+        if each != name:
+            agents[each] = section
+        if each == incumbent:
+            agents[name] = newcomer
+    seats[seat] = name
+    changed: dict[str, Any] = {"agents": agents, "seats": seats}
+    return team.model_copy(update=changed | ({"sharing": "separate"} if shared else {})), name
+
+
+def _names(seat: str):
+    yield seat
+    number = 2
+    while True:
+        yield f"{seat}-{number}"
+        number += 1
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A team in which newcomers fill some seats. ``newcomers``: agent to the model it was made
+    from; every other agent is the old team's own."""
+
+    cast: Cast
+    newcomers: dict[str, str] = field(default_factory=dict)
+
+    def agent_of(self, seat: str) -> str:
+        return self.cast.team.seats[seat]
+
+
+def with_newcomer(
+    base: Candidate,
+    seat: str,
+    model: str,
+    *,
+    loaded: Policy | None = None,
+    tiny: Mapping[str, Any] | None = None,
+    server: Mapping[str, Any] | None = None,
+) -> Candidate:
+    """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training but for the
+    settings in ``tiny``; one that is served is asked as ``server`` says, and from then on frozen.
+    ``loaded`` is the policy where there is one already. Raises UserError where the model does not
+    load."""
+    cast = base.cast
+    recipe, team = cast.recipe, cast.team
+    incumbent = team.seats[seat]
+    # A text that was written for the incumbent's template says nothing to another tokenizer.
+    had = recipe.team.resolved().agents[incumbent]
+    at_server = served(model)
+    section = had.model_copy(
+        update={
+            "model": model,
+            "trust_remote_code": False,
+            "attention": None,
+            "lora": None if at_server else had.lora,
+            "frozen": bool(at_server) or (had.frozen and incumbent in team.policies),
+            "server": _asked(recipe.team, at_server[0], server or {}) if at_server else None,
+        }
+    )
+    if loaded is None:
+        taught = recipe.model_copy(update={"tiny": recipe.tiny.model_copy(update=tiny or {})})
+        model = model_path(section, taught, cast.protocol, team.seats, cast.progress)
+    section = section.model_copy(update={"model": model})
+    sections, name = reseated(recipe.team, seat, section)
+    section = sections.resolved().agents[name]
+    policy = loaded if loaded or at_server else _load(recipe, sections, name, section)
+    if section.template.chat is not None and not _same_tokenizer(
+        team.policies.get(incumbent), policy
+    ):
+        plain = section.template.model_copy(update={"chat": None})
+        section = section.model_copy(update={"template": plain})
+        sections = sections.model_copy(update={"agents": {**sections.agents, name: section}})
+    resolved = sections.resolved()
+    playing = {**team.policies, name: policy}
+    policies = {n: p for n in resolved.agents if (p := playing.get(n)) is not None}
+    spec = agent_spec(name, section, section.model)
+    specs = {n: spec if n == name else team.specs[n] for n in resolved.agents}
+    new_team = replace(
+        team, policies=policies, specs=specs, seats=dict(resolved.seats), sharing=sections.sharing
+    )
+    new_recipe = recipe.model_copy(update={"team": sections})
+    kept = {n: m for n, m in base.newcomers.items() if n in resolved.agents}
+    return Candidate(with_team(cast, new_recipe, new_team), kept | {name: model})
+
+
+def _asked(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
+    """How a newcomer's server is asked: as the team asks it already, but for what is given."""
+    for agent in team.resolved().agents.values():
+        there = served(agent.model)
+        if there is not None and there[0] == address and agent.server is not None:
+            return agent.server.model_copy(update=dict(given))
+    return ServerSection(**given)
+
+
+def _same_tokenizer(incumbent: Policy | None, newcomer: Policy | None) -> bool:
+    if incumbent is None or newcomer is None:
+        return False
+    return tokenizer_difference(incumbent.tokenizer, newcomer.tokenizer) is None
+
+
+def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:
+    """The candidate with the agent ``name`` played by another policy."""
+    team = candidate.cast.team
+    changed = replace(team, policies={**team.policies, name: policy})
+    cast = with_team(candidate.cast, candidate.cast.recipe, changed)
+    return Candidate(cast, dict(candidate.newcomers))
+
+
+def with_team(cast: Cast, recipe: Recipe, team: Team) -> Cast:
+    """The cast with another team, and an engine that serves it."""
+    engine = team_engine(team, recipe, cast.servers)
+    if isinstance(cast.engine, WithRoles):
+        engine = WithRoles(engine, cast.engine.roles)
+    return replace(cast, recipe=recipe, team=team, engine=engine)
+
+
+def _load(recipe: Recipe, team: TeamSection, name: str, section: AgentSection) -> Policy:
+    return load_policies(
+        [agent_spec(name, section, section.model)],
+        shared_base=team.sharing == "lora",
+        precision=Precision.of(team.dtype, recipe.optimizer.autocast),
+        device=team.device,
+        seed=recipe.seed,
+    )[name]

@@ -1,0 +1,320 @@
+"""Giving seats of a trained team to other models, from the request to the new directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from satune.agents.mixture import MixturePolicy, tokenizer_difference
+from satune.commands.assemble import Cast, Progress, no_progress
+from satune.core.confidence import Spending
+from satune.engines.servers import Servers
+from satune.play.evaluation import Evaluation, paired_difference
+from satune.report.monitors import scalar_writer
+from satune.swap.coins import Side, Table
+from satune.swap.handover import mixture_kl
+from satune.swap.output import write_result
+from satune.swap.projecting import EXAMINED, look_at, project_seat
+from satune.swap.request import DELTA, DELTA_OF_ALL, SwapRequest, check_request, kept_answers
+from satune.swap.seat import Candidate, Found, load_found, with_newcomer
+from satune.types import Key, UserError
+
+TAKEN = ("accepted", "mixture")
+"""Verdicts after which the seat is not the incumbent's alone any more."""
+Watch = Callable[[str, Mapping[str, Any]], None]
+
+
+def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | None = None) -> Any:
+    """Do what ``request`` asks and return what came of it as plain values.
+
+    A new directory is written where a newcomer was accepted; the source is only read. Raises
+    UserError for a request that cannot be met, before anything is written.
+    """
+    pairs = request.pairs()
+    found, out = check_request(request, pairs)
+    tell = watch or (lambda kind, fields: None)
+    with kept_answers(request, found, out) as answers:
+        return _perform(request, found, out, Servers(answers=answers), progress, tell)
+
+
+def _perform(
+    request: SwapRequest,
+    found: Found,
+    out: Path,
+    servers: Servers,
+    progress: Progress,
+    tell: Watch,
+) -> dict[str, Any]:
+    started, pairs = time.perf_counter(), request.pairs()
+    for line in found.passed:
+        tell("note", {"text": line})
+    team = Candidate(load_found(found, progress, servers))
+    groups = [pairs] if request.together else [[pair] for pair in pairs]
+    job = _Swap(request, found, team, len(groups), progress, tell)
+    # Every model is loaded, and every method found fit, before the first is measured.
+    base, ready = team, []
+    for group in groups:
+        candidate = job.seat(base, group)
+        ready.append((base, candidate, job.method(base, candidate, group)))
+        base = candidate
+    for group, (base, candidate, method) in zip(groups, ready, strict=True):
+        # Where an earlier newcomer was refused, the others are seated in the team without it.
+        fits = job.team is base
+        job.give(group, candidate if fits else job.seat(job.team, group), method)
+    verdicts = [record["verdict"] for record in job.records]
+    result: dict[str, Any] = {
+        "source": str(request.source),
+        "checkpoint": found.checkpoint,
+        "dry_run": request.dry_run,
+        "verdict": _overall(verdicts),
+        "reason": "; ".join(r["reason"] for r in job.records if r.get("reason")),
+        "tolerance": request.hand_over.tolerance,
+        "confidence": request.hand_over.confidence,
+        "delta": job.delta,
+        "swaps": job.records,
+        "tokens": sum(record["tokens"] for record in job.records),
+        "seconds": time.perf_counter() - started,
+        "out": None,
+    }
+    if job.team is not team:
+        taken = [r for r in job.records if r["verdict"] in TAKEN]
+        event = {k: v for k, v in result.items() if k not in ("out", "dry_run")} | {
+            "seats": [seat for record in taken for seat in record["seats"]],
+            "source": str(request.source.resolve()),
+        }
+        write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
+        result["out"] = str(out)
+        tell("swap", {"stage": found.stage, **event})
+        if found.run is not None and found.recipe.log.tensorboard:
+            with scalar_writer(out / "tensorboard") as write:
+                write("swap", {"stage": found.stage, **event})
+    return result
+
+
+def _overall(verdicts: Sequence[str]) -> str:
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    if all(verdict in TAKEN for verdict in verdicts):
+        return "mixture"
+    return "partly accepted" if any(v in TAKEN for v in verdicts) else "refused"
+
+
+@dataclass(slots=True)
+class _Swap:
+    """A swap in progress: the team with what was accepted so far, and what it cost."""
+
+    request: SwapRequest
+    found: Found
+    original: Candidate
+    groups: int
+    progress: Progress
+    tell: Watch
+    team: Candidate = field(init=False)
+    spending: Spending = field(init=False)
+    offset: int = field(init=False)
+    before: Evaluation | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        settings = self.request.hand_over
+        self.team = self.original
+        self.spending = Spending(settings.confidence, settings.looks * self.groups)
+        self.offset = self.found.certify_offset
+
+    @property
+    def delta(self) -> float:
+        if self.request.delta is not None:
+            return self.request.delta
+        return DELTA_OF_ALL if len(self.request.seats) == len(self.found.seats) else DELTA
+
+    def seat(self, team: Candidate, group: Sequence[tuple[str, str]]) -> Candidate:
+        for seat, model in group:
+            team = with_newcomer(
+                team, seat, model, tiny=self.request.tiny, server=self.request.server
+            )
+        return team
+
+    def method(self, old: Candidate, new: Candidate, group: Sequence[tuple[str, str]]) -> str:
+        """The method of a group. Raises UserError where projection is asked for and impossible."""
+        asked = self.request.method
+        for seat, model in group:
+            incumbent = old.cast.team.policies.get(old.agent_of(seat))
+            newcomer = new.cast.team.policies.get(new.agent_of(seat))
+            if incumbent is None or newcomer is None:
+                if asked == "project":
+                    raise UserError(
+                        f"--seat {seat}: is filled by a served model; use --method handover"
+                    )
+                return "handover"
+            difference = tokenizer_difference(incumbent.tokenizer, newcomer.tokenizer)
+            if difference is not None and asked == "project":
+                raise UserError(
+                    f"--with {model}: its tokenizer is not that of seat {seat} ({difference}); "
+                    "use --method handover"
+                )
+            if isinstance(incumbent, MixturePolicy):
+                if asked == "project":
+                    raise UserError(
+                        f"--seat {seat}: is filled by a mixture of two models already; use "
+                        "--method handover"
+                    )
+                return "handover"
+            if difference is not None:
+                return "handover"
+        return "project" if asked == "auto" else asked
+
+    def give(self, group: Sequence[tuple[str, str]], candidate: Candidate, method: str) -> None:
+        """Measure one group of seats and, unless it is a dry run, hand them over or refuse."""
+        started = time.perf_counter()
+        record: dict[str, Any] = {
+            "seats": [seat for seat, _ in group],
+            "agents": {seat: candidate.agent_of(seat) for seat, _ in group},
+            "models": dict(group),
+            "method": method,
+            "tokens": 0,
+        }
+        self._naive(candidate, record)
+        if method == "project":
+            self._examine(candidate, group, record)
+        if self.request.dry_run:
+            record |= {"verdict": "measured"}
+        elif method == "project":
+            self._project(candidate, group, record)
+        else:
+            self._hand_over(candidate, record)
+            if record["verdict"] == "accepted":
+                record |= {"after": record["naive"], "difference": record["naive_difference"]}
+        record["seconds"] = time.perf_counter() - started
+        self.records.append(record)
+
+    def _naive(self, candidate: Candidate, record: dict[str, Any]) -> None:
+        """Held-out reward before, and with the newcomers as they are."""
+        if self.before is None:
+            self.before = _evaluate(self.original.cast)
+            record["tokens"] += self.before.tokens
+        naive = _evaluate(candidate.cast)
+        gain = paired_difference(self.before, naive)
+        record |= {
+            "before": self.before.avg_at_k,
+            "naive": naive.avg_at_k,
+            "naive_difference": [gain.mean, gain.low, gain.high],
+            "problems": gain.problems,
+        }
+        record["tokens"] += naive.tokens
+
+    def _examine(
+        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+    ) -> None:
+        """What a projection would be, before one is tried."""
+        record["examination"] = {}
+        for number, (seat, _) in enumerate(group):
+            key = swap_key(self.found, len(self.records)).at(draw=number)
+            figures, tokens = look_at(
+                self.team,
+                candidate,
+                seat,
+                delta=self.delta,
+                key=key,
+                offset=self.found.train_offset,
+            )
+            record["examination"][seat] = figures
+            record["tokens"] += tokens
+            self.tell("alignment", {"seat": seat, **figures})
+
+    def _project(
+        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+    ) -> None:
+        """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
+        team: Candidate | None = self.team
+        record["distillation"] = {}
+        for seat, _ in group:
+            assert team is not None
+            team, found, tokens = project_seat(
+                team,
+                candidate,
+                seat,
+                delta=self.delta,
+                otherwise=self.request.fallback,
+                rounds=self.request.rounds,
+                key=swap_key(self.found, len(self.records)),
+                offset=self.found.train_offset + EXAMINED,
+                watch=lambda row, seat=seat: self.tell("distillation", {"seat": seat, **row}),
+            )
+            record["distillation"][seat] = found.event
+            record["tokens"] += tokens
+            record |= {"reason": found.reason, "kl": found.event.get("kl")}
+            if found.decision == "mixture":
+                # Of the seat as it is filled now; the student's figures stand with its rounds.
+                record["kl"] = {"mixture": record["examination"][seat]["kl"]}
+                record["reason"] += "; the mixture of both, inside it everywhere, fills the seat"
+            if team is None:
+                record["verdict"] = "refused"
+                return
+        assert team is not None and self.before is not None
+        after = _evaluate(team.cast)
+        gain = paired_difference(self.before, after)
+        record["tokens"] += after.tokens
+        record |= {
+            "after": after.avg_at_k,
+            "difference": [gain.mean, gain.low, gain.high],
+        }
+        decisions = {found["decision"] for found in record["distillation"].values()}
+        if "outside" in decisions:
+            # Too far to be taken by its divergence; its reward may still speak for it.
+            record["projection"] = record["reason"]
+            self._hand_over(team, record)
+            return
+        record["verdict"] = "mixture" if "mixture" in decisions else "accepted"
+        self.team = team
+
+    def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
+        """From the team that was found to the candidate: the tolerance is that of all seats."""
+        found = table_of(self.original.cast).hand_over(
+            side_of(self.original.cast),
+            side_of(candidate.cast),
+            self.request.hand_over,
+            swap_key(self.found, len(self.records)),
+            self.spending,
+            offset=self.offset,
+            watch=lambda look: self.tell("look", {"seats": record["seats"], **look.to_dict()}),
+        )
+        self.offset = found.offset
+        self.evidence += [{"seats": record["seats"], **row} for row in found.rows]
+        record |= {
+            "verdict": found.verdict,
+            "reason": found.reason,
+            "epsilon": found.epsilon,
+            "tv": found.epsilon,
+            "mixture_kl": mixture_kl(found.epsilon),
+            "looks": [look.to_dict() for look in found.looks],
+        }
+        if found.certificate is not None:
+            record |= {"lower": found.certificate.lower, "claim": found.certificate.claim}
+        record["tokens"] += found.sampled_tokens
+        if found.verdict == "accepted":
+            self.team = candidate
+
+
+def swap_key(found: Found, number: int) -> Key:
+    return Key(found.recipe.seed, "swap", stage=found.stage, step=number + 1)
+
+
+def _evaluate(cast: Cast) -> Evaluation:
+    """On the problems and with the uniforms of training's evaluations."""
+    return cast.evaluate(greedy=False, key=Key(cast.recipe.seed, "evaluate"))
+
+
+def table_of(cast: Cast) -> Table:
+    return Table(
+        cast.task,
+        cast.protocol,
+        lambda done, total: cast.progress(done, total, "hand-over"),
+    )
+
+
+def side_of(cast: Cast) -> Side:
+    return Side(cast.team.seats_for(cast.recipe.rollout.max_new_tokens), cast.engine)

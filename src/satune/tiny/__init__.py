@@ -1,0 +1,1 @@
+"""The tiny base models: how they are made, taught and kept."""

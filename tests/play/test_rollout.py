@@ -1,0 +1,352 @@
+"""Whole conversations: order, brackets, environments, failures, rows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from satune.play.rollout import play, rollout, rollout_sync
+from satune.play.rows import episode_from_row, episode_to_row
+from satune.protocols.discussion import debate
+from satune.protocols.independent import solo
+from satune.protocols.sequential import chain, round_robin
+from satune.types import (
+    Episode,
+    Grade,
+    Key,
+    Problem,
+    Sampling,
+    StepResult,
+    Turn,
+    UserError,
+    ids_of,
+    logprobs_of,
+)
+from scripted import Letters, ScriptedEngine, team
+
+KEY = Key(3, "train", stage=2, step=1)
+PROBLEMS = [Problem.of("p0", "?", "a"), Problem.of("p1", "?", "b")]
+
+
+def keyed(seat, entries, key):
+    """A message that depends on its key only, as a sampled one does."""
+    return key.rng("text").choice("ab")
+
+
+def test_groups_come_ordered_by_problem_then_sample_with_their_keys():
+    engine = ScriptedEngine(keyed)
+    progress = []
+    episodes = rollout_sync(
+        PROBLEMS, 3, KEY, seats=team("ann", "bob"), protocol=chain, engine=engine, task=Letters(),
+        progress=lambda done, total: progress.append((done, total)),
+    )  # fmt: skip
+    assert [(e.problem.id, e.sample) for e in episodes] == [
+        (p, i) for p in ("p0", "p1") for i in range(3)
+    ]
+    assert sorted(progress) == [(i, 6) for i in range(1, 7)]
+    wanted = {KEY.at(problem=p, sample=i) for p in ("p0", "p1") for i in range(3)}
+    assert set(engine.begun) == set(engine.ended) == wanted and len(engine.begun) == 6
+    assert engine.calls[0][2] == KEY.at(problem="p0", sample=0, seat="ann", own_index=0)
+    for episode in episodes:
+        assert episode.answer == episode.turns[-1].text
+        assert episode.reward == float(episode.answer == episode.problem.answer)
+
+
+def test_every_conversation_has_begun_before_any_speaks():
+    engine = ScriptedEngine(keyed)
+    rollout_sync(PROBLEMS, 2, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters())
+    assert [name for name, _ in engine.events[:5]] == ["begin"] * 4 + ["generate"]
+
+
+def test_concurrency_bounds_what_is_open_and_changes_nothing_else():
+    def run(concurrency):
+        engine = ScriptedEngine(keyed, delays={"ann": 2, "bob": 1})
+        episodes = rollout_sync(
+            PROBLEMS, 4, KEY, seats=team("ann", "bob"), protocol=debate, engine=engine,
+            task=Letters(), concurrency=concurrency,
+        )  # fmt: skip
+        opened = most = 0
+        for name, _ in engine.events:
+            opened += {"begin": 1, "end": -1}.get(name, 0)
+            most = max(most, opened)
+        return episodes, most
+
+    free, most_free = run(None)
+    bounded, most_bounded = run(3)
+    assert (most_free, most_bounded) == (8, 3)
+    assert free == bounded
+
+
+@pytest.mark.parametrize("concurrency", [None, 1, 2])
+def test_the_first_failure_is_raised_as_it_is_and_every_begun_conversation_ends(concurrency):
+    class Broken(RuntimeError):
+        pass
+
+    def write(seat, entries, key):
+        if (key.problem, key.sample) == ("p0", 1):
+            raise Broken("engine lost")
+        return "a"
+
+    # The others take longer, so that they are still under way when one fails.
+    engine = ScriptedEngine(write, delays={"ann": 5})
+    with pytest.raises(Broken, match="engine lost"):
+        rollout_sync(
+            PROBLEMS, 3, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters(),
+            concurrency=concurrency,
+        )  # fmt: skip
+    assert sorted(engine.begun) == sorted(engine.ended)
+
+
+def test_cancelling_a_rollout_ends_its_conversations():
+    engine = ScriptedEngine(keyed, delays={"ann": 10**6})
+
+    async def script():
+        job = asyncio.ensure_future(
+            rollout(
+                PROBLEMS, 2, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters()
+            )
+        )
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+
+    asyncio.run(script())
+    assert len(engine.begun) == 4 and sorted(engine.begun) == sorted(engine.ended)
+
+
+def test_conversations_that_never_started_end_too():
+    class Full(ScriptedEngine):
+        def begin(self, key):
+            if len(self.begun) == 3:
+                raise MemoryError("no room")
+            super().begin(key)
+
+    engine = Full(keyed)
+    with pytest.raises(MemoryError, match="no room"):
+        rollout_sync(
+            PROBLEMS, 3, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters()
+        )
+    assert len(engine.begun) == 3 and engine.begun == engine.ended
+
+
+def test_play_brackets_one_conversation():
+    engine = ScriptedEngine(lambda *_: "a")
+    episode = asyncio.run(
+        play(PROBLEMS[0], KEY.at(sample=5), seats=team("ann"), protocol=solo, engine=engine,
+             task=Letters())
+    )  # fmt: skip
+    assert engine.begun == engine.ended == [KEY.at(problem="p0", sample=5)]
+    assert episode.sample == 5 and episode.reward == 1.0
+
+
+class Counting(Letters):
+    """An environment that is done after three actions and asks its own role once an action."""
+
+    def __init__(self, own_grade=False):
+        self.own_grade = own_grade
+
+    def environment(self, problem, rng, generate):
+        task, draws = self, [rng.random() for _ in range(2)]
+
+        class World:
+            def __init__(self):
+                self.actions = []
+
+            async def step(self, action):
+                self.actions.append(action)
+                reply = await generate([{"role": "user", "content": action}], Sampling(4))
+                done = len(self.actions) == 3
+                grade = Grade(0.25, {"draw": draws[0]}) if done and task.own_grade else None
+                return StepResult(f"saw {reply.text}", done, ("bob",), grade)
+
+        return World()
+
+
+def test_an_environment_is_played_action_by_action():
+    def write(seat, entries, key):
+        return "w" if seat == "environment" else f"{seat[0]}{key.own_index}"
+
+    engine = ScriptedEngine(write)
+    task = Counting()
+    episode = asyncio.run(
+        play(PROBLEMS[1], KEY, seats=team("ann", "bob"), protocol=round_robin, engine=engine,
+             task=task)
+    )  # fmt: skip
+    assert [t.seat for t in episode.turns] == ["ann", "bob", "ann"]
+    assert episode.observations == ((1, "saw w"), (2, "saw w"), (3, "saw w"))
+    # Observations went to bob alone: his prompt holds ann's message and one observation.
+    bob = next(entries for seat, entries, _ in engine.calls if seat == "bob")
+    assert [e.kind for e in bob] == ["problem", "foreign", "observation"]
+    assert [e.kind for e in engine.calls[-2][1]] == ["problem", "own", "foreign"]
+    # No grade came with the last reply: the task grades the last action, "a1" (answer "b").
+    assert episode.answer == "a1" and episode.reward == 0.0
+    # Three calls of the environment's role, each one prompt message and one byte.
+    assert episode.environment_tokens == 6
+    own = [key for seat, _, key in engine.calls if seat == "environment"]
+    assert [k.own_index for k in own] == [0, 1, 2]
+    assert {k.purpose for k in own} == {"environment"} and len(engine.begun) == 1
+
+
+def test_an_environments_own_grade_counts_and_its_generator_is_keyed():
+    def run():
+        return asyncio.run(
+            play(PROBLEMS[1], KEY, seats=team("ann", "bob"), protocol=chain,
+                 engine=ScriptedEngine(lambda *_: "b"), task=Counting(own_grade=True))
+        )  # fmt: skip
+
+    first, second = run(), run()
+    assert first.reward == 0.25 and len(first.turns) == 6
+    assert first.grade.components == second.grade.components
+
+
+async def silent(talk):
+    return "a"
+
+
+async def number(talk):
+    return 5
+
+
+@pytest.mark.parametrize("score", [math.nan, -0.01, 1.01, math.inf])
+def test_a_grade_outside_the_unit_interval_is_refused(score):
+    class Odd(Letters):
+        def grade(self, problem, answer):
+            return Grade(score)
+
+    with pytest.raises(UserError, match=r"task letters: its grade of 'p0' is .*\[0, 1\]"):
+        asyncio.run(
+            play(PROBLEMS[0], KEY, seats=team("ann"), protocol=solo,
+                 engine=ScriptedEngine(keyed), task=Odd())
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problems": [PROBLEMS[0]] * 2}, "two problems have the id 'p0'"),
+        ({"samples": 0}, "samples is 0"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"seats": []}, "no seats"),
+        ({"seats": team("ann", "ann")}, "two seats are named 'ann'"),
+        ({"protocol": number}, "its answer is a int"),
+        ({"protocol": silent, "task": Counting()}, "no seat spoke"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    arguments = {
+        "problems": PROBLEMS, "samples": 1, "key": KEY, "seats": team("ann"), "protocol": solo,
+        "engine": ScriptedEngine(keyed), "task": Letters(), **changes,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        rollout_sync(**arguments)
+
+
+def test_credits_go_to_seats_that_exist():
+    class Crediting(Letters):
+        def grade(self, problem, answer):
+            return Grade(1.0, seats={"dan": 1.0})
+
+    with pytest.raises(UserError, match="credits the seat 'dan'; the seats are ann"):
+        rollout_sync(
+            PROBLEMS, 1, KEY, seats=team("ann"), protocol=solo, engine=ScriptedEngine(keyed),
+            task=Crediting(),
+        )  # fmt: skip
+
+
+def test_no_problems_no_episodes():
+    assert rollout_sync(
+        [], 2, KEY, seats=team("ann"), protocol=solo, engine=ScriptedEngine(keyed), task=Letters()
+    ) == []  # fmt: skip
+
+
+texts = st.text(max_size=20)
+floats = st.floats(allow_nan=False)
+singles = st.floats(allow_nan=False, width=32)
+turns = st.builds(
+    Turn, seat=texts, agent=texts, moment=st.integers(0, 9), own_index=st.integers(0, 9),
+    text=texts, finish_reason=st.sampled_from(["stop", "length"]), version=st.integers(0, 9),
+    prompt_ids=st.none() | st.lists(st.integers(0, 10**6), max_size=4).map(ids_of),
+    completion_ids=st.none() | st.lists(st.integers(0, 10**6), max_size=4).map(ids_of),
+    sampled_logprobs=st.none() | st.lists(singles, max_size=4).map(logprobs_of),
+    dropped=st.integers(0, 9), prompt_tokens=st.integers(0, 9), completion_tokens=st.integers(0, 9),
+)  # fmt: skip
+episodes = st.builds(
+    Episode,
+    problem=st.builds(
+        Problem, id=texts,
+        prompt=st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": texts}), max_size=3)
+        .map(tuple),
+        answer=st.none() | texts | st.integers() | st.lists(floats, max_size=3),
+        metadata=st.dictionaries(texts, texts | floats | st.lists(texts, max_size=2), max_size=3),
+    ),
+    sample=st.integers(0, 9), turns=st.lists(turns, max_size=3).map(tuple),
+    answer=st.none() | texts,
+    grade=st.builds(
+        Grade, score=floats, components=st.dictionaries(texts, floats, max_size=2), detail=texts,
+        seats=st.none() | st.dictionaries(texts, floats, max_size=2),
+    ),
+    observations=st.lists(st.tuples(st.integers(0, 9), texts), max_size=3).map(tuple),
+    environment_tokens=st.integers(0, 99),
+)  # fmt: skip
+
+
+@given(episodes)
+def test_rows_give_episodes_back_exactly(episode):
+    row = json.loads(json.dumps(episode_to_row(episode)))
+    again = episode_from_row(row)
+    assert again == episode
+    assert repr(again) == repr(episode)  # types too: tuples stay tuples, 1.0 stays a float
+
+
+def test_a_row_of_another_version_is_refused():
+    episode = Episode(PROBLEMS[0], 0, (), None, Grade(1.0))
+    row = episode_to_row(episode)
+    with pytest.raises(UserError, match="episode row: an unknown field 'colour'"):
+        episode_from_row({**row, "colour": 1})
+    with pytest.raises(UserError, match="grade row: no field 'detail'"):
+        episode_from_row({**row, "grade": {k: v for k, v in row["grade"].items() if k != "detail"}})
+
+
+LOOPS = """
+import sys
+from satune.play.rollout import run_alone
+
+async def nothing():
+    return []
+
+try:
+    print("on", flush=True)
+    while True:
+        run_alone(nothing, [])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_never_finds_an_event_loop_half_made() -> None:
+    # Most of the time goes into making and closing loops, so that a few of twelve would be found.
+    for number in range(12):
+        going = subprocess.Popen(
+            [sys.executable, "-c", LOOPS], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
+        )  # fmt: skip
+        assert going.stdout is not None
+        going.stdout.readline()
+        time.sleep(0.02 + 0.0007 * number)
+        going.send_signal(signal.SIGINT)
+        _, err = going.communicate(timeout=30)
+        assert (going.returncode, err) == (130, "")
