@@ -311,8 +311,13 @@ class Engine(Protocol):
         self, seat: str, prompt: Prompt, sampling: Sampling, key: Key
     ) -> Completion: ...
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
-        """Take the agent's new weights (None: the engine shares the learner's parameters)."""
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
+        """Take an agent's weights, tensors by parameter name, under their version number.
+
+        A number names one set of weights for ever; the same set may be given again under its own.
+        ``weights`` are good for as long as the call takes: an engine that shares the learner's
+        parameters ignores them, every other one copies them now.
+        """
         ...
 
     def begin(self, key: Key) -> None: ...

@@ -52,8 +52,9 @@ class LocalEngine:
 
     # -- what rollouts call ----------------------------------------------------------------------
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
-        """The agent's weights (the learner's own) changed: forget states of the old ones."""
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
+        """Forget states of the agent's old weights. The new ones are in place: this engine shares
+        the learner's parameters."""
         self.versions[agent] = version
         self._stores[agent].clear()
 

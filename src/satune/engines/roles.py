@@ -69,7 +69,7 @@ class WithRoles:
         chosen = self.roles if key.purpose == _ROLE else self.team
         return await chosen.generate(seat, prompt, sampling, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         self.team.publish(agent, version, weights)
 
     def begin(self, key: Key) -> None:
@@ -119,7 +119,7 @@ class LocalRole:
         ready = Prompt(tuple(messages), ids)
         return await self._engine.generate(_ROLE, ready, sampling, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         raise AssertionError("a role is not trained")
 
     def begin(self, key: Key) -> None: ...
