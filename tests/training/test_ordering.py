@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tiny_world
-from satune.training.ordering import DAMPING, predicted_gain, sweep_order
+from satune.training.ordering import DAMPING, ORDERS, predicted_gain
 from satune.training.run import Training
+from satune.training.sweep import sweep_order
 from satune.training.update import own_turns
 from satune.types import Episode, Grade, Key, Problem, Turn
 
@@ -56,7 +57,7 @@ def test_static_is_the_teams_order_without_the_frozen(run: Training) -> None:
 
 
 def test_random_orders_follow_the_seed_and_the_stage(run: Training) -> None:
-    settings = replace(run.settings, order="random")
+    settings = replace(run.settings, order=ORDERS["random"])
     orders = [tuple(sweep_order(settings, run.learners, [], stage)[0]) for stage in range(1, 61)]
     again = [tuple(sweep_order(settings, run.learners, [], stage)[0]) for stage in range(1, 61)]
     assert orders == again
@@ -68,7 +69,7 @@ def test_random_orders_follow_the_seed_and_the_stage(run: Training) -> None:
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_greedy_takes_the_agent_that_the_reward_depends_on_first(run: Training, agent: str) -> None:
-    settings = replace(run.settings, order="greedy")
+    settings = replace(run.settings, order=ORDERS["greedy"])
     order, scores = sweep_order(settings, run.learners, informative(agent), 1)
     assert order[0] == agent and scores[agent] > 0
     # The others write the same whatever the reward: with opposite advantages their two half
@@ -77,7 +78,7 @@ def test_greedy_takes_the_agent_that_the_reward_depends_on_first(run: Training, 
 
 
 def test_predicted_gain_grows_with_the_root_of_delta(run: Training) -> None:
-    settings = replace(run.settings, order="greedy", deltas={"ann": 0.2})
+    settings = replace(run.settings, order=ORDERS["greedy"], deltas={"ann": 0.2})
     scores = sweep_order(settings, run.learners, informative("ann"), 1)[1]
     base = sweep_order(replace(settings, deltas={}), run.learners, informative("ann"), 1)[1]
     assert scores["ann"] == pytest.approx(base["ann"] * math.sqrt(0.2 / 0.05))
@@ -144,6 +145,6 @@ def test_no_gain_is_predicted_for_an_agent_that_was_silent(run: Training) -> Non
 
 def test_predicting_leaves_no_trace(run: Training) -> None:
     before = run.learners["ann"].export()
-    sweep_order(replace(run.settings, order="greedy"), run.learners, informative("ann"), 1)
+    sweep_order(replace(run.settings, order=ORDERS["greedy"]), run.learners, informative("ann"), 1)
     assert tiny_world.same(run.learners["ann"].export(), before)
     assert all(p.grad is None for p in run.learners["ann"].policy.trainable().values())

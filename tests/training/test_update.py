@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import tiny_world
 from satune.core.trust_region import TrustRegionSettings
 from satune.training.run import Training
-from satune.training.settings import AdvantageSettings, UpdateSettings
-from satune.training.update import Outcome, advantages, groups, improve
+from satune.training.settings import UpdateSettings
+from satune.training.update import Outcome, improve
 from satune.types import Episode, Experience, Grade, Key, Problem, Turn
 
 KEY = Key(0, "train", 1, 1)
@@ -221,34 +221,6 @@ def test_an_agent_that_said_nothing_is_left_alone(recipe: Path, tmp_path: Path) 
     outcome = step(run, replace(experience, episodes=silent))
     assert (outcome.accepted, outcome.event["reason"]) == (False, "the agent wrote nothing")
     assert tiny_world.same(run.learners["ann"].export(), before)
-
-
-# Advantages of a team's episodes
-
-
-def episode(problem: str, reward: float, length: int = 0) -> Episode:
-    turn = Turn("s", "ann", 0, 0, "", "stop", 0, completion_tokens=length)
-    return Episode(Problem.of(problem, "?"), 0, (turn,), None, Grade(reward))
-
-
-def test_advantages_compare_the_episodes_of_one_problem() -> None:
-    episodes = [episode("p", 1.0), episode("q", 0.5), episode("p", 0.0), episode("q", 0.5)]
-    assert groups(episodes).tolist() == [0, 1, 0, 1]
-    # p: mean .5, deviation .5; q: constant.
-    found = advantages(episodes, AdvantageSettings(), agent="", max_new_tokens=0)
-    torch.testing.assert_close(
-        found, torch.tensor([1.0, 0.0, -1.0, 0.0]).double(), atol=1e-5, rtol=0
-    )
-
-
-def test_overlong_turns_are_charged_to_their_agent() -> None:
-    episodes = [episode("p", 1.0, 10), episode("p", 1.0, 8)]
-    settings = AdvantageSettings(normalise=False, overlong_buffer=4)
-    # Limit 10, buffer 4: free up to 6 tokens, then a quarter a token. 10 costs 1, 8 costs .5.
-    found = advantages(episodes, settings, agent="ann", max_new_tokens=10)
-    assert found.tolist() == pytest.approx([-0.25, 0.25])
-    other = advantages(episodes, settings, agent="bob", max_new_tokens=10)
-    assert other.tolist() == [0.0, 0.0]
 
 
 def test_settings_default_to_the_paper() -> None:

@@ -175,7 +175,7 @@ def tests_left(
     """The most tests that may come after ``stage`` whole stages and ``step`` steps of the next one,
     ``uncertified`` steps of which no certificate covers yet."""
     certify = settings.certify
-    if settings.schedule.name == "simultaneous":
+    if settings.schedule.together:
         windows = settings.stages - stage
     else:
         steps = (settings.stages - stage) * agents - step
@@ -186,7 +186,7 @@ def tests_left(
 def _due(training: Training, key: Key) -> bool:
     settings, order = training.settings, training.state.order
     last = key.step == len(order)
-    if settings.schedule.name == "simultaneous" and not last:
+    if settings.schedule.together and not last:
         # Nobody has been given the new weights before the sweep is over.
         return False
     finished = last and key.stage == settings.stages
@@ -312,7 +312,7 @@ def _settle(
     # What was not kept made its weights, or, which spoils it for every schedule, its episodes.
     drawn = (state.stage + 1, state.batch.drawn_before)
     played = any(held.since < drawn for held in change.held.values())
-    weighted = training.settings.schedule.name in ("reuse", "hybrid")
+    weighted = training.settings.schedule.weighted
     state.batch.spent |= played or (weighted and (trial.verdict == "shrunk" or known))
     if not outcome.accepted:
         return outcome

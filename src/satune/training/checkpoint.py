@@ -35,7 +35,7 @@ from satune.types import Episode, UserError
 if TYPE_CHECKING:
     from satune.training.run import State, Training
 
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
 
@@ -250,6 +250,7 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
         "stage": state.stage,
         "step": state.step,
         "order": state.order,
+        "accepted": state.accepted,
         "betas": state.betas,
         "versions": state.versions,
         "opening": state.opening,
@@ -290,7 +291,10 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
 
 def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) -> None:
     state: State = training.state
-    for name in ("stage", "step", "order", "betas", "versions", "opening", "totals", "evaluations"):
+    for name in (
+        "stage", "step", "order", "accepted", "betas", "versions", "opening", "totals",
+        "evaluations",
+    ):  # fmt: skip
         setattr(state, name, fields[name])
     certify = fields["certify"]
     state.certify = CertifyState(

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,8 +17,9 @@ from satune.files.interrupts import uninterrupted
 from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints
 from satune.training.run_directory import RunDirectory
-from satune.training.schedules import Batch, Supply, needs_rollout
+from satune.training.schedules import Batch, needs_rollout
 from satune.training.settings import TrainingSettings
+from satune.training.supply import Supply
 from satune.training.update import Outcome
 from satune.types import Episode, Key
 
@@ -59,7 +60,7 @@ class Watcher(Protocol):
 @dataclass(slots=True)
 class State:
     """Where a run is. ``stage`` counts finished stages, ``step`` finished steps of the next one;
-    ``opening`` is what the stage event will say of its beginning, ``totals`` what the run cost and,
+    ``accepted`` tells which steps of ``order`` the team took; ``opening`` is what the stage event will say of its beginning, ``totals`` what the run cost and,
     under ``updates``, the steps that the team took and still has."""
 
     betas: dict[str, float]
@@ -68,6 +69,7 @@ class State:
     stage: int = 0
     step: int = 0
     order: list[str] = field(default_factory=list)
+    accepted: dict[str, bool] = field(default_factory=dict)
     batch: Batch | None = None
     opening: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, float] = field(
@@ -103,8 +105,7 @@ class Training:
 
     def region(self, agent: str) -> TrustRegionSettings:
         """The trust region with the agent's own δ."""
-        common = self.settings.update.trust_region
-        return replace(common, delta=self.settings.deltas.get(agent, common.delta))
+        return self.settings.region(agent)
 
     def wants_rollout(self, batch: Batch, step: int) -> bool:
         return needs_rollout(self.settings.schedule, batch, step)
@@ -158,7 +159,7 @@ class Training:
         if accepted:
             self.state.versions[agent] += 1
             self.state.totals["updates"] += 1
-        if self.settings.schedule.name != "simultaneous":
+        if not self.settings.schedule.together:
             self.publish(agent)
         elif last:
             for name in self.state.versions:

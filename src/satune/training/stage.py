@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from satune.training.certification import judge
-from satune.training.ordering import sweep_order
 from satune.training.run import Training
 from satune.training.schedules import experience_for
+from satune.training.sweep import sweep_order
 from satune.training.update import improve
 from satune.types import Key
 
@@ -22,7 +22,15 @@ def run_stage(training: Training) -> None:
 
     if state.batch is None:
         state.batch = training.roll_out(stage, step=1)
-        state.order, scores = sweep_order(settings, training.learners, state.batch.episodes, stage)
+        state.order, scores = sweep_order(
+            settings,
+            training.learners,
+            state.batch.episodes,
+            stage,
+            last=state.order,
+            accepted=state.accepted,
+        )
+        state.accepted = {}
         training.open_stage(scores)
 
     for step in range(state.step + 1, len(state.order) + 1):
@@ -30,7 +38,7 @@ def run_stage(training: Training) -> None:
 
         if training.wants_rollout(state.batch, step):
             state.batch = training.roll_out(stage, step)
-        experience = experience_for(settings.schedule.name, state.batch)
+        experience = experience_for(settings.schedule, state.batch)
 
         outcome = improve(
             training.learners[agent],
@@ -44,6 +52,7 @@ def run_stage(training: Training) -> None:
         outcome = judge(training, agent, outcome, Key(settings.seed, "certify", stage, step))
 
         state.betas[agent] = outcome.beta
+        state.accepted[agent] = outcome.accepted
         state.batch.reweight(outcome.log_ratio_E)
         training.take(agent, outcome.accepted, last=step == len(state.order))
         training.record_update(stage, step, agent, outcome)
