@@ -14,11 +14,11 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from satune.agents.loading import AgentSpec, Precision, load_policies
-from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.rendering import ChatRenderer
+from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.loading import served
 from satune.types import Renderer, Sampling, Seat, UserError
 

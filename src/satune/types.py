@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Part = Mapping[str, Any]
 Message = dict[str, Any]
-Purpose = Literal["train", "certify", "evaluate", "swap", "environment", "demonstrate"]
 FinishReason = Literal["stop", "length"]
 
 

@@ -448,7 +448,9 @@ def test_an_objective_of_the_users_own_has_its_options_and_the_terms_beside_it()
         return scale * (batch.weights_E[batch.episode_T] * gap_T**2).sum() / batch.token_total, {}
 
     own = ObjectiveSettings("mine.py:squares", {"scale": 3.0}, beta=0.5, loss=squares)
-    batch = bundle([1.0, -1.0], [0.0, 0.0], [0, 1], [1.0, 1.0], kl_T=torch.tensor([2.0, 4.0]).double())
+    batch = bundle(
+        [1.0, -1.0], [0.0, 0.0], [0, 1], [1.0, 1.0], kl_T=torch.tensor([2.0, 4.0]).double()
+    )
     loss, metrics = objective_loss(batch, own)
     # 3·(1 + 1)/2 + .5·(2 + 4)/2
     assert loss.item() == 4.5 and metrics["policy_loss"] == 3.0 and "clipped" not in metrics

@@ -201,17 +201,17 @@ def test_reuse_weighs_by_the_agents_before(recipe: Path, tmp_path: Path) -> None
     for name in run.learners:
         run.publish(name)
     held = run.supply.batch(1, 1)
-    total = torch.zeros(len(held.episodes), dtype=torch.float64)
+    total, reuse = torch.zeros(len(held.episodes), dtype=torch.float64), SCHEDULES["reuse"]()
     for step, agent in enumerate(("ann", "bob"), start=1):
         outcome = improve(
-            run.learners[agent], agent, experience_for(SCHEDULES["reuse"](), held), run.settings.update,
+            run.learners[agent], agent, experience_for(reuse, held), run.settings.update,
             beta=0.0, cap=None, key=Key(0, "train", 1, step),
         )  # fmt: skip
         held.reweight(outcome.log_ratio_E)
         total += outcome.log_ratio_E
     w = total.exp()
     outcome = improve(
-        run.learners["cat"], "cat", experience_for(SCHEDULES["reuse"](), held),
+        run.learners["cat"], "cat", experience_for(reuse, held),
         replace(run.settings.update), beta=0.0, cap=None, key=Key(0, "train", 1, 3),
     )  # fmt: skip
     assert outcome.event["ess"] == pytest.approx(float(w.sum() ** 2 / w.square().sum()))

@@ -24,6 +24,7 @@ from satune.types import UserError
 
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
+
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
     """What an agent is made from. ``model`` is a directory or a hub id, or says where the model is

@@ -228,10 +228,7 @@ def decisions(recipe: Recipe) -> int:
     certify = recipe.certify
     agents = recipe.team.resolved().agents.values()
     steps = recipe.stages * sum(not agent.frozen for agent in agents)
-    if schedule_of(recipe).together:
-        windows = recipe.stages
-    else:
-        windows = -(-steps // certify.every)
+    windows = recipe.stages if schedule_of(recipe).together else -(-steps // certify.every)
     return max(1, windows) * (1 + certify.backtracks * (certify.accept == "certified"))
 
 

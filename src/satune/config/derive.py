@@ -83,7 +83,7 @@ def section_of(settings: type) -> type[Section]:
 
 @dataclass(frozen=True)
 class Derived:
-    """Marks a field of the recipe whose type is a dataclass: its keys are the dataclass's fields."""
+    """Marks a field of the recipe that is a dataclass: its keys are the dataclass's fields."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         model = section_of(source)

@@ -54,9 +54,12 @@ class GroupCredit:
         rewards_E = torch.tensor(rewards, dtype=torch.float64)
         if self.overlong_buffer > 0:
             longest_E = torch.tensor([_longest(episode, agent) for episode in episodes])
-            rewards_E = rewards_E + overlong_penalty(
-                longest_E, limit=max_new_tokens, buffer=self.overlong_buffer
-            ).double()
+            rewards_E = (
+                rewards_E
+                + overlong_penalty(
+                    longest_E, limit=max_new_tokens, buffer=self.overlong_buffer
+                ).double()
+            )
         return group_advantages(
             rewards_E,
             groups(episodes),

@@ -60,8 +60,9 @@ class Watcher(Protocol):
 @dataclass(slots=True)
 class State:
     """Where a run is. ``stage`` counts finished stages, ``step`` finished steps of the next one;
-    ``accepted`` tells which steps of ``order`` the team took; ``opening`` is what the stage event will say of its beginning, ``totals`` what the run cost and,
-    under ``updates``, the steps that the team took and still has."""
+    ``accepted`` tells which steps of ``order`` the team took, ``opening`` is what the stage event
+    will say of its beginning, ``totals`` what the run cost and, under ``updates``, the steps that
+    the team took and still has."""
 
     betas: dict[str, float]
     versions: dict[str, int]

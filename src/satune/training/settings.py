@@ -18,9 +18,9 @@ from satune.training.schedules import Hybrid, Schedule
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """What is sampled a rollout. ``problems`` × ``samples`` episodes; ``top_p`` and ``top_k`` must
-    stay off. With ``dynamic_sampling`` problems whose rewards are all equal are left out, and others
-    drawn in their place (DAPO)."""
+    """What is sampled a rollout: ``problems`` × ``samples`` episodes. ``top_p`` and ``top_k`` must
+    stay off. With ``dynamic_sampling`` problems whose rewards are all equal are left out, and
+    others drawn in their place (DAPO)."""
 
     problems: Count = 96
     samples: Count = 4
