@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from satune.ranges import Count, MayChange, NotNegative, Positive, Range, Share, Whole
+from satune.ranges import Count, MayChange, NotNegative, Positive, Range, Whole
 
+# What AdamW is asked to do with float32 weights has to be a float32 number.
+Rate = Annotated[float, Range(gt=0, le=1e30)]
+Decay = Annotated[float, Range(ge=0, lt=1)]
 ALL_LINEAR = ("all-linear",)
 
 
@@ -25,10 +28,10 @@ class LoraSpec:
 class OptimizerSettings:
     """AdamW and how a step's mini-batches are cut. ``micro_batch_tokens`` counts padded tokens."""
 
-    lr: Positive = 1e-5
-    weight_decay: NotNegative = 0.01
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    lr: Rate = 1e-5
+    weight_decay: Annotated[float, Range(ge=0, le=1e6)] = 0.01
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Annotated[float, Range(ge=1e-30, le=1e30)] = 1e-8
     warmup_steps: Whole = 0
     max_grad_norm: Positive = 1.0
     micro_batch_tokens: Annotated[Count, MayChange()] = 16384

@@ -18,7 +18,8 @@ from satune.engines.roles import SCRIPTED, with_roles
 from satune.files.lines import JsonLines
 from satune.files.writing import disk_errors, write_atomically
 from satune.play.evaluation import Evaluation, Scores, summarise
-from satune.play.rollout import episode_from_row, episode_to_row, rollout
+from satune.play.rollout import rollout
+from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take, takes
 from satune.types import Episode, Key, Problem, Seat, Task, Turn, UserError

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from satune.agents.learner import LocalLearner
 from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast
@@ -17,17 +19,19 @@ from satune.core.confidence import Spending
 from satune.core.objectives import ObjectiveSettings
 from satune.loading import check_options, load_object
 from satune.play.evaluation import mean_estimate
-from satune.play.rollout import episode_from_row, episode_to_row, rollout_sync
+from satune.play.rollout import rollout_sync
+from satune.play.rows import episode_from_row, episode_to_row
 from satune.tasks.catalog import draw, take
-from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints
 from satune.training.credit import load_credit
 from satune.training.ordering import load_order
-from satune.training.run import State, Training, Watcher
+from satune.training.ports import Watcher
+from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import load_schedule
 from satune.training.self_check import Tolerance
 from satune.training.settings import TrainingSettings, UpdateSettings
+from satune.training.state import State
 from satune.training.supply import Supply
 from satune.types import Episode, Key, Problem, Task, UserError
 
@@ -103,8 +107,8 @@ class LocalWorld:
             progress=lambda done, total: cast.progress(done, total, "rollout"),
         )
 
-    def publish(self, agent: str, version: int) -> None:
-        self.cast.engine.publish(agent, version)
+    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
+        self.cast.engine.publish(agent, version, weights)
 
     def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
         # The same key each time: the same problems and the same uniforms.
@@ -177,11 +181,11 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         supply=Supply(world.draw, settings),
         world=world,
         directory=directory,
-        checkpoints=Checkpoints(directory.checkpoints, recipe.checkpoint.keep),
-        state=State(
-            betas=dict.fromkeys(learners, recipe.trust_region.beta),
-            versions=dict.fromkeys(learners, 0),
-            certify=CertifyState(Spending(recipe.certify.confidence, declared_decisions(recipe))),
+        store=Checkpoints(directory.checkpoints, recipe.checkpoint.keep),
+        state=State.beginning(
+            list(learners),
+            recipe.trust_region.beta,
+            Spending(recipe.certify.confidence, declared_decisions(recipe)),
         ),
         watch=watch,
         evaluates_greedy=recipe.evaluate.greedy,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from satune.agents.messages import TemplateSettings
-from satune.agents.specs import LoraSpec
+from satune.agents.specs import LoraSpec, Rate
 from satune.config.derive import Choice, Derived, Named, OpenSection, Section
 from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
@@ -62,17 +62,18 @@ def served_elsewhere(before: str, after: str) -> bool:
 
 
 class AgentSection(Section):
-    """One agent: a model path, a hub id, ``tiny:<family>-<size>`` or, where it is frozen,
-    ``http://ADDRESS/v1#MODEL``; and what is its own."""
+    """One agent: a model path, a GGUF file, a hub id, ``tiny:<family>-<size>`` or, where it is
+    frozen, ``http://ADDRESS/v1#MODEL``; and what is its own."""
 
     model: Annotated[Text, MayChange(served_elsewhere)]
     temperature: float = 1.0
     template: Annotated[TemplateSettings, Derived()] = TemplateSettings()
     lora: Annotated[LoraSpec, Derived()] | None = None
     delta: float | None = None
-    learning_rate: Positive | None = None
+    learning_rate: Rate | None = None
     frozen: bool = False
     trust_remote_code: bool = False
+    attention: Literal["sdpa", "eager"] | None = None
     server: Annotated[ServerSection | None, MayChange()] = None
 
 

@@ -16,33 +16,8 @@ import torch
 from satune.core.ratios import effective_sample_size
 from satune.loading import load_named
 from satune.ranges import Part, Positive, check
-from satune.types import Episode, Experience, UserError
-
-
-@dataclass(slots=True)
-class Batch:
-    """The experience in use and log w of each episode. ``drawn_before`` is the step it was rolled
-    out for, ``reward`` the mean over all episodes drawn then. ``spent``: its episodes, or
-    the weights that the schedule gives them, are of a change that the gate did not keep as it was.
-    """
-
-    episodes: list[Episode]
-    log_weights: list[float]
-    drawn_before: int
-    reward: float
-    spent: bool = False
-
-    def reweight(self, log_ratio_E: torch.Tensor) -> None:
-        """w ← w · r of the agent just updated."""
-        self.log_weights = [
-            w + float(u) for w, u in zip(self.log_weights, log_ratio_E, strict=True)
-        ]
-
-    @property
-    def heard(self) -> list[float]:
-        """Log w of the episodes that an update learns from: the world's failures left out."""
-        pairs = zip(self.episodes, self.log_weights, strict=True)
-        return [log_weight for episode, log_weight in pairs if not episode.masked]
+from satune.training.state import Batch
+from satune.types import Experience, UserError
 
 
 @dataclass(frozen=True)
@@ -51,7 +26,7 @@ class Schedule:
 
     ``cap`` is the largest weight used in training (None: none; the mass cut off is reported).
     ``weighted``: whether an agent learns with the weights w of the agents before it. ``together``:
-    whether the team takes all steps of a sweep at its end.
+    whether all agents learn from what the team wrote before the sweep and are judged together.
     """
 
     weighted: ClassVar[bool] = True
@@ -68,7 +43,8 @@ class Schedule:
         return type(self).__name__.lower()
 
     def renews(self, batch: Batch) -> bool:
-        """Whether to roll out anew before the next agent, ``batch`` being what there is."""
+        """Whether to roll out anew before the next agent, ``batch`` being what there is. It is
+        asked more than once about one batch."""
         return False
 
     def log_weights(self, batch: Batch) -> Sequence[float]:
@@ -121,7 +97,7 @@ class Stale(Reuse):
 
 
 class Simultaneous(Stale):
-    """All agents learn from one rollout as it was drawn, and the team takes their steps at once."""
+    """All agents learn from one rollout as it was drawn, as if they took their steps at once."""
 
     together = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from satune.agents.specs import OptimizerSettings
@@ -124,3 +124,7 @@ class TrainingSettings:
     def region(self, agent: str) -> TrustRegionSettings:
         """The trust region that holds the agent's steps."""
         return self.update.trust_region.of(self.deltas.get(agent))
+
+    def update_of(self, agent: str) -> UpdateSettings:
+        """The settings of an agent's step, its own trust region among them."""
+        return replace(self.update, trust_region=self.region(agent))

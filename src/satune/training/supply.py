@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from satune.core.advantages import groups_with_variance
 from satune.training.credit import groups
-from satune.training.schedules import Batch
+from satune.training.ports import Draw
 from satune.training.settings import TrainingSettings
+from satune.training.state import Batch
 from satune.types import Episode, Key
-
-Draw = Callable[[Key, int, int], list[Episode]]
-"""(key, offset into the training problems, how many) -> whole groups of episodes."""
 
 MAX_DRAWS = 4
 """Rollouts a step may spend on finding groups whose rewards differ (dynamic sampling)."""

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from satune.agents.ports import Learner
 from satune.training.credit import advantages
 from satune.training.ordering import Sweep, predicted_gain
 from satune.training.settings import TrainingSettings
+from satune.training.state import State
 from satune.training.update import own_turns
-from satune.types import Episode, Key, UserError
+from satune.types import Key, UserError
 
 
 def sweep_order(
     settings: TrainingSettings,
     learners: Mapping[str, Learner],
-    episodes: Sequence[Episode],
+    state: State,
     stage: int,
-    *,
-    last: Sequence[str] = (),
-    accepted: Mapping[str, bool] | None = None,
 ) -> tuple[list[str], dict[str, float]]:
     """The agents to update in this stage, first to last, and the predicted gains if the order asked
     for them. Frozen agents are left out.
 
-    ``last`` and ``accepted`` are those of ``Sweep``. Raises UserError for an order that names
-    nobody, somebody who does not learn, or an agent twice.
+    ``state`` has the stage's first rollout, and the order of the stage before with what the team
+    took of it. Raises UserError for an order that names nobody, somebody who does not learn, or an
+    agent twice.
     """
+    assert state.batch is not None
+    episodes = state.batch.episodes
     names = tuple(name for name, learner in learners.items() if not learner.frozen)
     key = Key(settings.seed, "train", stage)
     scores: dict[str, float] = {}
@@ -46,9 +47,8 @@ def sweep_order(
                 )
         return scores
 
-    sweep = Sweep(
-        stage, names, tuple(last), dict(accepted or {}), episodes, key.rng("order"), gains
-    )
+    last, accepted = tuple(state.order), dict(state.accepted)
+    sweep = Sweep(stage, names, last, accepted, episodes, key.rng("order"), gains)
     order = list(settings.order(sweep))
     known = set(order) <= set(names)
     if not order or not known or len(set(order)) < len(order):
