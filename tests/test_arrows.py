@@ -17,15 +17,16 @@ PACKAGE = ROOT / "src" / "satune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 400
 
-GROUND = {"types", "loading", "thoughts"}
+GROUND = {"types", "loading", "thoughts", "ranges"}
 TRAINING = GROUND | {"files", "core", "agents", "team"}
 ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
     "loading": {"types"},
     "thoughts": set(),
+    "ranges": set(),
     "files": {"types"},
-    "core": set(),
+    "core": {"ranges"},
     "lab": {"core"},
     "agents": GROUND | {"files", "core"},
     "team": GROUND | {"files", "agents"},
@@ -47,6 +48,7 @@ OUTSIDE: dict[str, set[str]] = {
     "types": set(),
     "loading": set(),
     "thoughts": set(),
+    "ranges": set(),
     "core": {"torch", "scipy"},
     "lab": {"numpy", "scipy", "torch"},
     "protocols": set(),

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from satune.types import UserError
+from satune.types import UserError, printable
 
 RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
 Overrides = Annotated[
@@ -55,7 +55,7 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 def say(line: str) -> None:
-    print(" ".join(line.split("\n")), file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def show_result(

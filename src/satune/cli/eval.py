@@ -244,10 +244,16 @@ def evaluate(
                 sum(getattr(engine, name) for engine in servers.engines)
                 for name in ("requests", "repeated", "reused")
             )
+            silent = sum(engine.silent for engine in servers.engines)
             if repeated or reused:
                 display.note(
                     f"{requests} requests, {repeated} of them repetitions; "
                     f"{reused} answers were on file"
+                )
+            if silent:
+                display.note(
+                    f"{silent} replies held reasoning and no content, and count as empty; see the "
+                    "server's reasoning parser, or raise max_new_tokens"
                 )
     except KeyboardInterrupt:
         raise Interrupted(shlex.join(command) if directory.is_dir() else "") from None
