@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from satune.files.events import Event, UpdateEvent
 from satune.types import UserError
@@ -61,7 +62,8 @@ def _of_update(event: UpdateEvent) -> dict[str, float]:
     if "certificate" in event:
         statistical = event["certificate"]["statistical"]
         found |= {f"{agent}/certificate_{name}": statistical[name] for name in ("mean", "lower")}
+    numbers: Mapping[str, Any] = event
     for name in ("beta", "scale", "ess", "objective", "clip_fraction", "grad_norm"):
-        if name in event:
-            found[f"{agent}/{name}"] = event[name]
+        if name in numbers:
+            found[f"{agent}/{name}"] = numbers[name]
     return found
