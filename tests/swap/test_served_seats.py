@@ -196,7 +196,7 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
         assert found.pop("out") == str(world / out)
         return found
 
-    server.set(delay=0.05)
+    server.set(limit=server.seen()["requests"] + 16)
     going = subprocess.Popen(
         [sys.executable, "-m", "satune", *command("killed")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=KEYED,
@@ -209,7 +209,8 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
     assert not (world / "killed").exists()
     # What was under way when it died had no reader.
     read = len(answers.read_text().splitlines())
-    server.set(delay=0.0, requests=0)
+    server.idle()
+    server.set(requests=0)
     first = result_of("killed")
     asked = server.seen()["requests"]
     server.fresh(key="s3cret")
