@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import ENVIRONMENT, Run, refused, satune  # noqa: F401
-from test_swapping import digests, go_on, state_of, trained
 
 import faulty_server
 import tiny_world
+from command_line import ENVIRONMENT, Run, refused, satune  # noqa: F401
 from faulty_server import FAULTS, Server
 from satune.commands.train import check_recipe_unchanged
 from satune.config.load import load_recipe, save_recipe
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError
+from swapped_teams import digests, go_on, state_of, trained
 
 MY_KEY = ("--server-option", "api_key_env=MY_KEY")
 BOB = "team.agents.bob.model=http://host/v1#good"
