@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from satune.files.lines import read_lines
 from satune.files.writing import disk_errors, strict_json, write_atomically
 from satune.training.run_directory import RunDirectory
-from satune.types import UserError
+from satune.types import UserError, ids_of, logprobs_of
 
 
 @pytest.fixture
@@ -25,6 +25,13 @@ def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "run")
     directory.start()
     return directory
+
+
+def episode(name: str) -> dict[str, Any]:
+    """A row of one turn whose ids are the name's letters."""
+    ids = ids_of(name.encode())
+    turn = {"prompt_ids": ids, "completion_ids": ids, "sampled_logprobs": logprobs_of([-0.5])}
+    return {"id": name, "turns": [turn]}
 
 
 # Events and episodes
@@ -80,11 +87,11 @@ def test_strict_json_is_one_line_and_exact(value: Any) -> None:
 
 def test_a_text_with_line_separators_stays_one_row(run: RunDirectory) -> None:
     # The last one is half a surrogate pair, which UTF-8 cannot hold.
-    rows = [{"text": "a\nb\u2028c\x85d\re"}, {"text": "\ud800"}]
+    rows = [{"text": "a\nb\u2028c\x85d\re", "turns": []}, {"text": "\ud800", "turns": []}]
     run.append_episodes(3, rows)
-    run.append_episodes(3, [{"text": "g"}])
+    run.append_episodes(3, [{"text": "g", "turns": []}])
     assert (run.episodes / "stage-0003.jsonl").exists()
-    assert run.read_episodes(3) == [*rows, {"text": "g"}]
+    assert run.read_episodes(3) == [*rows, {"text": "g", "turns": []}]
     assert run.read_episodes(4) == []
 
 
@@ -110,35 +117,38 @@ def test_no_file_has_no_lines(tmp_path: Path) -> None:
 
 def test_truncate_restores_what_sizes_saw(run: RunDirectory) -> None:
     run.append_event("stage", stage=1)
-    run.append_episodes(1, [{"id": "a"}])
+    run.append_episodes(1, [episode("a")])
     sizes = json.loads(json.dumps(run.sizes()))
-    held = {path: path.read_bytes() for path in (run.events, run.episodes / "stage-0001.jsonl")}
+    names = (run.events, run.episodes / "stage-0001.jsonl", run.episodes / "stage-0001.arrays")
+    held = {path: path.read_bytes() for path in names}
     run.append_event("stage", stage=2)
-    run.append_episodes(1, [{"id": "b"}])
-    run.append_episodes(2, [{"id": "c"}])
+    run.append_episodes(1, [episode("b")])
+    run.append_episodes(2, [episode("c")])
     with open(run.events, "ab") as file:
         file.write(b'{"half')
     run.write_summary({"stages": 2})
     run.truncate(sizes)
     assert {path: path.read_bytes() for path in held} == held
-    assert not (run.episodes / "stage-0002.jsonl").exists()
+    assert {path.name for path in run.episodes.iterdir()} == {path.name for path in names[1:]}
     assert not run.finished
     assert run.sizes() == sizes
     run.append_event("stage", stage=2)
     assert [event["stage"] for event in run.read_events()] == [1, 2]
+    run.append_episodes(1, [episode("d")])
+    assert run.read_episodes(1) == [episode("a"), episode("d")]
 
 
 def test_sizes_of_a_run_without_lines(run: RunDirectory) -> None:
     assert run.sizes() == {"events": 0, "episodes": {}}
     run.append_event("run")
-    run.append_episodes(0, [{"id": "a"}])
+    run.append_episodes(0, [episode("a")])
     run.truncate({"events": 0, "episodes": {}})
     assert run.sizes() == {"events": 0, "episodes": {}}
 
 
 def test_a_file_shorter_than_recorded_changes_nothing(run: RunDirectory) -> None:
     run.append_event("stage", stage=1)
-    run.append_episodes(1, [{"id": "a"}])
+    run.append_episodes(1, [episode("a")])
     before = run.events.read_bytes()
     with pytest.raises(UserError, match=r"stage-0001\.jsonl: holds \d+ bytes where .* 999"):
         run.truncate({"events": 0, "episodes": {"stage-0001.jsonl": 999}})

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from satune.types import Ids, LogProbs, Turn, ids_of
+from satune.files.arrays import merge
+from satune.types import Ids, LogProbs, Turn
 
 # Larger batches are no faster on a CPU, and their activations are taken from and given back to the
 # operating system each time, which is slow.
@@ -159,27 +160,27 @@ def pack(own_turns: Sequence[Sequence[Turn]]) -> PackedTurns:
     episode_N: list[int] = []
     token = 0
     for episode, written in enumerate(own_turns):
-        open_sequences: list[tuple[Ids, list[Span]]] = []
+        merged: list[Ids] = []
+        spans: list[list[Span]] = []
         for turn in written:
             prompt, completion = turn.prompt_ids, turn.completion_ids
             if prompt is None or completion is None:
                 raise ValueError(
                     f"a turn of seat {turn.seat!r} has no token ids: it cannot be trained on"
                 )
-            extended = next((s for s in open_sequences if prompt[: len(s[0])] == s[0]), None)
-            if extended is None:
-                extended = (ids_of(), [])
-                open_sequences.append(extended)
-            ids, spans = extended
-            ids.extend(prompt[len(ids) :])
-            spans.append(Span(len(ids), token, len(completion)))
-            ids.extend(completion)
+            place = merge(merged, prompt, completion)
+            if place == len(spans):
+                spans.append([])
+            spans[place].append(Span(len(prompt), token, len(completion)))
             completions.append(completion)
             if turn.sampled_logprobs is not None:
                 sampled.append(turn.sampled_logprobs)
             episode_N.append(episode)
             token += len(completion)
-        sequences.extend(TokenSequence(ids, tuple(spans), episode) for ids, spans in open_sequences)
+        sequences.extend(
+            TokenSequence(ids, tuple(of_ids), episode)
+            for ids, of_ids in zip(merged, spans, strict=True)
+        )
     count_N = torch.tensor([len(ids) for ids in completions], dtype=torch.long)
     sampled_T = _joined(sampled, np.float32)
     return PackedTurns(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from satune.files.writing import disk_errors, strict_json
+from satune.files.writing import append_bytes, disk_errors, strict_json
 from satune.types import UserError
 
 
@@ -16,11 +16,7 @@ def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     Raises UserError where the disk refuses.
     """
-    path = Path(path)
-    data = "".join(f"{strict_json(row)}\n" for row in rows).encode()
-    with disk_errors(path), open(path, "ab", buffering=0) as file:
-        while data:
-            data = data[file.write(data) or 0 :]
+    append_bytes(Path(path), ["".join(f"{strict_json(row)}\n" for row in rows).encode()])
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

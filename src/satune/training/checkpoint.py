@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, unchanged files linked, damage noticed and named.
 
 A checkpoint is a directory written beside and renamed: ``state.json``, an agent's weights and
-optimiser as safetensors, and the experience still in use. Nothing in it depends on the number of
-processes. state.json lists every file with its size and digest.
+optimiser as safetensors, and the experience still in use, text and arrays (``files.arrays``).
+Nothing in it depends on the number of processes. state.json lists every file with its size and
+digest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.core.confidence import Spending
-from satune.files.lines import append_lines, read_lines
+from satune.files.arrays import append_rows, read_rows
 from satune.files.writing import (
     WRITING,
     identity,
@@ -35,7 +36,7 @@ from satune.types import Episode, UserError
 if TYPE_CHECKING:
     from satune.training.run import State, Training
 
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
 
@@ -89,8 +90,9 @@ class Checkpoints:
                 files[relative] = identity(beside / relative)
             if state.batch is not None:
                 rows = (training.world.to_row(e) for e in state.batch.episodes)
-                append_lines(beside / "experience.jsonl", rows)
-                files["experience.jsonl"] = identity(beside / "experience.jsonl")
+                append_rows(beside / "experience.jsonl", rows)
+                for path in sorted(beside.glob("experience.*")):
+                    files[path.name] = identity(path)
             write_atomically(
                 beside / "state.json",
                 strict_json(_state_to_json(training, files)) + "\n",
@@ -310,7 +312,7 @@ def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) 
     state.batch = None
     if batch is not None:
         episodes: list[Episode] = [
-            training.world.from_row(row) for row in read_lines(path / "experience.jsonl")
+            training.world.from_row(row) for row in read_rows(path / "experience.jsonl")
         ]
         state.batch = Batch(
             episodes,

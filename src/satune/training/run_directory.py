@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from satune.files.arrays import append_rows, arrays_beside, read_rows
 from satune.files.lines import append_lines, read_lines
 from satune.files.writing import disk_errors, strict_json, sync_directory, write_atomically
 from satune.types import UserError
@@ -75,11 +76,15 @@ class RunDirectory:
         """Add one event. ``time`` is when it was written, in UTC, and the only timestamp."""
         assert "event" not in fields and "time" not in fields
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._append(self.events, [{"event": kind, "time": now, **fields}])
+        append_lines(self.events, [{"event": kind, "time": now, **fields}])
+        self._unsynced.add(self.events)
 
     def append_episodes(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add conversations of ``stage`` (from 1; 0: before training) to the stage's file."""
-        self._append(self.episodes / f"stage-{stage:04d}.jsonl", rows)
+        """Add conversations of ``stage`` (from 1; 0: before training) to the stage's files: rows of
+        episodes as ``files.arrays.append_rows`` takes them."""
+        path = self.episodes / f"stage-{stage:04d}.jsonl"
+        append_rows(path, rows)
+        self._unsynced |= {path, arrays_beside(path)} & set(self.episodes.iterdir())
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events in order. A last line that was still being written is left out.
@@ -90,7 +95,7 @@ class RunDirectory:
 
     def read_episodes(self, stage: int) -> list[dict[str, Any]]:
         """The conversations of ``stage``, as ``read_events``."""
-        return read_lines(self.episodes / f"stage-{stage:04d}.jsonl")
+        return read_rows(self.episodes / f"stage-{stage:04d}.jsonl")
 
     def sizes(self) -> dict[str, Any]:
         """{"events": bytes, "episodes": {file name: bytes}}, safely on disk when this returns."""
@@ -102,7 +107,7 @@ class RunDirectory:
                 sync_directory(self.episodes)
                 sync_directory(self.path)
             self._unsynced.clear()
-        files = sorted(self.episodes.glob("*.jsonl"))
+        files = self._files_of_episodes()
         return {
             "events": self.events.stat().st_size if self.events.exists() else 0,
             "episodes": {path.name: path.stat().st_size for path in files},
@@ -128,7 +133,7 @@ class RunDirectory:
                 if path.exists():
                     os.truncate(path, size)
                     self._unsynced.add(path)
-            for path in self.episodes.glob("*.jsonl"):
+            for path in self._files_of_episodes():
                 if path.name not in kept:
                     path.unlink()
                     self._unsynced.discard(path)
@@ -138,6 +143,5 @@ class RunDirectory:
         """Write summary.json, the last act of a run."""
         write_atomically(self.summary, strict_json(summary) + "\n")
 
-    def _append(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-        append_lines(path, rows)
-        self._unsynced.add(path)
+    def _files_of_episodes(self) -> list[Path]:
+        return sorted(p for p in self.episodes.iterdir() if p.suffix in (".jsonl", ".arrays"))
