@@ -1,4 +1,4 @@
-"""Arrays of episodes on disk: what lies where, what is stored once, what a kill or damage leaves."""
+"""Arrays of episodes on disk: what lies where, what is stored once, what a kill leaves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from satune.files.arrays import append_rows, arrays_beside, merge, read_rows, shared_prefix
@@ -87,6 +87,7 @@ rows_of_turns = st.lists(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(rows_of_turns, max_size=3))
 def test_rows_come_back_exactly(tmp_path_factory: pytest.TempPathFactory, calls: Any) -> None:
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
