@@ -73,7 +73,7 @@ class ScriptedEngine:
             text, "stop", 0, ids, logprobs_of(-0.1 * (i + 1) for i in ids), len(entries), len(ids)
         )
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         raise AssertionError("a scripted engine takes no weights")
 
     def begin(self, key: Key) -> None:

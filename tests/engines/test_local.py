@@ -370,7 +370,7 @@ def test_publish_forgets_states_of_the_old_weights():
         with torch.no_grad():
             for parameter in policy.trainable().values():
                 parameter.mul_(1.2)
-        engine.publish("a", 3)
+        engine.publish("a", 3, {})
         ids = (1, 2, *(first.ids or ()), 4)
         second = await engine.generate("a", prompt(ids), SAMPLING, key.at(own_index=1))
         engine.end(key)

@@ -27,7 +27,7 @@ class Served(ScriptedEngine):
         super().__init__(lambda seat, entries, key: says, {"bob": delay})
         self.news: list[str] = []
 
-    def publish(self, agent: str, version: int, weights: object = None) -> None:
+    def publish(self, agent: str, version: int, weights: object) -> None:
         self.news.append(agent)
 
 
@@ -95,8 +95,8 @@ def test_each_seat_is_written_by_its_own_engine_beside_a_local_one() -> None:
         e.turns[0].completion_ids for e in episodes
     ]
     assert len(served.begun) == len(served.ended) == 12
-    engine.publish("bob", 1)
-    engine.publish("ann", 3)
+    engine.publish("bob", 1, {})
+    engine.publish("ann", 3, {})
     assert served.news == ["bob"] and local.versions["ann"] == 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,8 +71,8 @@ class Stage:
         self.bob, self.ann = bob, ann
         self.engine = LocalEngine({"bob": bob, "ann": ann}, {"bob": "bob", "ann": "ann"})
 
-    def publish(self, version: int) -> None:
-        self.engine.publish("ann", version)
+    def publish(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        self.engine.publish("ann", version, weights)
 
     def draw(self, key: Key, offset: int, count: int) -> list[Episode]:
         async def one(own: Key, prompt: tuple[int, ...]) -> Episode:
@@ -305,7 +305,7 @@ def test_what_is_not_finite_is_refused():
 
 def test_old_weights_in_the_engine_stop_it():
     with pytest.raises(RuntimeError, match="not given the new weights"):
-        swapped(policies(), SETTINGS, publish=lambda version: None)
+        swapped(policies(), SETTINGS, publish=lambda version, weights: None)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ from satune.cli.common import (
     Interrupted,
     Overrides,
     RecipeFile,
+    UnsafeChecks,
     open_console,
     quiet_libraries,
     say,
     shipped_recipe,
     show_result,
 )
+from satune.files.events import Event
 from satune.loading import served
 
 
@@ -38,6 +40,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
     resume_from: Annotated[str | None, typer.Option(help="go on from this checkpoint")] = None,
+    unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the team of a recipe."""
@@ -48,6 +51,7 @@ def train(
     resume = resume or resume_from is not None
     directory = out or (resume and _own_run(path)) or Path("runs") / path.stem
     command = ["satune", "train", recipe, *(overrides or []), "--out", str(directory), "--resume"]
+    command += ["--unsafe-checks"] if unsafe_checks else []
     summary = run_training(
         loaded, directory, resume=resume, checkpoint=resume_from, command=shlex.join(command)
     )
@@ -126,15 +130,15 @@ def _train(
         if resume and name is None:
             # What a run left that ended before its first checkpoint would stand there twice.
             directory.truncate({"events": 0, "episodes": {}})
-        watchers: list[Callable[..., None]] = [display.watch]
+        watchers: list[Callable[[Event], None]] = [display.watch]
         if recipe.log.tensorboard:
             watchers.append(stack.enter_context(scalar_writer(directory.path / "tensorboard")))
 
-        def watch(kind: str, fields: Any) -> None:
+        def watch(event: Event) -> None:
             for watcher in watchers:
-                watcher(kind, fields)
-            if kind == "stage":
-                display.stages(fields["stage"], recipe.stages)
+                watcher(event)
+            if event["event"] == "stage":
+                display.stages(event["stage"], recipe.stages)
 
         training = start_training(cast, directory, watch)
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)

@@ -13,6 +13,7 @@ from typing import Any
 
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore
+from satune.engines.probe import refuse_unservable
 from satune.engines.rows import Conversation, Request, Rows, conversation_of
 from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of, logprobs_of
 
@@ -47,13 +48,13 @@ class LocalEngine:
         self._changes = 0
         self._changed: asyncio.Event | None = None
         for name, policy in self.policies.items():
-            for part in policy.parts:
-                _refuse_recurrent(name, part.config)
+            refuse_unservable(name, policy)
 
     # -- what rollouts call ----------------------------------------------------------------------
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
-        """The agent's weights (the learner's own) changed: forget states of the old ones."""
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
+        """Forget states of the agent's old weights. The new ones are in place: this engine shares
+        the learner's parameters."""
         self.versions[agent] = version
         self._stores[agent].clear()
 
@@ -194,15 +195,4 @@ class LocalEngine:
                 prompt_tokens=len(request.ids),
                 completion_tokens=len(request.written),
             )
-        )
-
-
-def _refuse_recurrent(agent: str, config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or [])
-    other = kinds - {"full_attention", "sliding_attention"}
-    if other or getattr(config, "ssm_cfg", None) or hasattr(config, "state_size"):
-        found = ", ".join(sorted(other)) or type(config).__name__
-        raise UserError(
-            f"agent {agent}: the local engine serves attention layers only, it has {found}; "
-            "choose another model"
         )

@@ -56,6 +56,11 @@ def arrays_beside(path: Path) -> Path:
     return path.with_suffix(".arrays")
 
 
+def files_of_rows(path: Path) -> list[Path]:
+    """Those of the two files of rows that are there."""
+    return [file for file in (arrays_beside(path), path) if file.exists()]
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Add rows of episodes to ``path`` and the arrays of their turns to the file beside it.
 

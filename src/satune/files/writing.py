@@ -69,13 +69,18 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 def append_bytes(path: Path, parts: Iterable[bytes | Ids | LogProbs]) -> None:
     """Add bytes to a file, which is made if need be. A killed process leaves a prefix of them.
 
-    Raises UserError where the disk refuses.
+    Raises UserError where the disk refuses; the file is then as it was.
     """
     with disk_errors(path), open(path, "ab", buffering=0) as file:
-        for part in parts:
-            left = memoryview(part).cast("B")
-            while left:
-                left = left[file.write(left) or 0 :]
+        whole = file.tell()
+        try:
+            for part in parts:
+                left = memoryview(part).cast("B")
+                while left:
+                    left = left[file.write(left) or 0 :]
+        except OSError:
+            file.truncate(whole)  # or what comes next would be glued to half of this
+            raise
 
 
 def sync_directory(path: str | Path) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from satune.files.arrays import append_rows, arrays_beside, read_rows
-from satune.files.lines import append_lines, read_lines
+from satune.files.arrays import append_rows, files_of_rows, read_rows
+from satune.files.events import Event, append_event, read_events
 from satune.files.writing import disk_errors, strict_json, sync_directory, write_atomically
 from satune.types import UserError
 
@@ -72,11 +71,9 @@ class RunDirectory:
         write_atomically(probe, "")
         probe.unlink()
 
-    def append_event(self, kind: str, **fields: Any) -> None:
-        """Add one event. ``time`` is when it was written, in UTC, and the only timestamp."""
-        assert "event" not in fields and "time" not in fields
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        append_lines(self.events, [{"event": kind, "time": now, **fields}])
+    def append_event(self, event: Event) -> None:
+        """Add one event, with the time."""
+        append_event(self.events, event)
         self._unsynced.add(self.events)
 
     def append_episodes(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -84,14 +81,14 @@ class RunDirectory:
         episodes as ``files.arrays.append_rows`` takes them."""
         path = self.episodes / f"stage-{stage:04d}.jsonl"
         append_rows(path, rows)
-        self._unsynced |= {path, arrays_beside(path)} & set(self.episodes.iterdir())
+        self._unsynced |= set(files_of_rows(path))
 
-    def read_events(self) -> list[dict[str, Any]]:
+    def read_events(self) -> list[Event]:
         """All events in order. A last line that was still being written is left out.
 
         Raises ``UserError`` with file and line for any other damaged line.
         """
-        return read_lines(self.events)
+        return read_events(self.events)
 
     def read_episodes(self, stage: int) -> list[dict[str, Any]]:
         """The conversations of ``stage``, as ``read_events``."""
@@ -144,4 +141,5 @@ class RunDirectory:
         write_atomically(self.summary, strict_json(summary) + "\n")
 
     def _files_of_episodes(self) -> list[Path]:
-        return sorted(p for p in self.episodes.iterdir() if p.suffix in (".jsonl", ".arrays"))
+        # A killed process may have left numbers whose rows were not written.
+        return sorted((*self.episodes.glob("*.jsonl"), *self.episodes.glob("*.arrays")))
