@@ -79,7 +79,8 @@ def append_bytes(path: Path, parts: Iterable[bytes | Ids | LogProbs]) -> None:
                 while left:
                     left = left[file.write(left) or 0 :]
         except OSError:
-            file.truncate(whole)  # or what comes next would be glued to half of this
+            if path.is_file():  # or what comes next would be glued to half of this
+                file.truncate(whole)
             raise
 
 

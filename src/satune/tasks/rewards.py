@@ -145,7 +145,7 @@ class FunctionReward:
             raise UserError(
                 f"reward {self.name}: its value is {_short(value)}; return a finite number"
             )
-        if not self._lowest <= value <= self._highest:
+        if not self._lowest <= float(value) <= self._highest:
             raise UserError(
                 f"reward {self.name}: its value {_short(value)} lies outside "
                 f"[{self._lowest:g}, {self._highest:g}]; set reward_range: [lowest, highest]"
