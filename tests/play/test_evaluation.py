@@ -55,6 +55,15 @@ def test_figures_by_hand():
     assert result.tokens == 24 and result.samples == 4
 
 
+def test_an_evaluation_keeps_no_ids():
+    result = run()
+    turns = [turn for e in result.episodes for turn in e.turns]
+    assert len(turns) == 24 and all(turn.completion_tokens == 1 for turn in turns)
+    assert {(t.prompt_ids, t.completion_ids, t.sampled_logprobs) for t in turns} == {
+        (None, None, None)
+    }
+
+
 def test_seats_are_graded_by_their_last_message():
     result = run(per_seat=True)
     assert result.seat("ann").mean == 1.0 and result.seat("bob").mean == result.avg_at_k

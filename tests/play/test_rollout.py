@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from satune.files.arrays import append_rows, read_rows
 from satune.play.rollout import play, rollout, rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.discussion import debate
@@ -33,7 +34,7 @@ from satune.types import (
     ids_of,
     logprobs_of,
 )
-from scripted import Letters, ScriptedEngine, team
+from scripted import EntriesRenderer, Letters, ScriptedEngine, team
 
 KEY = Key(3, "train", stage=2, step=1)
 PROBLEMS = [Problem.of("p0", "?", "a"), Problem.of("p1", "?", "b")]
@@ -266,6 +267,27 @@ def test_credits_go_to_seats_that_exist():
         )  # fmt: skip
 
 
+def test_turns_without_ids_are_else_the_same():
+    """The view is told of the whole completion all the same: the next prompt goes on from it."""
+    renderer = EntriesRenderer()
+
+    def played(**options):
+        return asyncio.run(
+            rollout(
+                PROBLEMS, 2, KEY, seats=team("ann", renderer=renderer), protocol=solo,
+                engine=ScriptedEngine(keyed), task=Letters(), **options,
+            )
+        )  # fmt: skip
+
+    with_ids, without = played(), played(keep_ids=False)
+    assert all(t.completion_ids and t.sampled_logprobs for e in with_ids for t in e.turns)
+    none = {"prompt_ids": None, "completion_ids": None, "sampled_logprobs": None}
+    assert without == [
+        replace(e, turns=tuple(replace(t, **none) for t in e.turns)) for e in with_ids
+    ]
+    assert all(c.ids for _, view in renderer.views for c in view.written)
+
+
 def test_no_problems_no_episodes():
     assert rollout_sync(
         [], 2, KEY, seats=team("ann"), protocol=solo, engine=ScriptedEngine(keyed), task=Letters()
@@ -273,7 +295,7 @@ def test_no_problems_no_episodes():
 
 
 texts = st.text(max_size=20)
-floats = st.floats(allow_nan=False)
+floats = st.floats(allow_nan=False, allow_infinity=False)
 singles = st.floats(allow_nan=False, width=32)
 turns = st.builds(
     Turn, seat=texts, agent=texts, moment=st.integers(0, 9), own_index=st.integers(0, 9),
@@ -303,9 +325,12 @@ episodes = st.builds(
 )  # fmt: skip
 
 
+@settings(max_examples=50, deadline=None)
 @given(episodes)
-def test_rows_give_episodes_back_exactly(episode):
-    row = json.loads(json.dumps(episode_to_row(episode)))
+def test_rows_give_episodes_back_exactly(tmp_path_factory, episode):
+    path = tmp_path_factory.mktemp("rows") / "a.jsonl"
+    append_rows(path, [episode_to_row(episode)])
+    (row,) = read_rows(path)
     again = episode_from_row(row)
     assert again == episode
     assert repr(again) == repr(episode)  # types too: tuples stay tuples, 1.0 stays a float

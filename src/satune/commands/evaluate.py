@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,8 @@ async def examine(
         progress=lambda done, total: progress(done, total, named["name"]),
         concurrency=wanted.concurrency or candidate.conversations,
         finished=finished,
-        keep=lambda episode: file.append(episode_to_row(_without_ids(episode))),
+        keep=lambda episode: file.append(episode_to_row(episode)),
+        keep_ids=False,
     )
     # In an environment a message is no answer, and a seat that never spoke has nothing to grade.
     acting = getattr(task, "environment", None) is not None
@@ -294,12 +295,3 @@ def _hold_against(out: Path, settings: dict[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _without_ids(episode: Episode) -> Episode:
-    """Token ids and log-probabilities are for training, and many times what the text takes."""
-    turns = tuple(
-        replace(turn, prompt_ids=None, completion_ids=None, sampled_logprobs=None)
-        for turn in episode.turns
-    )
-    return replace(episode, turns=turns)

@@ -26,7 +26,8 @@ class Talk:
     """One conversation of the seats on one problem: the ``Conversation`` a protocol is handed.
 
     ``rng`` serves the protocol's own draws; it depends on the key only, so that it is the same
-    whatever else is being played. Draw a route before the first message.
+    whatever else is being played. Draw a route before the first message. ``keep_ids`` False gives
+    turns without ids and log-probabilities, which only training reads.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Talk:
         engine: Engine,
         task: Task,
         acting: bool = False,
+        keep_ids: bool = True,
     ) -> None:
         self.problem = problem
         self.acting = acting
@@ -49,6 +51,7 @@ class Talk:
         self._by_name = {seat.name: seat for seat in seats}
         self._engine = engine
         self._task = task
+        self._keep_ids = keep_ids
         self._views: dict[str, View] = {}
         # Who sees an entry (None: everybody) beside the entry as its readers but its writer see it.
         self._log: list[tuple[tuple[str, ...] | None, Entry]] = [
@@ -146,9 +149,9 @@ class Talk:
             text=prompt.opening + completion.text,
             finish_reason=completion.finish_reason,
             version=completion.version,
-            prompt_ids=prompt.ids,
-            completion_ids=completion.ids,
-            sampled_logprobs=completion.logprobs,
+            prompt_ids=prompt.ids if self._keep_ids else None,
+            completion_ids=completion.ids if self._keep_ids else None,
+            sampled_logprobs=completion.logprobs if self._keep_ids else None,
             dropped=prompt.dropped,
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,

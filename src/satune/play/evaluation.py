@@ -152,7 +152,7 @@ async def evaluate_async(
     concurrency: int | None = None,
     per_seat: bool = False,
 ) -> Evaluation:
-    """Play ``samples`` episodes of each problem and score them.
+    """Play ``samples`` episodes of each problem and score them. Their turns hold no ids.
 
     ``per_seat`` also grades each seat's last message by itself (a seat that said nothing scores
     0); not in an environment, where a message is no answer. Raises UserError for no problems, for
@@ -172,6 +172,7 @@ async def evaluate_async(
         task=task,
         progress=progress,
         concurrency=concurrency,
+        keep_ids=False,
     )
     names = [seat.name for seat in seats] if per_seat else []
     return summarise(episodes, samples, task, names)

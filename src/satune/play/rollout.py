@@ -77,6 +77,7 @@ async def rollout(
     concurrency: int | None = None,
     finished: Mapping[tuple[str, int], Episode] | None = None,
     keep: Keep | None = None,
+    keep_ids: bool = True,
 ) -> list[Episode]:
     """``samples`` episodes of each problem, ordered by problem, then by sample.
 
@@ -85,7 +86,9 @@ async def rollout(
     starts: a local engine waits for all open ones before it decodes a batch.
 
     ``finished`` holds episodes of an earlier call by problem id and sample, which are not played
-    again; ``keep`` is given each one that is played, as soon as it has ended.
+    again; ``keep`` is given each one that is played, as soon as it has ended. ``keep_ids`` False
+    leaves ids and log-probabilities out of their turns: only training reads them, and they take
+    many times what the text does.
 
     The first failure cancels the rest and is raised as it is. Raises UserError for two problems
     with one id, for ``samples`` or ``concurrency`` below 1, and as ``play``.
@@ -115,7 +118,13 @@ async def rollout(
             progress(before + done, len(wanted))
 
     played = await play_jobs(
-        jobs, protocol=protocol, task=task, progress=shown, concurrency=concurrency, keep=keep
+        jobs,
+        protocol=protocol,
+        task=task,
+        progress=shown,
+        concurrency=concurrency,
+        keep=keep,
+        keep_ids=keep_ids,
     )
     known = {**had, **{(episode.problem.id, episode.sample): episode for episode in played}}
     return [known[job.problem.id, job.key.sample] for job in wanted]
@@ -139,6 +148,7 @@ async def play_jobs(
     progress: Progress | None = None,
     concurrency: int | None = None,
     keep: Keep | None = None,
+    keep_ids: bool = True,
 ) -> list[Episode]:
     """The episodes of ``jobs`` in their order, as ``rollout`` plays them: episodes of one call may
     differ in who sits where. No two jobs of one engine have equal keys."""
@@ -158,7 +168,9 @@ async def play_jobs(
         nonlocal done
         job = jobs[number]
         try:
-            episode = await _converse(job.problem, job.key, job.seats, protocol, job.engine, task)
+            episode = await _converse(
+                job.problem, job.key, job.seats, protocol, job.engine, task, keep_ids=keep_ids
+            )
         finally:
             end(number)
         done += 1
@@ -255,10 +267,18 @@ async def _converse(
     protocol: TeamProtocol,
     engine: Engine,
     task: Task,
+    *,
+    keep_ids: bool = True,
 ) -> Episode:
     make_environment = getattr(task, "environment", None)
     talk = Talk(
-        problem, key, seats=seats, engine=engine, task=task, acting=make_environment is not None
+        problem,
+        key,
+        seats=seats,
+        engine=engine,
+        task=task,
+        acting=make_environment is not None,
+        keep_ids=keep_ids,
     )
     environment_tokens = 0
     calls = 0
