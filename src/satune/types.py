@@ -16,6 +16,12 @@ Part = Mapping[str, Any]
 Message = dict[str, Any]
 Purpose = Literal["train", "certify", "evaluate", "swap", "environment", "demonstrate"]
 FinishReason = Literal["stop", "length"]
+Progress = Callable[[int, int, str], None]
+"""(done, of how many, of what), called while something long goes on."""
+
+
+def no_progress(done: int, total: int, what: str) -> None:
+    """Shows nothing."""
 
 
 class UserError(ValueError):
@@ -175,6 +181,7 @@ class EpisodeFailure(Exception):
 
     ``policy`` tells whose failure it is: the policy's own (what it wrote led to it: the context is
     full, the server's filter refused the text) or the world's (a connection, a server, a worker).
+    ``reason`` begins with the kind of failure and a colon: "context: a prompt of 900 tokens ...".
     """
 
     def __init__(self, reason: str, *, policy: bool) -> None:
@@ -190,6 +197,11 @@ class Failure:
 
     reason: str
     policy: bool
+
+    @property
+    def kind(self) -> str:
+        """What the reason begins with, up to its first colon."""
+        return self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +236,16 @@ class Episode:
     def masked(self) -> bool:
         """Whether the world ended it: no update may learn from it, no group may count it."""
         return self.failure is not None and not self.failure.policy
+
+
+def count_failures(episodes: Iterable[Episode]) -> dict[str, dict[str, int]]:
+    """How many of the episodes failed: {"policy": {kind: count}, "world": {kind: count}}."""
+    counts: dict[str, dict[str, int]] = {"policy": {}, "world": {}}
+    for failure in (episode.failure for episode in episodes):
+        if failure is not None:
+            of = counts["policy" if failure.policy else "world"]
+            of[failure.kind] = of.get(failure.kind, 0) + 1
+    return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +332,8 @@ class Task(Protocol):
     """Problems and how answers to them are graded.
 
     ``extract`` reads the answer out of a message (None: there is none), ``equal`` compares two
-    extracted answers (majority votes use it), ``grade`` takes a whole message.
+    extracted answers (majority votes use it), ``grade`` takes a whole message. Rollouts call
+    ``grade`` in threads, several at a time, or await it where it is a coroutine function.
     """
 
     name: str
@@ -321,11 +344,11 @@ class Task(Protocol):
 
     def equal(self, a: str, b: str) -> bool: ...
 
-    def grade(self, problem: Problem, answer: str | None) -> Grade: ...
+    def grade(self, problem: Problem, answer: str | None) -> Grade | Awaitable[Grade]: ...
 
 
 class Conversation(Protocol):
-    """What a protocol is handed. See ``rollout.Talk``.
+    """What a protocol is handed. See ``play.conversation.Conversation``.
 
     ``acting`` is true in an environment: the protocol is then called once for every action.
     """

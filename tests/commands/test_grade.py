@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from satune.cli.main import main
-from satune.commands.grade import grade_file, mean_components, read_responses, score_interval
+from satune.commands.grade import grade_file, read_responses
+from satune.play.statistics import mean_components, score_interval
 from satune.types import UserError
 
 ROWS = [{"id": f"q{i}", "prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]

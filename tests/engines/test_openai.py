@@ -20,6 +20,7 @@ from satune.agents.packing import pack
 from satune.engines.openai import OpenAIEngine, ServerSettings
 from satune.engines.pace import Pace
 from satune.engines.replies import Unreadable, read_reply, read_stream, retry_after
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.protocols.discussion import debate
 from satune.protocols.sequential import chain
@@ -63,13 +64,10 @@ def ask(
 def play(engine: OpenAIEngine, protocol: Any = chain, samples: int = 4) -> list[Episode]:
     renderer = MessageRenderer(TemplateSettings())
     return rollout_sync(
+        Match([Seat(name, name, renderer, SAMPLING) for name in MODELS], protocol, engine, Relay()),
         take(Relay(), "eval", 6),
         samples,
         Key(0, "evaluate"),
-        seats=[Seat(name, name, renderer, SAMPLING) for name in MODELS],
-        protocol=protocol,
-        engine=engine,
-        task=Relay(),
     )
 
 

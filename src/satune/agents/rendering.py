@@ -21,7 +21,7 @@ from satune.agents.messages import (
     own_message,
     user_message,
 )
-from satune.types import Completion, Entry, Message, Prompt, UserError
+from satune.types import Completion, Entry, EpisodeFailure, Message, Prompt, UserError
 
 _HISTORIES = (("3+4",), ("a b", "c", "d"), ("1", "x y.", "22", "z", "3\n4", "w", "v"))
 _REPLIES = (("7", "a: 8"), ("one\ntwo", "b"), ("12", "x\ny"))
@@ -175,7 +175,7 @@ class ChatView:
             max_new_tokens: tokens kept free for the completion.
 
         Raises:
-            UserError: the prompt does not fit the context even so.
+            EpisodeFailure: the prompt does not fit the context even so.
         """
         new = self._transcript.extend(entries)
         if not self._extend(new):
@@ -225,11 +225,12 @@ class ChatView:
         ][:-1]
         left = [at for at in foreign if at not in self._dropped]
         if not left:
-            raise UserError(
-                f"seat '{self._seat}': a prompt of {len(self._ids)} tokens and "
+            raise EpisodeFailure(
+                f"context: seat '{self._seat}': a prompt of {len(self._ids)} tokens and "
                 f"{max_new_tokens} new ones (rollout.max_new_tokens) exceed the context of "
                 f"{self._renderer.context_limit}; lower rollout.max_new_tokens or take an agent "
-                "with a longer context"
+                "with a longer context",
+                policy=True,
             )
         self._dropped.add(left[0])
         self._anew()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,8 +29,8 @@ def grade(
     """Grade responses that were written elsewhere."""
     from satune.cli.progress import Display
     from satune.commands.grade import grade_file
+    from satune.tasks.pool import processes
 
-    count = workers or min(len(os.sched_getaffinity(0)), 8)
     with Display(open_console(stderr=True)) as display:
         result = grade_file(
             name,
@@ -39,9 +38,9 @@ def grade(
             data,
             seed=seed,
             options=_options(options or []),
-            workers=count,
+            workers=workers or processes(),
             seconds=seconds,
-            progress=lambda done, total: display.progress(done, total, "grading"),
+            progress=display.progress,
         )
     if out is not None:
         _write(out, result["per_row"])

@@ -18,6 +18,7 @@ from satune.config.schema import EngineSection, Recipe
 from satune.engines.roles import OpenServer
 from satune.engines.servers import Servers, with_served
 from satune.loading import nearest
+from satune.play.match import FAILURES, GRADING_SECONDS
 from satune.types import Engine, Sampling, Seat, UserError
 
 if TYPE_CHECKING:  # httpx is an extra
@@ -49,6 +50,8 @@ class Candidate:
     seed: int = 0
     conversations: int | None = None
     """How many conversations may be open at a time; None: all."""
+    failures: float = FAILURES
+    grading_seconds: float = GRADING_SECONDS
     host: str | None = None
     """Who plays an environment's roles where the task has a choice and nobody made it."""
     open_server: OpenServer = field(default_factory=lambda: Servers().model)
@@ -158,6 +161,8 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
         held_out=recipe.evaluate.data,
         seed=recipe.seed,
         conversations=2 * recipe.engine.max_rows,
+        failures=recipe.rollout.failures,
+        grading_seconds=recipe.rollout.grading_seconds,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
     )
@@ -184,6 +189,8 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Candid
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
         conversations=2 * section.max_rows,
+        failures=recipe.rollout.failures if recipe else FAILURES,
+        grading_seconds=recipe.rollout.grading_seconds if recipe else GRADING_SECONDS,
         **_placed(keys),
     )
 
@@ -238,6 +245,7 @@ def _engine(team: Any, section: EngineSection) -> Engine:
         team.seats,
         max_rows=section.max_rows,
         cache_tokens=section.cache_tokens or DEFAULT_CACHE_TOKENS,
+        order=section.order,
     )
 
 

@@ -177,6 +177,8 @@ class RolloutSection(Section):
     max_new_tokens: Count = 512
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Whole = 0
+    failures: Annotated[float, Field(ge=0, le=1)] = 0.2
+    grading_seconds: Positive = 120.0
 
 
 class ScheduleSection(Section):
@@ -314,11 +316,12 @@ class CertifySection(Section):
 
 
 class EngineSection(Section):
-    """What draws the completions. ``cache_tokens`` null leaves the bound to the engine."""
+    """What draws the completions. Null leaves the bound, or the order, to the engine."""
 
     name: Literal["local"] = "local"
     max_rows: Count = 256
     cache_tokens: Count | None = None
+    order: Literal["exact", "throughput"] | None = None
 
 
 class CheckpointSection(Section):

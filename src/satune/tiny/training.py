@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from satune.agents.rendering import ChatRenderer
-from satune.types import Completion, Entry
+from satune.types import Completion, Entry, EpisodeFailure, UserError
 
 CHECK_EVERY = 200
 """Steps between two looks at the greedy success, once the planned ones are done."""
@@ -77,7 +77,10 @@ def rows_of(conversation: Sequence[Entry], renderer: ChatRenderer) -> list[Row]:
         if entry.kind != "own":
             continue
         completion = (*renderer.encode(entry.text), end)
-        prompt = view.prompt(conversation[:at], len(completion)).ids
+        try:
+            prompt = view.prompt(conversation[:at], len(completion)).ids
+        except EpisodeFailure as failure:
+            raise UserError(f"tiny agents: a demonstration does not fit: {failure}") from failure
         view.wrote(Completion(entry.text, "stop", 0, completion))
         assert prompt is not None
         if prompt[: len(ids)] != ids:

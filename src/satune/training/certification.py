@@ -242,14 +242,17 @@ def _test(training: Training, change: Change, key: Key, trial: Trial) -> Statist
     # Only the bounds of the theory need the divergences as well.
     steps = measure_own_steps(change, old) if settings.theory else None
     rewards = [_by_problem([e.reward for e in episodes], settings) for episodes in (old, new)]
+    # What the world ended is not dropped: it takes the worst end.
+    gone = [_by_problem([e.masked for e in episodes], settings).bool() for episodes in (old, new)]
+    missing = (gone[0], gone[1])
     if settings.evidence == "fresh":
-        evidence_P = fresh_evidence(*rewards)
+        evidence_P = fresh_evidence(*rewards, missing=missing)
     elif settings.evidence == "balance":
         u_old, u_new = (_by_problem(log_ratios(change, e), settings) for e in (old, new))
-        evidence_P = balance_evidence(rewards[0], u_old, rewards[1], u_new)
+        evidence_P = balance_evidence(rewards[0], u_old, rewards[1], u_new, missing)
     else:
         u_old = _by_problem(log_ratios(change, old), settings)
-        evidence_P = pessimistic_evidence(rewards[0], u_old, settings.clip)
+        evidence_P = pessimistic_evidence(rewards[0], u_old, settings.clip, missing[0])
     certificate = certify(
         evidence_P,
         settings.evidence,

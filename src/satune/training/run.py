@@ -20,7 +20,7 @@ from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Batch, Supply, needs_rollout
 from satune.training.settings import TrainingSettings
 from satune.training.update import Outcome
-from satune.types import Episode, Key
+from satune.types import Episode, Key, count_failures
 
 
 class World(Protocol):
@@ -130,6 +130,7 @@ class Training:
             step=step,
             episodes=len(drawn),
             reward=batch.reward,
+            failures=count_failures(drawn),
             tokens=tokens,
             seconds={"rollout": self._rollout_seconds},
         )
@@ -183,6 +184,7 @@ class Training:
             seats=list(self.seats[agent]),
             schedule=self.settings.schedule.name,
             version=self.state.versions[agent],
+            failures=count_failures(self.state.batch.episodes),
             **fields,
         )
 
