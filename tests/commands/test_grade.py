@@ -199,7 +199,7 @@ def test_graders_that_misbehave_cost_their_own_responses(tmp_path, odd):
     assert "return a Grade with score 0 to 1" in details[7]
     # The vote of "b" ended its process as well: it has no winner.
     assert [row["majority"] for row in result["per_row"]] == [1.0, 0.0, 0.0]
-    assert seen[-1] == (12, 12)
+    assert seen[-1] == (12, 12, "grading")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
