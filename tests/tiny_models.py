@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from satune.agents.policy import Policy
-from satune.types import Episode, Grade, Problem, Turn
+from satune.types import Episode, Grade, Problem, Turn, ids_of
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -131,8 +131,8 @@ def turn(
         text="",
         finish_reason="stop",
         version=0,
-        prompt_ids=None if prompt is None else tuple(prompt),
-        completion_ids=None if completion is None else tuple(completion),
+        prompt_ids=None if prompt is None else ids_of(prompt),
+        completion_ids=None if completion is None else ids_of(completion),
     )
 
 

@@ -15,6 +15,7 @@ from satune.commands.assemble import assemble
 from satune.commands.train import start_training
 from satune.config.load import load_recipe
 from satune.config.schema import Recipe
+from satune.files.events import UNEQUAL
 from satune.tiny.zoo import tiny_tokenizer
 from satune.training.checkpoint import Checkpoints
 from satune.training.run import Training
@@ -25,7 +26,6 @@ def ordinals(prompts, completions, answer, **columns):
     """Rewards differ between almost any two texts, so that every group has a gradient."""
     return [sum(map(ord, text)) % 7 / 6 for text in completions]
 '''
-TIMES = {"time", "seconds", "peak_memory"}
 
 
 def save_model(folder: Path, seed: int = 0, *, context: int = 512) -> Path:
@@ -92,7 +92,7 @@ def training(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     directory = RunDirectory(out)
     directory.start(resume=resume)
-    return start_training(assemble(loaded), directory, lambda kind, fields: None)
+    return start_training(assemble(loaded), directory, lambda event: None)
 
 
 def checkpoints(out: Path, keep: int = 2) -> Checkpoints:
@@ -100,14 +100,14 @@ def checkpoints(out: Path, keep: int = 2) -> Checkpoints:
 
 
 def events(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The run's events without times and memory, which no two runs share."""
+    """The run's events without what no two runs share."""
     found = [_timeless(event) for event in RunDirectory(out).read_events()]
     return [event for event in found if kind is None or event["event"] == kind]
 
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(inner) for key, inner in value.items() if key not in TIMES}
+        return {key: _timeless(inner) for key, inner in value.items() if key not in UNEQUAL}
     return [_timeless(inner) for inner in value] if isinstance(value, list) else value
 
 

@@ -18,6 +18,7 @@ from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.rendering import ChatRenderer
+from satune.agents.sources import convert, source_of
 from satune.loading import served
 from satune.types import Renderer, Sampling, Seat, UserError
 
@@ -107,6 +108,7 @@ class Team:
             "sharing": self.sharing,
             "delta": spec.delta,
             "lora": asdict(spec.lora) if spec.lora else None,
+            "attention": spec.attention,
         }
         if policy is None:
             entry["server"] = dict(spec.server)
@@ -137,14 +139,19 @@ def _save_policy(
 
 
 def _save_base(policy: Policy, beside: Path, final: Path, bases: dict[str, str]) -> str:
-    """A base that lies in a local directory goes along; one from the hub keeps its id."""
+    """A base that lies in a local directory goes along; one from the hub keeps its id. What came
+    from a GGUF file is written as safetensors, so that PEFT finds it."""
     source = str(policy.causal_lm.config._name_or_path)
-    if not Path(source).is_dir():
+    if not Path(source).exists():
         return source
     if source not in bases:
         names = (f"base-{number}" for number in itertools.count())
         name = next(name for name in names if not (beside / name).exists())
-        shutil.copytree(source, beside / name)
+        files = source_of(source)
+        if files.gguf is None:
+            shutil.copytree(source, beside / name)
+        else:
+            convert(files, beside / name)
         bases[source] = str(final.resolve() / name)
     return bases[source]
 
@@ -208,6 +215,7 @@ def load_team(
                 template=TemplateSettings(**entry["template"]),
                 lora=_lora(entry.get("lora")),
                 delta=entry["delta"],
+                attention=entry.get("attention"),
                 server=entry.get("server", {}),
             )
         )

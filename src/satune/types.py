@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 Part = Mapping[str, Any]
 Message = dict[str, Any]
 Purpose = Literal["train", "certify", "evaluate", "swap", "environment", "demonstrate"]
 FinishReason = Literal["stop", "length"]
+Ids: TypeAlias = "array[int]"
+"""Token ids as ``array.array('i')``, int32: made by ``ids_of``, shared, and changed by nobody."""
+LogProbs: TypeAlias = "array[float]"
+"""Natural logarithms as ``array.array('f')``, float32: made by ``logprobs_of``."""
 Progress = Callable[[int, int, str], None]
 """(done, of how many, of what), called while something long goes on."""
 
 
 def no_progress(done: int, total: int, what: str) -> None:
     """Shows nothing."""
+
+
+def ids_of(numbers: Iterable[int] = ()) -> Ids:
+    """Token ids from whatever gives them one by one. Raises OverflowError beyond 32 bits."""
+    # iter: bytes would be taken as memory, not as numbers.
+    return array("i", iter(numbers))
+
+
+def logprobs_of(numbers: Iterable[float] = ()) -> LogProbs:
+    """Log-probabilities, each rounded to float32."""
+    return array("f", numbers)
 
 
 class UserError(ValueError):
@@ -114,7 +130,7 @@ class Prompt:
     """
 
     messages: tuple[Message, ...]
-    ids: tuple[int, ...] | None = None
+    ids: Ids | None = None
     dropped: int = 0
 
 
@@ -129,8 +145,8 @@ class Completion:
     text: str
     finish_reason: FinishReason
     version: int
-    ids: tuple[int, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
+    ids: Ids | None = None
+    logprobs: LogProbs | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -149,9 +165,9 @@ class Turn:
     text: str
     finish_reason: FinishReason
     version: int
-    prompt_ids: tuple[int, ...] | None = None
-    completion_ids: tuple[int, ...] | None = None
-    sampled_logprobs: tuple[float, ...] | None = None
+    prompt_ids: Ids | None = None
+    completion_ids: Ids | None = None
+    sampled_logprobs: LogProbs | None = None
     dropped: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -238,16 +254,6 @@ class Episode:
         return self.failure is not None and not self.failure.policy
 
 
-def count_failures(episodes: Iterable[Episode]) -> dict[str, dict[str, int]]:
-    """How many of the episodes failed: {"policy": {kind: count}, "world": {kind: count}}."""
-    counts: dict[str, dict[str, int]] = {"policy": {}, "world": {}}
-    for failure in (episode.failure for episode in episodes):
-        if failure is not None:
-            of = counts["policy" if failure.policy else "world"]
-            of[failure.kind] = of.get(failure.kind, 0) + 1
-    return counts
-
-
 @dataclass(frozen=True, slots=True)
 class Experience:
     """What one agent's update learns from: whole groups of episodes and their log weights.
@@ -306,8 +312,13 @@ class Engine(Protocol):
         self, seat: str, prompt: Prompt, sampling: Sampling, key: Key
     ) -> Completion: ...
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
-        """Take the agent's new weights (None: the engine shares the learner's parameters)."""
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
+        """Take an agent's weights, tensors by parameter name, under their version number.
+
+        A number names one set of weights for ever; the same set may be given again under its own.
+        ``weights`` are good for as long as the call takes: an engine that shares the learner's
+        parameters ignores them, every other one copies them now.
+        """
         ...
 
     def begin(self, key: Key) -> None: ...

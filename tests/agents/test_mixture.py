@@ -21,7 +21,7 @@ from satune.core.projection import mixture_logprobs, project
 from satune.engines.local import LocalEngine
 from satune.tiny.zoo import tiny_tokenizer
 from satune.training.self_check import Tolerance, self_check
-from satune.types import Completion, Key, Prompt, Sampling, UserError
+from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of
 from tiny_models import EOS, Alphabet, episode, next_token_logprobs, tiny_lm, turn
 
 KEY = Key(0, "swap", stage=1, step=1)
@@ -60,7 +60,7 @@ def draw(policy: Policy, prompts: Sequence[Sequence[int]], tokens: int, **settin
     async def one(index: int, ids: Sequence[int]) -> Completion:
         key = KEY.at(sample=index, seat="a")
         sampling = Sampling(tokens, temperature=policy.temperature)
-        completion = await engine.generate("a", Prompt((), tuple(ids)), sampling, key)
+        completion = await engine.generate("a", Prompt((), ids_of(ids)), sampling, key)
         engine.end(key)
         return completion
 
@@ -129,7 +129,7 @@ def test_sampled_log_probabilities_are_the_scored_ones(incumbent, newcomer):
     policy = mixture(incumbent, newcomer)
     rows = prompts(20)
     results = [draw(policy, rows, 8, **settings) for settings in BATCHES]
-    assert len({c.ids for c in results[0]}) > 10
+    assert len({tuple(c.ids) for c in results[0]}) > 10
     for found in results:
         assert [c.ids for c in found] == [c.ids for c in results[0]]
         pairs = list(zip(rows, found, strict=True))
@@ -149,7 +149,7 @@ def test_conversations_go_on_from_the_states_of_both():
         ids: tuple[int, ...] = (1 + key.sample % 3, 5)
         for index, seat in enumerate(["a", "b", "a", "a"]):
             own = key.at(seat=seat, own_index=index)
-            completion = await engine.generate(seat, Prompt((), ids), Sampling(6, 0.8), own)
+            completion = await engine.generate(seat, Prompt((), ids_of(ids)), Sampling(6, 0.8), own)
             said.append((ids, completion))
             ids = (*ids, *(completion.ids or ()), 2, 3)
         engine.end(key)
@@ -203,7 +203,7 @@ def test_frequencies_are_those_of_all_completions_counted_out():
         expected[first, second] = float(first_V[first] * second_V[second])
     assert sum(expected.values()) == pytest.approx(1.0)
     draws = 6000
-    counts = Counter(c.ids for c in draw(policy, [prompt] * draws, 2))
+    counts = Counter(tuple(c.ids) for c in draw(policy, [prompt] * draws, 2))
     assert set(counts) <= set(expected)
 
     def fits(shares: dict[tuple[int, ...], float]) -> float:

@@ -11,7 +11,7 @@ from satune.agents.messages import (
 )
 from satune.agents.rendering import ChatRenderer
 from satune.tiny.zoo import tiny_tokenizer
-from satune.types import Completion, Entry, UserError, text_part
+from satune.types import Completion, Entry, UserError, ids_of, text_part
 
 FAMILIES = ("tiny:qwen3-s", "tiny:llama-s")
 TOKENIZERS = {spec: tiny_tokenizer(spec) for spec in FAMILIES}
@@ -53,8 +53,8 @@ def foreign(text, seat="a"):
 
 
 def completion(renderer, text, end=True):
-    eos = (renderer.tokenizer.eos_token_id,) if end else ()
-    ids = (*renderer.encode(text), *eos)
+    eos = [renderer.tokenizer.eos_token_id] if end else []
+    ids = renderer.encode(text) + ids_of(eos)
     return Completion(text, "stop" if end else "length", 0, ids)
 
 
@@ -205,7 +205,7 @@ def test_completions_are_kept_as_sampled_even_where_the_text_has_other_ids():
     view = renderer.view("b")
     first = view.prompt([problem("p")], 4)
     # "continue" spelt in bytes, which the tokenizer would never write.
-    spelt = tuple(renderer.tokenizer.convert_tokens_to_ids(list("continue")))
+    spelt = ids_of(renderer.tokenizer.convert_tokens_to_ids(list("continue")))
     assert renderer.encode("continue") != spelt
     view.wrote(Completion("continue", "length", 0, spelt))
     second = view.prompt([problem("p"), own("continue"), foreign("z")], 4)

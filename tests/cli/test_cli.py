@@ -543,6 +543,16 @@ def test_the_module_is_the_command(recipe: Path) -> None:
     assert ended.stderr.startswith("error: ") and "did you mean stages?" in ended.stderr
 
 
+@pytest.mark.parametrize("word", ["team.agents.ann.model=mod\udcffel", "--out=r\udcffun"])
+def test_a_word_that_is_no_utf_8_is_one_line(recipe: Path, word: str) -> None:
+    ended = subprocess.run(
+        command("train", recipe, word), capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    assert "\\udcff" in ended.stderr and "is not UTF-8; rename" in ended.stderr
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(recipe: Path, tmp_path: Path) -> None:
     hub = "team.agents.ann.model=somebody/some-model-that-is-not-there"
     ended = subprocess.run(

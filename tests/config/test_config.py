@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,6 +166,15 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
         ("optimizer: {lr: .inf}", "optimizer.lr: expected a finite number, got inf"),
         ("optimizer: {lr: 0}", "optimizer.lr: expected a number above 0, got 0"),
         ("optimizer: {betas: [0.9, x]}", "optimizer.betas[1]: expected a number, got 'x'"),
+        ("optimizer: {lr: 1e39}", "optimizer.lr: expected a number of at most 1e+30, got 1e+39"),
+        ("optimizer: {betas: [0.9, 1.0]}",
+         "optimizer.betas[1]: expected a number below 1, got 1.0"),
+        ("optimizer: {betas: [-0.1, 0.9]}",
+         "optimizer.betas[0]: expected a number of at least 0, got -0.1"),
+        ("optimizer: {weight_decay: 1e9}",
+         "optimizer.weight_decay: expected a number of at most 1e+06, got 1000000000.0"),
+        ("optimizer: {eps: 1e-50}",
+         "optimizer.eps: expected a number of at least 1e-30, got 1e-50"),
         ("optimizer: {autocast: fp8}", "optimizer.autocast: expected bfloat16, got 'fp8'"),
         ("engine: {name: locl}", "engine.name: expected local, got 'locl';"
          " did you mean 'local'?"),
@@ -207,6 +217,12 @@ def test_a_wrong_key_or_value_is_one_line(tmp_path: Path, text: str, expected: s
          "team.agents.a.modle: unknown key; did you mean team.agents.a.model?"),
         ("{agents: {a: {modle: x}}}",
          "team.agents.a.modle: unknown key; did you mean team.agents.a.model? (and 1 more)"),
+        ("{agents: {a: {model: y, attention: flash}}}",
+         "team.agents.a.attention: expected one of sdpa, eager, got 'flash'"),
+        ("{agents: {a: {model: y, learning_rate: 1e39}}}",
+         "team.agents.a.learning_rate: expected a number of at most 1e+30, got 1e+39"),
+        ("{agents: {a: {model: 'http://h/v1#m', frozen: true, attention: eager}, b: {model: y}}}",
+         "team.agents.a.attention: its server computes a served model; remove the key"),
         ("{agents: {a.b: {model: y}}}",
          "team.agents.a.b: expected a name of letters, digits, '-' and '_', got 'a.b'"),
         ("{agents: {a: {model: y, lora: {rnk: 3}}}}",
@@ -530,3 +546,19 @@ plain = st.recursive(
 @given(plain)
 def test_any_plain_data_survives_yaml(data: Any) -> None:
     assert yaml12.parse(yaml12.dump(data)) == data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["lr: 1e30, weight_decay: 1e6", "eps: 1e-30", "eps: 1e30", "betas: [0, 0]",
+     "betas: [0.9999999, 0.9999999]", "lr: 1e30, betas: [0, 0.9999999], eps: 1e-30"],
+)  # fmt: skip
+def test_what_the_recipe_takes_the_optimiser_takes(tmp_path: Path, settings: str) -> None:
+    optimizer = load_recipe(write(tmp_path, f"{BASE}optimizer: {{{settings}}}\n")).optimizer
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), 0.5)
+    adam = torch.optim.AdamW(
+        [weight], optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, foreach=True
+    )
+    adam.step()  # a number that float32 does not hold would raise here
+    adam.step()

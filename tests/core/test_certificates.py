@@ -205,7 +205,7 @@ def test_a_missing_episode_takes_the_worst_end_by_hand():
     assert fresh_evidence(old, new, (there, gone)).tolist() == [0.5]
     assert fresh_evidence(old, new, (gone, there)).tolist() == [0.5]
     assert fresh_evidence(table([NAN, 0]), table([NAN, 1]), (gone, gone)).tolist() == [0]
-    # -1/2 in its side's mean; the other adds tanh(log(3)/2) (1 - 1/2) = 1/4, the other side nothing.
+    # -1/2 in its side's mean; the episode beside it adds tanh(log(3)/2) (1 - 1/2) = 1/4.
     u = math.log(3)
     there, zero = torch.tensor([[False, False]]), table([0, 0])
     for missing in ((gone, there), (there, gone)):

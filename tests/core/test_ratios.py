@@ -13,18 +13,16 @@ from satune.core.ratios import (
     sequence_log_ratio,
     sum_by,
     token_log_ratio,
-    turn_log_ratio,
 )
 
 
-def test_three_granularities():
+def test_tokens_and_episodes():
     # Episode 0 has turns 0 (tokens a, b) and 1 (token c); episode 2 has turn 2 (token d);
     # episode 1 has no own token, so its ratio is 1, its log 0.
     new = torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True)
     old = torch.tensor([-1.5, -1.0, -3.5, -4.25], requires_grad=True)
-    turn, episode = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 0, 0, 2])
+    episode = torch.tensor([0, 0, 0, 2])
     assert token_log_ratio(new, old).tolist() == [0.5, -1.0, 0.5, 0.25]
-    assert turn_log_ratio(new, old, turn, 3).tolist() == [-0.5, 0.5, 0.25]
     u = sequence_log_ratio(new, old, episode, 3)
     assert u.tolist() == [0.0, 0.0, 0.25]
     (u * torch.tensor([2.0, 3.0, 5.0])).sum().backward()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from satune.core.theory import PAPER_REMARK, TheoryRow, stage_row, theory_row, theory_status
+from satune.core.theory import PAPER_REMARK, TheoryRow, theory_row, theory_status
 
 NAN, INF = math.nan, math.inf
 
@@ -42,14 +42,3 @@ def test_sup_free_is_a_plug_in_and_paper_carries_its_remark():
         "lower": 0.125,
         "status": "positive",
     }
-
-
-def test_a_stage_claims_no_more_than_its_weakest_step():
-    exact = [theory_row("cpo", 0.3, 0.1, plug_in=False), theory_row("cpo", 0.1, 0.2, plug_in=False)]
-    stage = stage_row("stage", exact, plug_in=False)
-    assert stage.status == "positive" and math.isclose(stage.lower, 0.1)
-    mixed = [*exact, theory_row("turn", 0.2, 0.1, plug_in=True)]
-    assert stage_row("stage", mixed, plug_in=False).status == "plug-in positive"
-    freed = [exact[0], theory_row("sup-free", 0.0, 0.1, plug_in=False)]
-    assert stage_row("stage", freed, plug_in=False).status == "plug-in positive"
-    assert stage_row("stage", exact, plug_in=True).status == "plug-in positive"

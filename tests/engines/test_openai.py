@@ -121,7 +121,7 @@ def test_turns_cannot_be_trained_on_and_weights_not_given(server: Server) -> Non
     with pytest.raises(ValueError, match="no token ids: it cannot be trained on"):
         pack([episodes[0].turns])
     with pytest.raises(UserError, match="cannot be given new weights"):
-        engine.publish("ann", 1)
+        engine.publish("ann", 1, {})
     with pytest.raises(UserError, match="no model for the seat 'zoe'; there are: ann, bob, eve"):
         asyncio.run(engine.generate("zoe", PROMPT, SAMPLING, KEY))
 

@@ -14,7 +14,7 @@ from satune.play.rollout import rollout
 from satune.protocols.sequential import chain
 from satune.swap.coins import hand_over_between
 from satune.swap.handover import HandOverSettings
-from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat
+from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import EntriesRenderer, ScriptedEngine
 from tiny_models import tiny_policy
 
@@ -28,7 +28,7 @@ class Served(ScriptedEngine):
         super().__init__(lambda seat, entries, key: says, {"bob": delay})
         self.news: list[str] = []
 
-    def publish(self, agent: str, version: int, weights: object = None) -> None:
+    def publish(self, agent: str, version: int, weights: object) -> None:
         self.news.append(agent)
 
 
@@ -58,7 +58,7 @@ class IdsView:
     """A view for tests of the local engine: any entries make a prompt of two ids."""
 
     def prompt(self, entries: Sequence[Entry], max_new_tokens: int) -> Prompt:
-        return Prompt((), ids=(1 + len(entries), 2))
+        return Prompt((), ids=ids_of((1 + len(entries), 2)))
 
     def wrote(self, completion: Completion) -> None: ...
 
@@ -94,8 +94,8 @@ def test_each_seat_is_written_by_its_own_engine_beside_a_local_one() -> None:
         e.turns[0].completion_ids for e in episodes
     ]
     assert len(served.begun) == len(served.ended) == 12
-    engine.publish("bob", 1)
-    engine.publish("ann", 3)
+    engine.publish("bob", 1, {})
+    engine.publish("ann", 3, {})
     assert served.news == ["bob"] and local.versions["ann"] == 3
 
 

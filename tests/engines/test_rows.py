@@ -11,7 +11,7 @@ import torch
 
 from satune.engines.cache import PrefixStore, RowCache
 from satune.engines.local import LocalEngine
-from satune.types import Key, Prompt, Sampling
+from satune.types import Key, Prompt, Sampling, ids_of
 from tiny_models import tiny_policy
 
 
@@ -29,12 +29,12 @@ def play(engine: LocalEngine, routing: str, conversations: int = 40, turns: int 
                 seat = "ba"[turn % 2]
             completion = await engine.generate(
                 seat,
-                Prompt((), ids),
+                Prompt((), ids_of(ids)),
                 Sampling(rng.choice([3, 9]), temperature=0.8),
                 key.at(seat=seat, own_index=turn),
             )
             assert completion.ids is not None
-            said.append((ids, completion.ids))
+            said.append((ids, tuple(completion.ids)))
             ids = (*ids, *completion.ids, *(rng.randrange(1, 13) for _ in range(rng.randint(1, 5))))
             if rng.random() < 0.08:
                 break

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from satune.play.conversation import Conversation, plurality, together
-from satune.types import Entry, Key, Problem, UserError
+from satune.types import Entry, Key, Problem, UserError, ids_of
 from scripted import EntriesRenderer, Letters, ScriptedEngine, by_seat, team
 
 PROBLEM = Problem.of("p0", "which letter?", "a")
@@ -115,7 +115,7 @@ def test_turns_carry_what_the_engine_and_the_view_gave():
 
     turn = asyncio.run(script())
     assert (turn.seat, turn.agent, turn.moment, turn.own_index) == ("bob", "agent-bob", 1, 1)
-    assert turn.prompt_ids == (2,) and turn.completion_ids == tuple(b"bob1")
+    assert turn.prompt_ids == ids_of([2]) and turn.completion_ids == ids_of(b"bob1")
     assert turn.sampled_logprobs is not None and len(turn.sampled_logprobs) == 4
     # One view a seat, told of both completions; keys name the seat and its own turns.
     assert [seat for seat, _ in renderer.views] == ["bob"]

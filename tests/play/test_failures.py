@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from satune.files.events import count_failures
 from satune.play.episode import REDRAWN
 from satune.play.grading import REGRADED
 from satune.play.match import Match
@@ -21,7 +22,6 @@ from satune.types import (
     Sampling,
     StepResult,
     UserError,
-    count_failures,
 )
 from scripted import EntriesRenderer, EntriesView, Letters, ScriptedEngine, team
 

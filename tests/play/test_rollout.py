@@ -17,11 +17,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from satune.play.match import Match
-from satune.play.rollout import episode_from_row, episode_to_row, play, rollout, rollout_sync
+from satune.play.rollout import play, rollout, rollout_sync
+from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.discussion import debate
 from satune.protocols.independent import solo
 from satune.protocols.sequential import chain, round_robin
-from satune.types import Episode, Grade, Key, Problem, Sampling, StepResult, Turn, UserError
+from satune.types import (
+    Episode,
+    Grade,
+    Key,
+    Problem,
+    Sampling,
+    StepResult,
+    Turn,
+    UserError,
+    ids_of,
+    logprobs_of,
+)
 from scripted import Letters, ScriptedEngine, team
 
 KEY = Key(3, "train", stage=2, step=1)
@@ -274,12 +286,13 @@ def test_no_problems_no_episodes():
 
 texts = st.text(max_size=20)
 floats = st.floats(allow_nan=False)
+singles = st.floats(allow_nan=False, width=32)
 turns = st.builds(
     Turn, seat=texts, agent=texts, moment=st.integers(0, 9), own_index=st.integers(0, 9),
     text=texts, finish_reason=st.sampled_from(["stop", "length"]), version=st.integers(0, 9),
-    prompt_ids=st.none() | st.lists(st.integers(0, 10**6), max_size=4).map(tuple),
-    completion_ids=st.none() | st.lists(st.integers(0, 10**6), max_size=4).map(tuple),
-    sampled_logprobs=st.none() | st.lists(floats, max_size=4).map(tuple),
+    prompt_ids=st.none() | st.lists(st.integers(0, 10**6), max_size=4).map(ids_of),
+    completion_ids=st.none() | st.lists(st.integers(0, 10**6), max_size=4).map(ids_of),
+    sampled_logprobs=st.none() | st.lists(singles, max_size=4).map(logprobs_of),
     dropped=st.integers(0, 9), prompt_tokens=st.integers(0, 9), completion_tokens=st.integers(0, 9),
 )  # fmt: skip
 episodes = st.builds(

@@ -35,15 +35,15 @@ def test_a_whole_run(tmp_path: Path) -> None:
     run = write(
         tmp_path / "run",
         {"event": "run", "seed": 0},
-        {"event": "eval", "stage": 0, "reward": 0.3, "interval": [0.2, 0.4]},
-        {"event": "eval", "stage": 0, "reward": 0.98, "greedy": True},
+        {"event": "eval", "stage": 0, "reward": 0.3, "interval": [0.2, 0.4], "greedy": False},
+        {"event": "eval", "stage": 0, "reward": 0.98, "interval": None, "greedy": True},
         update(1, "ada", 0.04),
         update(1, "ben", "inf", accepted=False),
         {"event": "stage", "stage": 1, "reward": 0.5},
         update(2, "ada", 0.03),
         update(2, "ben", 0.02),
         {"event": "stage", "stage": 2, "reward": 0.7},
-        {"event": "eval", "stage": 2, "reward": 0.8},
+        {"event": "eval", "stage": 2, "reward": 0.8, "interval": None, "greedy": False},
         tail='{"event": "upd',
     )
     out = plot_training(run, tmp_path / "figures" / "training.png")
@@ -55,7 +55,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     "events",
     [
         [],
-        [{"event": "eval", "stage": 0, "reward": 0.0}],
+        [{"event": "eval", "stage": 0, "reward": 0.0, "interval": None, "greedy": False}],
         [update(1, "ada", "nan", accepted=False)],
         [update(1, "ada", 0.0)],
     ],
@@ -78,8 +78,8 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     run = write(
         tmp_path,
-        {"event": "eval", "stage": 0, "greedy": False, "reward": 0.25},
-        {"event": "eval", "stage": 0, "greedy": True, "reward": 0.75},
+        {"event": "eval", "stage": 0, "greedy": False, "reward": 0.25, "interval": None},
+        {"event": "eval", "stage": 0, "greedy": True, "reward": 0.75, "interval": None},
         update(1, "ada", 0.04),
         update(1, "ben", "inf", accepted=False),
         {"event": "stage", "stage": 1, "reward": 0.5},

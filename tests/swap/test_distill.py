@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from satune.swap.distill import (
 )
 from satune.swap.measurement import examine, measure
 from satune.training.update import own_turns
-from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn
+from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn, ids_of
 from tiny_models import Alphabet, next_token_logprobs, tiny_lm
 
 SETTINGS = DistillSettings(
@@ -71,8 +71,8 @@ class Stage:
         self.bob, self.ann = bob, ann
         self.engine = LocalEngine({"bob": bob, "ann": ann}, {"bob": "bob", "ann": "ann"})
 
-    def publish(self, version: int) -> None:
-        self.engine.publish("ann", version)
+    def publish(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        self.engine.publish("ann", version, weights)
 
     def draw(self, key: Key, offset: int, count: int) -> list[Episode]:
         async def one(own: Key, prompt: tuple[int, ...]) -> Episode:
@@ -81,7 +81,7 @@ class Stage:
             for seat, tokens, temperature in (("bob", 2, 1.0), ("ann", 4, self.ann.temperature)):
                 sampling = Sampling(tokens, temperature=temperature)
                 said = await self.engine.generate(
-                    seat, Prompt((), ids), sampling, own.at(seat=seat)
+                    seat, Prompt((), ids_of(ids)), sampling, own.at(seat=seat)
                 )
                 turns.append(_turn(seat, len(turns), ids, said))
                 ids = (*ids, *(said.ids or ()), 2)
@@ -113,7 +113,7 @@ def _turn(seat: str, moment: int, ids: tuple[int, ...], said: Completion) -> Tur
         text=said.text,
         finish_reason=said.finish_reason,
         version=said.version,
-        prompt_ids=ids,
+        prompt_ids=ids_of(ids),
         completion_ids=said.ids,
         sampled_logprobs=said.logprobs,
     )
@@ -305,7 +305,7 @@ def test_what_is_not_finite_is_refused():
 
 def test_old_weights_in_the_engine_stop_it():
     with pytest.raises(RuntimeError, match="not given the new weights"):
-        swapped(policies(), SETTINGS, publish=lambda version: None)
+        swapped(policies(), SETTINGS, publish=lambda version, weights: None)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ from satune.config.load import load_recipe
 from satune.core import confidence
 from satune.core.certificates import StatisticalCertificate
 from satune.training import certification
-from satune.training.certification import Change, Held, log_ratios
+from satune.training.change import Change, log_ratios
+from satune.training.own_steps import measure_own_steps
 from satune.training.run import Training
 from satune.training.self_check import Tolerance
-from satune.training.theory import measure_own_steps
+from satune.training.state import CertifyState, Held
 from satune.training.trainer import train
+from satune.training.update import own_turns
 from satune.types import Episode, Key, UserError
 
 TOLERANCE = Tolerance(1e-3, 1e-3)
@@ -81,12 +83,12 @@ def refusing(failing: str) -> Callable[..., Any]:
     """``judge`` as if the trust region had refused every proposal of this agent."""
     judge = certification.judge
 
-    def refused(run: Training, agent: str, outcome: Any, key: Key) -> Any:
+    def refused(agent: str, outcome: Any, key: Key, **around: Any) -> Any:
         if agent == failing:
-            run.learners[agent].restore(outcome.before)
+            around["learners"][agent].restore(outcome.before)
             nothing = torch.zeros_like(outcome.log_ratio_E)
             outcome = replace(outcome, accepted=False, log_ratio_E=nothing)
-        return judge(run, agent, outcome, key)
+        return judge(agent, outcome, key, **around)
 
     return refused
 
@@ -212,8 +214,10 @@ def test_one_certificate_over_several_steps_takes_all_of_them_back(
     first, second, *_ = tiny_world.events(tmp_path / "run", "update")
     assert first["accepted"] and "certificate" not in first
     assert not second["accepted"] and second["gate"]["agents"] == ["ann", "bob"]
-    # ann was published as version 1 and taken back as version 2; bob's was never taken.
-    assert run.state.versions == {"ann": 4, "bob": 0}
+    # What was taken back is what was there before, under its own number; the two candidates of
+    # either window had numbers of theirs, which nothing else may ever have.
+    assert run.state.versions == {"ann": 0, "bob": 0}
+    assert run.state.issued == {"ann": 4, "bob": 4}
     assert run.world.cast.engine.versions == run.state.versions  # type: ignore[attr-defined]
     # What was taken back is no update that the team has.
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -275,11 +279,11 @@ def test_what_is_held_leaves_the_device_before_the_next_episode(
     befores: list[Any] = []
     judge = certification.judge
 
-    def far(run: Training, agent: str, outcome: Any, key: Key) -> Any:
+    def far(agent: str, outcome: Any, key: Key, **around: Any) -> Any:
         before = outcome.before
         before.weights, before.optimizer = on_device(before.weights), on_device(before.optimizer)
         befores.append(before)
-        return judge(run, agent, outcome, key)
+        return judge(agent, outcome, key, **around)
 
     monkeypatch.setattr("satune.training.stage.judge", far)
     run = tiny_world.training(recipe, tmp_path / "run", [*GATED, f"certify.every={every}"])
@@ -385,7 +389,7 @@ def test_a_gate_without_decisions_left_refuses_and_says_why(
 ) -> None:
     judged(monkeypatch, [0.0])
     run = tiny_world.training(recipe, tmp_path / "run", GATED)
-    run.state.certify.spending = confidence.Spending(0.05, 1)
+    run.state.certify = CertifyState(confidence.Spending(0.05, 1))
     train(run, tolerance=TOLERANCE)
     verdicts = [e["gate"]["verdict"] for e in tiny_world.events(tmp_path / "run", "update")]
     assert verdicts == ["kept", "reverted", "reverted", "reverted"]
@@ -399,7 +403,7 @@ def test_without_a_gate_a_change_that_no_test_is_left_for_stays_and_claims_nothi
 ) -> None:
     judged(monkeypatch, [0.25])
     run = tiny_world.training(recipe, tmp_path / "run", [ON])
-    run.state.certify.spending = confidence.Spending(0.05, 1)
+    run.state.certify = CertifyState(confidence.Spending(0.05, 1))
     train(run, tolerance=TOLERANCE)
     updates = tiny_world.events(tmp_path / "run", "update")
     assert [u["gate"]["verdict"] for u in updates] == ["kept", *["not tested"] * 3]
@@ -446,7 +450,7 @@ def changed(run: Training) -> Change:
         held[name] = Held(learner.snapshot(), 0, (1, 1))
         moved = {n: w + 0.05 * torch.randn_like(w) for n, w in learner.export().items()}
         learner.load_weights(moved)
-        run.world.publish(name, 1)
+        run.world.publish(name, 1, moved)
     return Change(run.learners, held)
 
 
@@ -466,12 +470,12 @@ def test_the_log_ratio_is_new_over_old_of_all_that_changed(
     u_E = log_ratios(change, episodes)
     with change.undone():
         for name in run.learners:
-            run.world.publish(name, 0)
+            run.world.publish(name, 0, change.held[name].snapshot.weights)
         back = run.world.certify(Key(0, "certify"), 0, 3, 2)
         # Under the old weights the proposal is what is undone: the same sum with its sign turned.
         old = [
             sum(
-                float(learner.score(certification.own_turns(name, [e])).sum())
+                float(learner.score(own_turns(name, [e])).sum())
                 for name, learner in run.learners.items()
             )
             for e in episodes
@@ -492,7 +496,7 @@ def test_own_steps_are_moments_and_their_ratios_add_up(moved: tuple[Training, Ch
     assert bool((steps.kl_EH > 0).all())
     # A message has six tokens at the most, and so a token at least a sixth of its KL.
     assert float(steps.kl_EH.max()) / 6 <= steps.largest_token_kl <= float(steps.kl_EH.max())
-    one = Change({"bob": run.learners["bob"]}, change.held)
+    one = Change({"bob": run.learners["bob"]}, {"bob": change.held["bob"]})
     assert measure_own_steps(one, episodes).own == 1
 
 
@@ -676,7 +680,7 @@ def test_a_finite_set_is_drawn_with_replacement_and_each_draw_is_played_for_itse
     assert len({e.problem.id for e in episodes}) == 30
     by_row: dict[str, set[Any]] = {}
     for e in episodes:
-        by_row.setdefault(e.problem.text, set()).add(e.turns[0].completion_ids)
+        by_row.setdefault(e.problem.text, set()).add(tuple(e.turns[0].completion_ids))
     # The same row drawn again has random numbers of its own.
     assert all(len(messages) > 5 for messages in by_row.values())
 

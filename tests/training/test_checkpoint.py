@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,10 @@ def left(out: Path) -> dict[str, Any]:
     }
 
 
-# An audit hook cannot be taken away again; this one is silent unless a test listens.
+# An audit hook cannot be taken away again; this one is silent unless a test listens. Checkpoints
+# are written by a thread of their own: while the listener is called, nobody else begins a write.
 _listener: Callable[[], None] | None = None
+_writing = threading.RLock()
 _WRITES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
@@ -67,7 +70,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if _listener is None:
         return
     if event in _WRITES or (event == "open" and set("wa+x") & set(str(arguments[1] or "r"))):
-        _listener()
+        with _writing:
+            if _listener is not None:
+                _listener()
 
 
 sys.addaudithook(_hook)
@@ -85,7 +90,13 @@ def moments(recipe: Path, folder: Path, overrides: list[str], wanted: Callable[[
         count += 1
         if wanted(count) and (folder / "whole").exists():
             listener, _listener = _listener, None
-            shutil.copytree(folder / "whole", folder / str(count))
+            while True:
+                try:
+                    shutil.copytree(folder / "whole", folder / str(count))
+                    break
+                except (shutil.Error, FileNotFoundError):
+                    # What the other thread had begun was still renamed meanwhile.
+                    shutil.rmtree(folder / str(count))
             _listener = listener
 
     _listener = listen
@@ -172,6 +183,83 @@ def test_keep_bounds_the_checkpoints_and_unchanged_files_are_linked(
     for file, linked in {"ann.weights": True, "ann.optimizer": True, "bob.weights": False}.items():
         inodes = {(place / f"{file}.safetensors").stat().st_ino for place in (older, newer)}
         assert (len(inodes) == 1) is linked
+
+
+def test_experience_is_written_once_and_only_where_somebody_learns_from_it(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Three agents share one rollout under reuse, and under fresh each has its own."""
+    three = tiny_world.build(tmp_path / "three", ("ann", "bob", "cat"))
+    for schedule, written in (("reuse", [True, True]), ("fresh", [False, False])):
+        out = tmp_path / schedule
+        overrides = [f"schedule={schedule}", "stages=1", "checkpoint.keep=9"]
+        go(three, out, overrides, resume=False)
+        files = [
+            out / "checkpoints" / f"stage-0001-step-{step}" / "experience.jsonl" for step in (1, 2)
+        ]
+        assert [file.exists() for file in files] == written
+        if all(written):
+            assert files[0].stat().st_ino == files[1].stat().st_ino
+        assert not (out / "checkpoints" / "stage-0001" / "experience.jsonl").exists()
+
+
+# In the background
+
+
+def test_a_checkpoint_is_written_while_the_run_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each checkpoint but the last waits until the next rollout is over: a run that waited for the
+    checkpoint would never come there. What is written is what was there when it was asked for."""
+    overrides = ["schedule=fresh", "checkpoint.keep=9"]
+    go(recipe, tmp_path / "whole", overrides, resume=False)
+    write, append = checkpoint_module.Checkpoints._write, RunDirectory.append_episodes
+    rolled_out = threading.Event()
+
+    def waiting(self: Any, now: Any, *rest: Any) -> None:
+        if now.path.name != PLACES[-1]:
+            assert rolled_out.wait(60), "the run waits for its checkpoint"
+        rolled_out.clear()
+        write(self, now, *rest)
+
+    def appending(self: RunDirectory, *rest: Any) -> None:
+        append(self, *rest)
+        rolled_out.set()
+
+    monkeypatch.setattr(checkpoint_module.Checkpoints, "_write", waiting)
+    monkeypatch.setattr(RunDirectory, "append_episodes", appending)
+    go(recipe, tmp_path / "run", overrides, resume=False)
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+    for name in PLACES[1:]:
+        files = [
+            {
+                path.name: path.read_bytes()
+                for path in (tmp_path / run / "checkpoints" / name).glob("*.safetensors")
+            }
+            for run in ("whole", "run")
+        ]
+        assert files[0] == files[1] != {}
+
+
+def test_a_run_whose_last_checkpoint_is_refused_is_not_finished(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    write = checkpoint_module.Checkpoints._write
+
+    def writing(self: Any, now: Any, *rest: Any) -> None:
+        if now.path.name == PLACES[-1]:
+            raise UserError(f"{now.path}: cannot be written: the disk is full")
+        write(self, now, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.Checkpoints, "_write", writing)
+        with pytest.raises(UserError, match="stage-0002: cannot be written"):
+            go(recipe, out, [], resume=False)
+    assert not RunDirectory(out).finished
+    go(recipe, out, [], resume=True)
+    go(recipe, tmp_path / "whole", [], resume=False)
+    assert left(out) == left(tmp_path / "whole")
 
 
 def test_what_is_not_a_checkpoint_is_let_be(recipe: Path, tmp_path: Path) -> None:
@@ -306,16 +394,16 @@ def test_a_refused_checkpoint_is_one_line_and_the_last_one_stays(
     overrides = ["schedule=reuse"]
     go(recipe, tmp_path / "whole", overrides, resume=False)
     out = tmp_path / "run"
-    write = checkpoint_module.Checkpoints.write
+    write = checkpoint_module.Checkpoints._write
 
-    def writing(self: Any, name: str, training: Any) -> None:
+    def writing(self: Any, now: Any, *rest: Any) -> None:
         with monkeypatch.context() as patch:
-            if name == "stage-0002-step-1":
+            if now.path.name == "stage-0002-step-1":
                 patch.setattr(module, function, refusal)
-            write(self, name, training)
+            write(self, now, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module.Checkpoints, "write", writing)
+        patch.setattr(checkpoint_module.Checkpoints, "_write", writing)
         with pytest.raises(UserError, match=mend) as caught:
             go(recipe, out, overrides, resume=False)
     assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import tiny_world
+from satune.files.events import Event
 from satune.report.plots import plot_training
 from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance
@@ -66,10 +67,9 @@ def test_a_step_touches_one_agent_only(recipe: Path, tmp_path: Path) -> None:
     seen: list[str] = []
     before = tiny_world.weights(run)
 
-    def watch(kind: str, fields: object) -> None:
-        if kind != "update":
+    def watch(fields: Event) -> None:
+        if fields["event"] != "update":
             return
-        assert isinstance(fields, dict)
         now = tiny_world.weights(run)
         changed = [name for name in now if not tiny_world.same(before[name], now[name])]
         assert changed == ([fields["agent"]] if fields["accepted"] else [])
@@ -133,7 +133,9 @@ def test_an_engine_left_behind_stops_the_run(
     run = tiny_world.training(recipe, tmp_path / "run", ["schedule=fresh"])
     publish = run.world.publish
     monkeypatch.setattr(
-        run.world, "publish", lambda agent, version: publish(agent, version) if version == 0 else 0
+        run.world,
+        "publish",
+        lambda agent, version, weights: version or publish(agent, version, weights),
     )
     with pytest.raises(RuntimeError, match="version 0 of agent ann, the learner is at 1"):
         train(run, tolerance=TOLERANCE)
@@ -168,9 +170,9 @@ def test_an_update_event_says_what_was_done(recipe: Path, tmp_path: Path) -> Non
             assert event["delta"] == {"ann": 0.05, "bob": 0.02}[event["agent"]]
             assert event["kl"]["quantile"] <= event["delta"]
         if event["event"] == "stage":
-            assert {"reward", "order", "seconds", "peak_memory"} <= set(event)
+            assert {"reward", "order", "seconds", "memory"} <= set(event)
             assert event["order"] == ["ann", "bob"]
-            assert event["peak_memory"] > 1 << 20
+            assert event["memory"]["peak"] > 1 << 20
 
 
 def test_the_own_tokens_of_the_agents_are_the_sampled_ones(recipe: Path, tmp_path: Path) -> None:

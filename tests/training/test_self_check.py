@@ -94,4 +94,4 @@ def test_a_run_that_fails_the_check_does_not_start(recipe: Path, tmp_path: Path)
     with pytest.raises(UserError, match="self-check"):
         train(run, tolerance=TOLERANCE)
     assert tiny_world.events(tmp_path / "run") == []
-    assert run.checkpoints.names() == []
+    assert tiny_world.checkpoints(tmp_path / "run").names() == []

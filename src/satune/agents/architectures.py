@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from satune.agents.sources import saved_adapter, source_of
+
 
 def _dense(
     model_type: str, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int,
@@ -89,10 +91,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def configuration(model: str) -> PretrainedConfig | None:
     """The configuration of a model directory, of an adapter's base, of a model in the hub's local
     cache, or of one that is listed here; None where there is none of these. Nothing is fetched."""
-    path = Path(model)
-    if (path / "adapter_config.json").is_file():
-        config = json.loads((path / "adapter_config.json").read_text())
-        return configuration(config["base_model_name_or_path"])
+    adapter = saved_adapter(model)
+    if adapter is not None:
+        return configuration(adapter.base)
+    source, path = source_of(model), Path(model)
+    if source.gguf is not None:
+        return AutoConfig.from_pretrained(source.place, **source.options)
     found: Any = path / "config.json"
     if not found.is_file() and not path.exists() and model.count("/") == 1:
         found = try_to_load_from_cache(model, "config.json")

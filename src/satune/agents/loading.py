@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
+from satune.agents.sources import (
+    SavedAdapter,
+    misspelt_path,
+    read_model,
+    read_tokenizer,
+    saved_adapter,
+    source_of,
+)
 from satune.types import UserError
 
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -36,7 +41,8 @@ class LoraSpec:
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
     """What an agent is made from. ``model`` is a directory or a hub id, or says where the model is
-    served; ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe."""
+    served; ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe. ``attention``
+    names an implementation of transformers', None what the model says is best for it."""
 
     name: str
     model: str
@@ -45,6 +51,7 @@ class AgentSpec:
     lora: LoraSpec | None = None
     delta: float | None = None
     trust_remote_code: bool = False
+    attention: str | None = None
     server: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -71,30 +78,35 @@ def load_policies(
     """A policy an agent. With ``shared_base``, agents of one model share its weights in memory, an
     adapter each. Raises UserError naming the agent whose model cannot be loaded."""
     where = _device(device)
-    bases: dict[str, tuple[PeftModel, Any]] = {}
+    bases: dict[tuple[str, str | None], tuple[PeftModel, Any]] = {}
 
     def load(spec: AgentSpec) -> Policy:
-        saved = _adapter_base(spec)
-        base_id = saved or spec.model
+        saved = saved_adapter(spec.model)
+        if saved and not Path(spec.model, "adapter_model.safetensors").is_file():
+            raise UserError(  # a .bin is a pickle, and opening one may run what is written in it
+                f"agent {spec.name}: {spec.model} has no adapter_model.safetensors, and adapters "
+                "in another form (.bin) are not opened; save it anew with PEFT's save_pretrained"
+            )
+        base_id = saved.base if saved else spec.model
         lora = spec.lora or (LoraSpec() if shared_base else None)
         adapter = None
         if lora is None:
             model: nn.Module = _load_model(spec, base_id, precision.master)
             if saved:
-                model = PeftModel.from_pretrained(model, spec.model).merge_and_unload()
+                model = _merged(spec, model)
             tokenizer = _load_tokenizer(spec, spec.model)
         else:
             # PEFT cuts an adapter's name out of parameter names: it must be no part of the model's.
             adapter = f"agent_{spec.name}"
-            config = _lora_config(spec, lora, bool(saved))
-            if base_id in bases and shared_base:
-                model, tokenizer = bases[base_id]
+            config = _lora_config(spec, lora, saved)
+            if (base_id, spec.attention) in bases and shared_base:
+                model, tokenizer = bases[base_id, spec.attention]
                 _with_adapter(model, adapter, config, seed)
             else:
                 base = _load_model(spec, base_id, precision.frozen)
                 tokenizer = _load_tokenizer(spec, base_id)
                 model = _with_adapter(base, adapter, config, seed)
-                bases[base_id] = model, tokenizer
+                bases[base_id, spec.attention] = model, tokenizer
             if saved:
                 set_peft_model_state_dict(model, load_peft_weights(spec.model), adapter)
         return Policy(
@@ -115,24 +127,9 @@ def load_policies(
             policies[spec.name] = load(spec)
         except UserError:
             raise
-        except (*_UNLOADABLE, TypeError) as error:
+        except (*_UNLOADABLE, TypeError, AttributeError, IndexError) as error:
             raise UserError(_cannot_load(spec, spec.model, _said(error))) from error
     return policies
-
-
-def misspelt_path(model: str) -> str:
-    """What is wrong with a model in a directory that lies here and holds nothing of the name, where
-    the hub's cache has none of it either; "" for any other. The hub would be asked again and again
-    for what is no id of it.
-    """
-    path = Path(model)
-    cached = Path(constants.HF_HUB_CACHE, "models--" + model.replace("/", "--"))
-    if "/" not in model or path.exists() or not path.parent.is_dir() or cached.is_dir():
-        return ""
-    names = [item.name for item in path.parent.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    mend = f"did you mean {path.parent / close[0]}?" if close else "nothing there is named like it"
-    return f"{path.parent} has no {path.name}; {mend}"
 
 
 def _device(name: str) -> torch.device:
@@ -149,15 +146,20 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: bool) -> LoraConfig:
+def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: SavedAdapter | None) -> LoraConfig:
     """What the adapter looks like: a saved one as it was saved, a new one as the recipe says."""
-    if not saved:
+    if saved is None:
         return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=0.0,
             target_modules=list(lora.targets) if lora.targets else "all-linear",
             task_type="CAUSAL_LM",
+        )
+    if saved.config.get("peft_type") != "LORA":
+        raise UserError(
+            f"agent {spec.name}: the adapter in {spec.model} is of type "
+            f"{saved.config.get('peft_type')}, and only LoRA adapters are trained"
         )
     config: LoraConfig = LoraConfig.from_pretrained(spec.model)  # type: ignore[assignment]
     if spec.lora is not None and (lora.rank, lora.alpha) != (config.r, config.lora_alpha):
@@ -179,31 +181,61 @@ def _with_adapter(model: nn.Module, adapter: str, config: LoraConfig, seed: int)
         return get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type,return-value]
 
 
-def _adapter_base(spec: AgentSpec) -> str | None:
-    config = Path(spec.model) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    base = json.loads(config.read_text())["base_model_name_or_path"]
-    beside = Path(spec.model).parent / Path(base).name
-    return str(beside) if beside.is_dir() else base
+def _merged(spec: AgentSpec, model: Any) -> nn.Module:
+    """The model with the adapter saved in ``spec.model`` put into its weights.
+
+    A head that shares the embedding's weights gets its own where the adapter changes one of them:
+    PEFT adds to the one alone. Raises UserError where the merged logits are not the adapter's.
+    """
+    peft = PeftModel.from_pretrained(model, spec.model)
+    if not hasattr(peft, "merge_and_unload"):
+        raise UserError(
+            f"agent {spec.name}: the adapter in {spec.model} is of type {peft.peft_type.value}, "
+            "which is no change of weights; give a LoRA adapter"
+        )
+    ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        peft.eval()
+        expected = peft(input_ids=ids, use_cache=False).logits
+        _untie(peft.get_base_model())
+        merged: Any = peft.merge_and_unload()
+        found = merged(input_ids=ids, use_cache=False).logits
+    scale = expected.abs().max().clamp(min=1.0)
+    if not torch.allclose(found / scale, expected / scale, atol=1e-3):
+        raise UserError(
+            f"agent {spec.name}: merged into the weights, the adapter in {spec.model} is another "
+            "model than beside them; give the agent a lora block with the adapter's rank and alpha"
+        )
+    if merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight:
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return merged
+
+
+def _untie(causal_lm: Any) -> None:
+    """Give the head weights of its own if it shares the embedding's and one of them is adapted."""
+    layers = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    adapted = any(isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for layer in layers)
+    embedding, head = (
+        getattr(layer, "base_layer", getattr(layer, "original_module", layer)) for layer in layers
+    )
+    if adapted and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def _load_model(spec: AgentSpec, model_id: str, dtype: torch.dtype) -> Any:
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.attention is not None:
+        options["attn_implementation"] = spec.attention
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model_id,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            attn_implementation="sdpa",
-        )
+        return read_model(source_of(model_id), dtype, **options)
     except _UNLOADABLE as error:
         raise UserError(_cannot_load(spec, model_id, _said(error))) from error
 
 
 def _load_tokenizer(spec: AgentSpec, model_id: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=spec.trust_remote_code)
+        return read_tokenizer(source_of(model_id), trust_remote_code=spec.trust_remote_code)
     except _UNLOADABLE as error:
         raise UserError(_cannot_load(spec, model_id, _said(error))) from error
 
@@ -216,7 +248,9 @@ def _said(error: Exception) -> str:
 
 
 def _cannot_load(spec: AgentSpec, model_id: str, reason: str) -> str:
+    otherwise = "leave attention out, or " if spec.attention else ""
     return (
-        f"agent {spec.name}: cannot load model {model_id!r} ({reason}); "
-        "give a directory with config.json and safetensors weights, or a hub id that can be reached"
+        f"agent {spec.name}: cannot load model {model_id!r} ({reason}); {otherwise}"
+        "give a directory with config.json and safetensors weights, a .gguf file, or a hub id that "
+        "can be reached"
     )

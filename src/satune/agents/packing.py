@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from satune.types import Turn
+from satune.types import Ids, Turn
 
 # Larger batches are no faster on a CPU, and their activations are taken from and given back to the
 # operating system each time, which is slow.
@@ -154,6 +155,14 @@ def micro_batches(
         batch.extend(unit)
     if batch:
         yield _collate(batch)
+
+
+def padded(rows: Sequence[Ids], width: int) -> Tensor:
+    """Ids [B, ``width``] (int64) with one of ``rows`` each, zeros on the right."""
+    ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        ids_BS[row, : len(ids)] = torch.from_numpy(np.asarray(ids))
+    return ids_BS
 
 
 def _collate(sequences: Sequence[TokenSequence]) -> MicroBatch:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from satune.types import UserError
 
@@ -50,14 +51,16 @@ class Policy:
         self.adapter = adapter
         self.autocast = autocast
         self.causal_lm: Any = model.get_base_model() if adapter else model  # type: ignore[operator]
-        self.backbone: nn.Module = self.causal_lm.base_model
+        self.backbone = _backbone(name, self.causal_lm)
         # Renamed by transformers 5.24, in the models that it has come to so far.
         known = inspect.signature(self.backbone.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
-        self.head: nn.Module = self.causal_lm.get_output_embeddings()
+        self.head = _head(name, self.causal_lm)
         # A model that reads pictures too has a config of its own for what it does with text.
         self.config = self.causal_lm.config.get_text_config()
         self._adjust = _logit_adjustment(self.config)
+        _count_places(self.backbone)
+        _keep_windows(self.backbone)
         # Dropout would make the scored policy another one than the sampled.
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -124,6 +127,8 @@ class Policy:
         if cache is not None:
             kwargs[self._cache_name] = cache
         kwargs["use_cache"] = cache is not None
+        if self.config._attn_implementation == "eager" and "attention_mask" in kwargs:
+            kwargs["attention_mask"] = _added(kwargs["attention_mask"], self.causal_lm.dtype)
         with self.computing():
             return self.backbone(input_ids=input_ids, **kwargs).last_hidden_state
 
@@ -136,13 +141,18 @@ class Policy:
         if positions_RS.shape[1] == 1 and kinds == {"full_attention"} and bool(mask.all()):
             # Rows of one length see all that is held, and attention without a mask is faster.
             return {"full_attention": None}
+        by_kind = {"full_attention": mask}
         window = getattr(self.config, "sliding_window", None)
-        if window is None or (kinds and "sliding_attention" not in kinds):
-            return mask
-        near = mask & (places_C > positions_RS[..., None] - window)[:, None]
-        if not kinds:
-            return near
-        return {"full_attention": mask, "sliding_attention": near}
+        if window is not None and (not kinds or "sliding_attention" in kinds):
+            near = mask & (places_C > positions_RS[..., None] - window)[:, None]
+            if not kinds:
+                return near
+            by_kind["sliding_attention"] = near
+        if "chunked_attention" in kinds:
+            chunk = self.config.attention_chunk_size
+            same = places_C // chunk == positions_RS[..., None] // chunk
+            by_kind["chunked_attention"] = mask & same[:, None]
+        return by_kind if len(by_kind) > 1 else mask
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, H], before temperature, in at least float32."""
@@ -193,8 +203,74 @@ class Policy:
         if not torch.allclose(actual / scale, expected[0] / scale, atol=1e-2):
             raise UserError(
                 f"agent {self.name}: {type(self.causal_lm).__name__} does something to its logits "
-                "that satune does not know; report the architecture"
+                "that satune does not know; choose another model"
             )
+
+
+def _backbone(agent: str, causal_lm: Any) -> nn.Module:
+    found = causal_lm.base_model
+    if found is causal_lm:  # Llama 4's text part names its backbone otherwise than it says
+        parts = [part for part in causal_lm.children() if isinstance(part, PreTrainedModel)]
+        if len(parts) != 1:
+            raise UserError(_not_known(agent, causal_lm, "does not keep its layers apart"))
+        found = parts[0]
+    return found
+
+
+def _head(agent: str, causal_lm: Any) -> nn.Module:
+    found = causal_lm.get_output_embeddings()
+    if found is None:
+        raise UserError(_not_known(agent, causal_lm, "has no output head that can be called"))
+    return found
+
+
+def _not_known(agent: str, causal_lm: Any, what: str) -> str:
+    return f"agent {agent}: {type(causal_lm).__name__} {what}; choose another model"
+
+
+def _added(mask: Any, dtype: torch.dtype) -> Any:
+    """A mask that says which places are seen, as what eager attention adds to its scores."""
+    if isinstance(mask, dict):
+        return {kind: _added(each, dtype) for kind, each in mask.items()}
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _count_places(backbone: nn.Module) -> None:
+    """BLOOM reads the distances of its biases off a mask of one row a sequence. Of the engine's
+    and the learner's masks, which have one a token, it is to count the places."""
+    biases: Any = getattr(backbone, "build_alibi_tensor", None)
+    if biases is None:
+        return
+
+    def counted(mask: Tensor, *further: Any, **named: Any) -> Tensor:
+        if mask.dim() == 4:
+            mask = mask.new_ones(mask.shape[0], mask.shape[-1], dtype=torch.long)
+        return biases(mask, *further, **named)
+
+    backbone.build_alibi_tensor = counted  # type: ignore[assignment]
+
+
+def _keep_windows(backbone: nn.Module) -> None:
+    """GPT-Neo's local layers count their window back from the batch's last place. It is to end at
+    each token's own, which is the last place that the mask lets it see."""
+    for module in backbone.modules():
+        if getattr(module, "attention_type", None) != "local" or not hasattr(module, "bias"):
+            continue
+        causal: Tensor = module.bias  # type: ignore[assignment]
+        window = int(causal[0, 0].sum(-1).max())
+        module.bias.fill_(True)  # type: ignore[union-attr,operator]
+
+        def near(_: nn.Module, args: Any, kwargs: Any, window: int = window) -> Any:
+            mask = kwargs["attention_mask"]
+            places_C = torch.arange(mask.shape[-1], device=mask.device)
+            own = torch.where(mask == 0, places_C, -1).amax(-1, keepdim=True)
+            far = places_C <= own - window
+            kwargs["attention_mask"] = mask.masked_fill(far, torch.finfo(mask.dtype).min)
+            return args, kwargs
+
+        module.register_forward_pre_hook(near, with_kwargs=True)
 
 
 def _logit_adjustment(config: Any) -> Any:

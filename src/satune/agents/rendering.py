@@ -21,7 +21,7 @@ from satune.agents.messages import (
     own_message,
     user_message,
 )
-from satune.types import Completion, Entry, EpisodeFailure, Message, Prompt, UserError
+from satune.types import Completion, Entry, EpisodeFailure, Ids, Message, Prompt, UserError, ids_of
 
 _HISTORIES = (("3+4",), ("a b", "c", "d"), ("1", "x y.", "22", "z", "3\n4", "w", "v"))
 _REPLIES = (("7", "a: 8"), ("one\ntwo", "b"), ("12", "x\ny"))
@@ -87,8 +87,8 @@ class ChatRenderer(MessageBuilder):
         """A fresh view of one conversation for ``seat``."""
         return ChatView(self, seat)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _encode(self, text: str) -> Ids:
+        return ids_of(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of ``messages`` up to where the seat's next message begins."""
@@ -133,7 +133,7 @@ class ChatRenderer(MessageBuilder):
         start = self.render(short) + "2"
         return self.render([*short, own_message("2"), user_message(content)])[len(start) :]
 
-    def suffix_ids(self, suffix: str, completion_ids: Sequence[int]) -> tuple[int, ...]:
+    def suffix_ids(self, suffix: str, completion_ids: Ids) -> Ids:
         """The ids of what follows a completion, without the end token where that was sampled."""
         end = self._special.get(completion_ids[-1]) if completion_ids else None
         return self.encode(suffix.removeprefix(end) if end else suffix)
@@ -157,7 +157,7 @@ class ChatView:
         self._dropped: set[int] = set()
         self._messages: list[Message] = []
         self._text = ""
-        self._ids: tuple[int, ...] = ()
+        self._ids = ids_of()
         self._completion: Completion | None = None
 
     def wrote(self, completion: Completion) -> None:
@@ -205,7 +205,8 @@ class ChatView:
             suffix = whole[len(start) :]
         self._messages = messages
         self._text = start + suffix
-        self._ids += completion.ids + renderer.suffix_ids(suffix, completion.ids)
+        # A new array: the old one is in a prompt that was handed out.
+        self._ids = self._ids + completion.ids + renderer.suffix_ids(suffix, completion.ids)
         return True
 
     def _anew(self) -> None:

@@ -268,7 +268,7 @@ def show_report(report: dict[str, Any]) -> None:
     elif "pooled" in report:
         rows.append(("all messages", report["pooled"], report["budget"]["pooled"]))
         rows.append(("oracle", report["oracle"], report["budget"]["oracle"]))
-    columns = list(dict.fromkeys(name for _, row, _ in rows for name in row))
+    columns: list[str] = list(dict.fromkeys(name for _, row, _ in rows for name in row))
     for column in (*(_HEADINGS.get(name, name) for name in columns), "answers", "read + written"):
         table.add_column(column, justify="right", no_wrap=True)
     for label, row, budget in rows:

@@ -33,6 +33,7 @@ app.command(name="eval")(evaluate)
 def main() -> None:
     """Run a command; bad input ends with one line and exit code 2, ctrl-C with 130."""
     try:
+        _refuse_other_encodings()
         app()
     except UserError as error:
         say(f"error: {error}")
@@ -49,6 +50,14 @@ def main() -> None:
         # Nobody reads any more; writing the rest at exit would only raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _refuse_other_encodings() -> None:
+    """Raise UserError for a word of the command line that is not UTF-8: recipes, manifests and
+    events are, and so are the names that tokenizers and weights are opened by."""
+    for word in [*sys.argv[1:], os.getcwd()]:
+        if word != word.encode(errors="ignore").decode():
+            raise UserError(f"{word!a} is not UTF-8; rename the file or directory")
 
 
 def _leave(line: str) -> NoReturn:

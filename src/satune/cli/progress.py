@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from satune.files.events import EvalEvent, Event, Notice, UpdateEvent
 
 
 class _Rate(ProgressColumn):
@@ -71,58 +70,64 @@ class Display:
             self._stages = self._bars.add_task("stages", total=total)
         self._bars.update(self._stages, completed=done)
 
-    def watch(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def watch(self, event: Event | Notice) -> None:
         """One line for each event that a person wants to see while a run goes on."""
-        if kind == "eval":
-            decoding = "greedy" if fields["greedy"] else "sampled"
-            self.note(
-                f"[bold]held-out reward[/] {fields['reward']:.3f}{_interval(fields)} "
-                f"({decoding}, after {fields['stage']} stages, {fields['problems']} problems)"
-            )
-        elif kind == "update":
-            divergence = fields.get("kl", {}).get("quantile")
-            moved = "" if divergence is None else f"KL {divergence:.4f} of {fields['delta']:g}, "
-            verdict = f"scale {fields['scale']:.2f}" if fields["accepted"] else "[red]reverted[/]"
-            reason = "" if fields["accepted"] else f" ({fields['reason']})"
-            self.note(
-                f"  stage {fields['stage']} step {fields['step']} {fields['agent']}: "
-                f"{moved}{verdict}{reason}{_certified(fields)}"
-            )
-        elif kind == "look":
-            self.note(
-                f"  hand-over of {', '.join(fields['seats'])}: {fields['problems']} problems, "
-                f"reward {fields['mean']:+.4f}, at least {fields['lower']:+.4f}; "
-                f"the newcomer may have {fields['allowed']:.1%}"
-            )
-        elif kind == "alignment" and "alignment" in fields:
-            found = fields["alignment"]
-            error = found["standard_error"]
-            self.note(
-                f"  newcomer of {fields['seat']}: alignment {found['score']:+.4f}"
-                + ("" if error is None else f" (standard error {error:.4f})")
-            )
-        elif kind == "distillation":
-            self.note(
-                f"  distillation of {fields['seat']}, round {fields['round']}: "
-                f"KL {fields['kl']['quantile']:.4g}, reward {fields['reward']:.3f}"
-            )
-        elif kind == "swap":
-            self.note(f"swap of {', '.join(fields['seats'])} after {fields['stage']} stages")
-        elif kind == "note":
-            self.note(fields["text"])
-        elif kind == "stage":
-            self.note(
-                f"stage {fields['stage']}: reward {fields['reward']:.3f}, {fields['seconds']:.1f} s"
-            )
+        match event["event"]:
+            case "eval":
+                decoding = "greedy" if event["greedy"] else "sampled"
+                self.note(
+                    f"[bold]held-out reward[/] {event['reward']:.3f}{_interval(event)} "
+                    f"({decoding}, after {event['stage']} stages, {event['problems']} problems)"
+                )
+            case "update":
+                moved = ""
+                if "kl" in event:
+                    moved = f"KL {event['kl']['quantile']:.4f} of {event['delta']:g}, "
+                taken = event["accepted"]
+                verdict = f"scale {event['scale']:.2f}" if taken else "[red]reverted[/]"
+                reason = "" if taken else f" ({event['reason']})"
+                self.note(
+                    f"  stage {event['stage']} step {event['step']} {event['agent']}: "
+                    f"{moved}{verdict}{reason}{_certified(event)}"
+                )
+            case "look":
+                self.note(
+                    f"  hand-over of {', '.join(event['seats'])}: {event['problems']} problems, "
+                    f"reward {event['mean']:+.4f}, at least {event['lower']:+.4f}; "
+                    f"the newcomer may have {event['allowed']:.1%}"
+                )
+            case "alignment":
+                if "alignment" not in event:
+                    return
+                found = event["alignment"]
+                error = found["standard_error"]
+                self.note(
+                    f"  newcomer of {event['seat']}: alignment {found['score']:+.4f}"
+                    + ("" if error is None else f" (standard error {error:.4f})")
+                )
+            case "distillation":
+                self.note(
+                    f"  distillation of {event['seat']}, round {event['round']}: "
+                    f"KL {event['kl']['quantile']:.4g}, reward {event['reward']:.3f}"
+                )
+            case "swap":
+                self.note(f"swap of {', '.join(event['seats'])} after {event['stage']} stages")
+            case "note":
+                self.note(event["text"])
+            case "stage":
+                self.note(
+                    f"stage {event['stage']}: reward {event['reward']:.3f}, "
+                    f"{event['seconds']:.1f} s"
+                )
 
 
-def _certified(fields: Mapping[str, Any]) -> str:
-    found = fields.get("certificate", {}).get("statistical")
-    if found is None:
+def _certified(event: UpdateEvent) -> str:
+    if "certificate" not in event:
         return ""
+    found = event["certificate"]["statistical"]
     return f", reward {found['mean']:+.4f}, certified at least {found['lower']:+.4f}"
 
 
-def _interval(fields: Mapping[str, Any]) -> str:
-    bounds = fields.get("interval")
+def _interval(event: EvalEvent) -> str:
+    bounds = event["interval"]
     return f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""

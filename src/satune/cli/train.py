@@ -24,6 +24,7 @@ from satune.cli.common import (
     shipped_recipe,
     show_result,
 )
+from satune.files.events import Event
 from satune.loading import served
 
 
@@ -126,15 +127,15 @@ def _train(
         if resume and name is None:
             # What a run left that ended before its first checkpoint would stand there twice.
             directory.truncate({"events": 0, "episodes": {}})
-        watchers: list[Callable[..., None]] = [display.watch]
+        watchers: list[Callable[[Event], None]] = [display.watch]
         if recipe.log.tensorboard:
             watchers.append(stack.enter_context(scalar_writer(directory.path / "tensorboard")))
 
-        def watch(kind: str, fields: Any) -> None:
+        def watch(event: Event) -> None:
             for watcher in watchers:
-                watcher(kind, fields)
-            if kind == "stage":
-                display.stages(fields["stage"], recipe.stages)
+                watcher(event)
+            if event["event"] == "stage":
+                display.stages(event["stage"], recipe.stages)
 
         training = start_training(cast, directory, watch)
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)

@@ -171,6 +171,7 @@ def agent_spec(name: str, section: AgentSection, model: str) -> AgentSpec:
         lora=lora,
         delta=section.delta,
         trust_remote_code=section.trust_remote_code,
+        attention=section.attention,
         server=section.server.model_dump() if section.server else {},
     )
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from satune.agents.loading import AgentSpec, Precision, misspelt_path
+from satune.agents.loading import AgentSpec, Precision
 from satune.agents.messages import MessageRenderer, TemplateSettings
+from satune.agents.sources import misspelt_path
 from satune.config.load import load_recipe, override, recipe_text
 from satune.config.schema import EngineSection, Recipe
 from satune.engines.roles import OpenServer
@@ -125,13 +126,13 @@ def local_candidate(
         _one_of_each(copies, "a team")
         return _of_directory(place, keys, servers)
     if place.is_dir() and not any(
-        (place / name).is_file() for name in ("config.json", "adapter_config.json")
+        any(place.glob(name)) for name in ("config.json", "adapter_config.json", "*.gguf")
     ):
         unfinished = (place / "recipe.yaml").is_file()
         raise UserError(
             f"{given}: the run has no trained team yet; finish it, or evaluate its recipe.yaml"
             if unfinished
-            else f"{given}: holds neither a team (manifest.json) nor a model (config.json)"
+            else f"{given}: holds neither a team (manifest.json) nor a model (config.json, *.gguf)"
         )
     misspelt = misspelt_path(given)
     if misspelt:
@@ -148,7 +149,7 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
 
     # Its roles are those of whatever task is played: the examination attaches them.
     cast = assemble(recipe, progress, servers, roles=False)
-    models = {a.model for a in recipe.team.agents.values() if Path(a.model).is_dir()}
+    models = {a.model for a in recipe.team.agents.values() if Path(a.model).exists()}
     return Candidate(
         cast.team.seats_for(recipe.rollout.max_new_tokens),
         cast.engine,
@@ -206,7 +207,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
     spec = AgentSpec(agent, given, PAPER_TEMPERATURE)
     team = build_team([spec], dict.fromkeys(seats, agent), sharing="separate", **keys["team"])
     section = _engine_section(keys, None)
-    local = Path(given).is_dir()
+    local = Path(given).exists()
     return Candidate(
         team.seats_for(_room(team)),
         _engine(team, section),
@@ -314,13 +315,15 @@ def file_identity(given: str | None) -> str | None:
     return _digest(Path(file).read_bytes()) + (f":{name}" if name else "")
 
 
-def _fingerprint(directory: Path) -> str:
-    """A directory's files by name, size, and what they begin and end with: weights that were
-    trained differ in every part, and reading a large model whole would take minutes."""
+def _fingerprint(model: Path) -> str:
+    """A model's file, or a directory's files by name, size, and what they begin and end with:
+    weights that were trained differ in every part, and reading a large model whole would take
+    minutes."""
     found = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    files = [model] if model.is_file() else [p for p in model.rglob("*") if p.is_file()]
+    for path in sorted(files):
         size = path.stat().st_size
-        found.update(f"{path.relative_to(directory)}:{size}\n".encode())
+        found.update(f"{path.relative_to(model)}:{size}\n".encode())
         with open(path, "rb") as file:
             found.update(file.read(1 << 20))
             file.seek(max(0, size - (1 << 20)))

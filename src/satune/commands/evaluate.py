@@ -19,7 +19,8 @@ from satune.files.lines import JsonLines
 from satune.files.writing import disk_errors, write_atomically
 from satune.play.evaluation import report, summarise
 from satune.play.match import Match
-from satune.play.rollout import episode_from_row, episode_to_row, rollout
+from satune.play.rollout import rollout
+from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take, takes
 from satune.types import Episode, Key, Problem, Progress, Seat, Task, UserError

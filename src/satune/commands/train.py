@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from torch import Tensor
+
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.commands.assemble import Cast
 from satune.config.checks import decisions
@@ -15,11 +17,12 @@ from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.loading import served
 from satune.play.evaluation import progress_of
-from satune.play.rollout import episode_from_row, episode_to_row, rollout_sync
+from satune.play.rollout import rollout_sync
+from satune.play.rows import episode_from_row, episode_to_row
 from satune.tasks.catalog import draw, take
-from satune.training.certification import CertifyState
 from satune.training.checkpoint import Checkpoints
-from satune.training.run import State, Training, Watcher
+from satune.training.ports import Watcher
+from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import Supply
 from satune.training.self_check import Tolerance
@@ -30,6 +33,7 @@ from satune.training.settings import (
     TrainingSettings,
     UpdateSettings,
 )
+from satune.training.state import State
 from satune.types import Episode, Key, Problem, Task, UserError
 
 
@@ -106,8 +110,8 @@ class LocalWorld:
         problems = self.cast.train_problems(count, offset)
         return rollout_sync(self.cast.match(), problems, self.cast.recipe.rollout.samples, key)
 
-    def publish(self, agent: str, version: int) -> None:
-        self.cast.engine.publish(agent, version)
+    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
+        self.cast.engine.publish(agent, version, weights)
 
     def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
         # The same key each time: the same problems and the same uniforms.
@@ -158,11 +162,11 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         supply=Supply(world.draw, settings),
         world=world,
         directory=directory,
-        checkpoints=Checkpoints(directory.checkpoints, recipe.checkpoint.keep),
-        state=State(
-            betas=dict.fromkeys(learners, recipe.trust_region.beta),
-            versions=dict.fromkeys(learners, 0),
-            certify=CertifyState(Spending(settings.certify.confidence, settings.certify.decisions)),
+        store=Checkpoints(directory.checkpoints, recipe.checkpoint.keep),
+        state=State.beginning(
+            list(learners),
+            recipe.trust_region.beta,
+            Spending(settings.certify.confidence, settings.certify.decisions),
         ),
         watch=watch,
         evaluates_greedy=recipe.evaluate.greedy,

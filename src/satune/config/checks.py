@@ -90,6 +90,8 @@ def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
             yield f"{path}.lora", "a served model takes no adapter; remove the key"
         elif agent.template.chat is not None:
             yield f"{path}.template.chat", "its server renders a served model; remove the key"
+        elif agent.attention is not None:
+            yield f"{path}.attention", "its server computes a served model; remove the key"
         elif not agent.frozen:
             yield f"{path}.frozen", "a served model cannot be trained; set frozen to true"
 

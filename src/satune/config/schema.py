@@ -20,6 +20,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# What AdamW is asked to do with float32 weights has to be a float32 number.
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 
@@ -96,17 +99,18 @@ class ServerSection(Section):
 
 
 class AgentSection(Section):
-    """One agent: a model path, a hub id, ``tiny:<family>-<size>`` or, where it is frozen,
-    ``http://ADDRESS/v1#MODEL``; and what is its own."""
+    """One agent: a model path, a GGUF file, a hub id, ``tiny:<family>-<size>`` or, where it is
+    frozen, ``http://ADDRESS/v1#MODEL``; and what is its own."""
 
     model: Annotated[str, Field(min_length=1)]
     temperature: float = 1.0
     template: TemplateSection = TemplateSection()
     lora: LoraSection | None = None
     delta: float | None = None
-    learning_rate: Positive | None = None
+    learning_rate: Rate | None = None
     frozen: bool = False
     trust_remote_code: bool = False
+    attention: Literal["sdpa", "eager"] | None = None
     server: ServerSection | None = None
 
 
@@ -273,10 +277,10 @@ class TrustRegionSection(Section):
 class OptimizerSection(Section):
     """AdamW and how a step's experience is cut into batches."""
 
-    lr: Positive = 1e-5
-    weight_decay: NotNegative = 0.01
-    betas: Annotated[tuple[Share, Share], BeforeValidator(_listed)] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    lr: Rate = 1e-5
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.01
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(_listed)] = (0.9, 0.999)
+    eps: Annotated[float, Field(ge=1e-30, le=1e30)] = 1e-8
     warmup_steps: Whole = 0
     max_grad_norm: Positive = 1.0
     epochs: Count = 1

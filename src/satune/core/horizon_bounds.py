@@ -2,7 +2,7 @@
 
 An own step is one place where the updated agent acts: a whole message (turn) or one token. All
 bounds here hold at either granularity; at the token's they are vacuous in practice. Conventions
-are those of ``satune.core.bounds``; the new policy puts no mass where the old one has none.
+are those of ``satune.core.variation``; the new policy puts no mass where the old one has none.
 Shape suffixes: ``H`` own steps in order, ``E`` episodes, ``N`` agents (or seats) updated together.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from satune.core.bounds import (
+from satune.core.variation import (
     Real,
     as_float64,
     as_kl,
@@ -123,11 +123,6 @@ def penalty_sup_free(log_ratio_EH: Tensor, weights_E: Tensor | None = None) -> T
 def largest_gain(trajectory_kl: Real) -> Tensor:
     """min(1, sqrt(K/2), sqrt(1-exp(-K))): all that J' - J can be. A penalty above it is vacuous."""
     return tv_from_kl(trajectory_kl)
-
-
-def is_vacuous(penalty: Real, trajectory_kl: Real) -> Tensor:
-    """Whether a penalty exceeds all that the step could gain; an unknown (NaN) penalty does."""
-    return ~(as_float64(penalty) <= largest_gain(trajectory_kl))
 
 
 def updated_together(

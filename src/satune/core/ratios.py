@@ -21,11 +21,6 @@ def token_log_ratio(logprobs_T: Tensor, anchor_T: Tensor) -> Tensor:
     return logprobs_T - anchor_T.detach()
 
 
-def turn_log_ratio(logprobs_T: Tensor, anchor_T: Tensor, turn_T: Tensor, turns: int) -> Tensor:
-    """log(new/old) of each whole message [turns]: the sum over its tokens."""
-    return sum_by(token_log_ratio(logprobs_T, anchor_T), turn_T, turns)
-
-
 def sequence_log_ratio(
     logprobs_T: Tensor, anchor_T: Tensor, episode_T: Tensor, episodes: int
 ) -> Tensor:

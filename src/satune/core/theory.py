@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import Tensor
+
+from satune.core.variation import Real, as_gamma, as_size, tv_from_kl
 
 Status = Literal["positive", "plug-in positive", "not positive", "vacuous"]
 
@@ -47,8 +50,8 @@ def theory_status(
     """What L = ``gain`` and C = ``penalty`` allow to be said.
 
     ``plug_in``: either is an estimate from samples. ``largest_gain`` is the trivial bound on
-    J(new) - J(old) (``horizon_bounds.largest_gain``, ``bounds.return_change``). A penalty that is
-    infinite or unknown is vacuous, an unknown gain is not positive.
+    J(new) - J(old) (``horizon_bounds.largest_gain``, ``lab.bounds.return_change``). A penalty that
+    is infinite or unknown is vacuous, an unknown gain is not positive.
     """
     if not penalty <= largest_gain or penalty == math.inf:
         return "vacuous"
@@ -75,16 +78,10 @@ def theory_row(
     return TheoryRow(name, gain, penalty, status, remark, basis)
 
 
-def stage_row(
-    name: str, rows: Sequence[TheoryRow], *, plug_in: bool, largest_gain: float = math.inf
-) -> TheoryRow:
-    """Theorem 4.4: the sum over a stage's steps, a plug-in as soon as one of them is.
+def penalty_paper(gamma: Real, a_max: Real, sup_kl: Real) -> Tensor:
+    """2 gamma A_max sqrt(delta/2)/(1-gamma)^2, for reference: L - C <= 0 whenever gamma >= 1/2.
 
-    For rows whose gain was measured on the team that each step started from.
+    Above delta = 1.594 the smaller bound on TV stands in for sqrt(delta/2).
     """
-    plug_in = plug_in or any(row.status == "plug-in positive" for row in rows)
-    plug_in = plug_in or any(row.name == SUP_FREE for row in rows)
-    gain, penalty = (math.fsum(getattr(row, key) for row in rows) for key in ("gain", "penalty"))
-    status = theory_status(gain, penalty, plug_in=plug_in, largest_gain=largest_gain)
-    remarks = dict.fromkeys(row.remark for row in rows if row.remark)
-    return TheoryRow(name, gain, penalty, status, "; ".join(remarks))
+    gamma = as_gamma(gamma)
+    return 2 * gamma * as_size(a_max, "a_max") * tv_from_kl(sup_kl) / (1 - gamma) ** 2

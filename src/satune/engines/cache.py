@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from satune.files.arrays import shared_prefix
+from satune.types import Ids
+
 _BLOCK = 64
 _GROWTH = 1024
 
@@ -133,7 +136,7 @@ class _Kept:
     """What is kept of one seat's conversation: its ids, the row of a block that holds their states,
     and how many tokens of the budget it takes."""
 
-    ids: tuple[int, ...]
+    ids: Ids
     block: RowCache
     row: int
     tokens: int
@@ -160,15 +163,12 @@ class PrefixStore:
         if kept is not None:
             self._tokens -= kept.tokens
 
-    def match(self, owner: tuple[object, ...], ids: Sequence[int]) -> int:
+    def match(self, owner: tuple[object, ...], ids: Ids) -> int:
         """How many leading tokens of ``ids`` are kept (at most all but one: the last is fed)."""
         kept = self._kept.get(owner)
         if kept is None:
             return 0
-        limit = min(len(kept.ids), len(ids) - 1)
-        if tuple(ids[:limit]) == kept.ids[:limit]:
-            return limit
-        return next(i for i in range(limit) if ids[i] != kept.ids[i])
+        return min(shared_prefix(kept.ids, ids), len(ids) - 1)
 
     def load(
         self, owners: Sequence[tuple[object, ...] | None], length: int, into: RowCache
@@ -221,7 +221,7 @@ class PrefixStore:
     def keep(
         self,
         owners: Sequence[tuple[object, ...]],
-        ids: Sequence[tuple[int, ...]],
+        ids: Sequence[Ids],
         cache: RowCache,
         rows: Sequence[int],
         *,
@@ -256,4 +256,4 @@ class PrefixStore:
             block.values = [values[:, :, :length].index_select(0, take) for values in cache.values]
             places = list(range(len(chosen)))
         for place, index, tokens in zip(places, chosen, cost, strict=True):
-            self._kept[owners[index]] = _Kept(tuple(ids[index][:-1]), block, place, tokens)
+            self._kept[owners[index]] = _Kept(ids[index][:-1], block, place, tokens)

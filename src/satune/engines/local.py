@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore
+from satune.engines.probe import refuse_unservable
 from satune.engines.rows import ConversationId, Request, Rows, conversation_id
-from satune.types import Completion, Key, Prompt, Sampling, UserError
+from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of, logprobs_of
 
 Order = Literal["exact", "throughput"]
 
@@ -56,13 +57,13 @@ class LocalEngine:
         self._changed: asyncio.Event | None = None
         self._decoding: list[Request] = []
         for name, policy in self.policies.items():
-            for part in policy.parts:
-                _refuse_recurrent(name, part.config)
+            refuse_unservable(name, policy)
 
     # -- what rollouts call ----------------------------------------------------------------------
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
-        """The agent's weights (the learner's own) changed: forget states of the old ones."""
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
+        """Forget states of the agent's old weights. The new ones are in place: this engine shares
+        the learner's parameters."""
         self.versions[agent] = version
         self._stores[agent].clear()
 
@@ -89,7 +90,7 @@ class LocalEngine:
             raise UserError(f"seat {seat}: the local engine needs token ids, the prompt has none")
         agent = self.seats[seat]
         loop = asyncio.get_running_loop()
-        request = Request(key, tuple(prompt.ids), sampling, loop.create_future())
+        request = Request(key, prompt.ids, sampling, loop.create_future())
         conversation = request.conversation
         self._waiting[agent].append(request)
         self._pending[conversation] = self._pending.get(conversation, 0) + 1
@@ -228,8 +229,8 @@ class LocalEngine:
                 text=policy.tokenizer.decode(request.written, skip_special_tokens=True),
                 finish_reason="stop" if stopped else "length",
                 version=self.versions[agent],
-                ids=tuple(request.written),
-                logprobs=tuple(request.logprobs),
+                ids=ids_of(request.written),
+                logprobs=logprobs_of(request.logprobs),
                 prompt_tokens=len(request.ids),
                 completion_tokens=len(request.written),
             )
@@ -240,14 +241,3 @@ async def _settle() -> None:
     """Lets gathered and woken coroutines reach their next request."""
     for _ in range(3):
         await asyncio.sleep(0)
-
-
-def _refuse_recurrent(agent: str, config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or [])
-    other = kinds - {"full_attention", "sliding_attention"}
-    if other or getattr(config, "ssm_cfg", None) or hasattr(config, "state_size"):
-        found = ", ".join(sorted(other)) or type(config).__name__
-        raise UserError(
-            f"agent {agent}: the local engine serves attention layers only, it has {found}; "
-            "choose another model"
-        )

@@ -178,7 +178,7 @@ class OpenAIEngine:
         self._answers.keep(identity, key, completion)
         return completion
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         """Refused: the models are the server's."""
         raise UserError(
             f"agent {agent}: a server's model cannot be given new weights; train with engine: local"

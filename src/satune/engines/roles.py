@@ -14,11 +14,13 @@ from satune.types import (
     Completion,
     Engine,
     EpisodeFailure,
+    Ids,
     Key,
     Message,
     Prompt,
     Sampling,
     UserError,
+    ids_of,
 )
 
 _ROLE = "environment"
@@ -68,7 +70,7 @@ class WithRoles:
         chosen = self.roles if key.purpose == _ROLE else self.team
         return await chosen.generate(seat, prompt, sampling, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         self.team.publish(agent, version, weights)
 
     def begin(self, key: Key) -> None:
@@ -120,7 +122,7 @@ class LocalRole:
         ready = Prompt(tuple(messages), ids)
         return await self._engine.generate(_ROLE, ready, sampling, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         raise AssertionError("a role is not trained")
 
     def begin(self, key: Key) -> None: ...
@@ -129,12 +131,12 @@ class LocalRole:
 
     async def close(self) -> None: ...
 
-    def _ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def _ids(self, messages: Sequence[Message]) -> Ids:
         if not self._takes_system and messages[0]["role"] == "system" and len(messages) > 1:
             led = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages = [{"role": "user", "content": led}, *messages[2:]]
         encoded = self._policy.tokenizer(self._render(messages), add_special_tokens=False)
-        return tuple(encoded["input_ids"])
+        return ids_of(encoded["input_ids"])
 
     def _render(self, messages: Sequence[Message]) -> str:
         text = self._policy.tokenizer.apply_chat_template(

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from satune.agents.packing import padded
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore, RowCache, rounded
 from satune.engines.sampling import sample_tokens
-from satune.types import Completion, Key, Sampling
+from satune.types import Completion, Ids, Key, Sampling, ids_of
 
 ConversationId = tuple[object, ...]
 
@@ -26,7 +27,7 @@ class Request:
     """A completion that is waited for, and what of it is written."""
 
     key: Key
-    ids: tuple[int, ...]
+    ids: Ids
     sampling: Sampling
     future: asyncio.Future[Completion]
     rng: random.Random = field(init=False)
@@ -97,7 +98,7 @@ class Rows:
         source: list[int] = []
         distinct: list[int] = []
         for index, request in enumerate(requests):
-            name: object = request.ids if cached[index] == 0 else index
+            name: object = request.ids.tobytes() if cached[index] == 0 else index
             if name not in first:
                 first[name] = len(distinct)
                 distinct.append(index)
@@ -144,7 +145,7 @@ class Rows:
         self.cache.exchange(list(place.items()))
         order = sorted(range(count), key=lambda index: place.get(rows[index], rows[index]))
         self.requests, self._done = [requests[index] for index in order], []
-        ids_RS = torch.tensor([list(fresh[i]) + [0] * (width - len(fresh[i])) for i in order])
+        ids_RS = padded([fresh[i] for i in order], width)
         room = max(r.sampling.max_new_tokens for r in requests)
         self.cache.used = max(cached) + width
         self.cache.reserve(self.cache.used + min(room, _ROOM_AHEAD))
@@ -181,7 +182,7 @@ class Rows:
         starts = [cached[i] for i in indices]
         fresh = [requests[i].ids[start:] for i, start in zip(indices, starts, strict=True)]
         width = max(len(ids) for ids in fresh)
-        ids_RS = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids in fresh])
+        ids_RS = padded(fresh, width)
         cache = RowCache()
         cache.used = cache.capacity = max(starts) + width
         if not self.requests:
@@ -263,7 +264,7 @@ class Rows:
         if done:
             self.store.keep(
                 [request.owner for request, _ in done],
-                [(*request.ids, *request.written) for request, _ in done],
+                [request.ids + ids_of(request.written) for request, _ in done],
                 self.cache,
                 [row for _, row in done],
                 whole=whole,

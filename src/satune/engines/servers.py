@@ -107,7 +107,7 @@ class ServedModel:
             self._model, prompt, sampling, key, place=place, extra=self._extra
         )
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         raise AssertionError("a served model is not trained")
 
     def begin(self, key: Key) -> None: ...

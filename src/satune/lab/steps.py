@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from satune.core import bounds
+from satune.core import variation
+from satune.lab import bounds
 from satune.lab.ledger import Ledger
 from satune.lab.mdp import (
     MASKS,
@@ -100,9 +101,9 @@ def _check_step(
         if name == "paper":
             ledger.count(name, "positive_gamma_half", int((positive & (gamma >= 0.5)).sum()))
 
-    ledger.limit("pinsker", tv_S.flatten(), bounds.tv_pinsker(kl_S).flatten(), 1e-12)
-    ledger.limit("bretagnolle_huber", tv_S.flatten(), bounds.tv_bretagnolle_huber(back_S).flatten(),
-                 1e-12)  # fmt: skip
+    ledger.limit("pinsker", tv_S.flatten(), variation.tv_pinsker(kl_S).flatten(), 1e-12)
+    huber_S = variation.tv_bretagnolle_huber(back_S)
+    ledger.limit("bretagnolle_huber", tv_S.flatten(), huber_S.flatten(), 1e-12)
     moved = (after.occupancy - values.occupancy).abs().sum(-1)
     ledger.limit("occupancy_mean", moved, bounds.occupancy_shift_mean(gamma, mean_tv), slack)
     ledger.limit("occupancy_sup", moved, bounds.occupancy_shift_sup(gamma, sup_tv), slack)
@@ -212,7 +213,7 @@ def _check_stage(
     limit = bounds.stale_occupancy_shift(gamma, kl_N)
     ledger.limit("stale_occupancy", moved.flatten(), limit.flatten(), float(slack.max()))
     joint = total_variation(joint_policy(world, old), joint_policy(world, current)).amax(-1)
-    ledger.limit("joint_tv", joint, bounds.joint_tv(tv_N), 1e-12)
+    ledger.limit("joint_tv", joint, variation.joint_tv(tv_N), 1e-12)
     # KL adds over the factors of a product, state by state (Lemma 4.3).
     whole = divergence(joint_policy(world, old), joint_policy(world, current))
     parts = divergence(old, current).sum(1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from satune.core import bounds
+from satune.lab import bounds
 from satune.lab.ledger import Ledger
 from satune.lab.mdp import (
     World,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from satune.files.events import count_failures
 from satune.play.conversation import together
 from satune.play.grading import Graders
 from satune.play.match import Match
@@ -25,7 +26,7 @@ from satune.play.statistics import (
     pass_at_k,
     score_interval,
 )
-from satune.types import Episode, EpisodeFailure, Key, Problem, Turn, UserError, count_failures
+from satune.types import Episode, EpisodeFailure, Key, Problem, Turn, UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""Plays a protocol over many problems at once; returns the episodes, or writes them as rows."""
+"""Plays a protocol over many problems at once and returns the episodes."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from satune.files.interrupts import uninterrupted
@@ -13,16 +13,14 @@ from satune.play.conversation import together
 from satune.play.episode import Played, converse, graded, play
 from satune.play.grading import Graders
 from satune.play.match import Match
-from satune.types import Engine, Episode, Failure, Grade, Key, Problem, Turn, UserError
+from satune.types import Engine, Episode, Failure, Key, Problem, UserError
 
 __all__ = [
-    "Job", "Match", "Tally", "episode_from_row", "episode_to_row",
-    "play", "play_jobs", "rollout", "rollout_sync", "run_alone",
+    "Job", "Match", "Tally", "play", "play_jobs", "rollout", "rollout_sync", "run_alone",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
 Keep = Callable[[Episode], None]
-Row = dict[str, Any]
 
 
 async def rollout(
@@ -213,62 +211,3 @@ def run_alone(work: Callable[[], Coroutine[Any, Any, _T]], engines: Sequence[Eng
         except asyncio.CancelledError:
             pass
     raise KeyboardInterrupt
-
-
-def episode_to_row(episode: Episode) -> Row:
-    """The episode as a row for JSON. ``episode_from_row`` gives it back exactly, floats included,
-    if the problem's answer and metadata are made of what JSON knows (lists rather than tuples).
-    """
-    row = _as_row(episode)
-    row["problem"] = _as_row(episode.problem)
-    row["problem"]["prompt"] = [dict(part) for part in episode.problem.prompt]
-    row["problem"]["metadata"] = dict(episode.problem.metadata)
-    row["turns"] = [_as_row(turn) for turn in episode.turns]
-    row["grade"] = _as_row(episode.grade)
-    row["grade"]["components"] = dict(episode.grade.components)
-    row["grade"]["seats"] = None if episode.grade.seats is None else dict(episode.grade.seats)
-    row["failure"] = None if episode.failure is None else _as_row(episode.failure)
-    row["observations"] = [list(observation) for observation in episode.observations]
-    return row
-
-
-def episode_from_row(row: Mapping[str, Any]) -> Episode:
-    """The episode of a row that ``episode_to_row`` wrote.
-
-    Raises UserError naming a field that is missing or unknown.
-    """
-    _check_fields(row, Episode)
-    problem, grade = row["problem"], row["grade"]
-    _check_fields(problem, Problem)
-    _check_fields(grade, Grade)
-    for turn in row["turns"]:
-        _check_fields(turn, Turn)
-    changes = {
-        "problem": Problem(**{**problem, "prompt": tuple(problem["prompt"])}),
-        "turns": tuple(
-            Turn(**{name: _frozen(turn[name]) for name in turn}) for turn in row["turns"]
-        ),
-        "grade": Grade(**grade),
-        "failure": None if row["failure"] is None else Failure(**row["failure"]),
-        "observations": tuple((int(count), text) for count, text in row["observations"]),
-    }
-    return Episode(**{**row, **changes})
-
-
-def _as_row(item: Any) -> Row:
-    """A dataclass's fields, one level deep, tuples as lists."""
-    values = {field.name: getattr(item, field.name) for field in fields(item)}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _check_fields(row: Mapping[str, Any], kind: type) -> None:
-    names = {field.name for field in fields(kind)}
-    for name in sorted(names ^ set(row)):
-        state = "no field" if name in names else "an unknown field"
-        raise UserError(
-            f"{kind.__name__.lower()} row: {state} {name!r}; it was written by another version"
-        )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from satune.files.events import Event, UpdateEvent
 from satune.types import UserError
 
 
 @contextmanager
-def scalar_writer(directory: Path) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+def scalar_writer(directory: Path) -> Iterator[Callable[[Event], None]]:
     """A watcher of events that writes reward, KL, violation rate, scale and evaluations.
 
     Raises UserError where TensorBoard is not installed.
@@ -23,9 +23,9 @@ def scalar_writer(directory: Path) -> Iterator[Callable[[str, Mapping[str, Any]]
 
     writer = Writer(str(directory))
 
-    def watch(kind: str, fields: Mapping[str, Any]) -> None:
-        step = fields.get("stage", 0)
-        for name, value in _scalars(kind, fields).items():
+    def watch(event: Event) -> None:
+        step = 0 if event["event"] == "run" else event["stage"]
+        for name, value in _scalars(event).items():
             writer.add_scalar(name, value, step=step)
 
     try:
@@ -34,34 +34,34 @@ def scalar_writer(directory: Path) -> Iterator[Callable[[str, Mapping[str, Any]]
         writer.close()
 
 
-def _scalars(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
-    if kind == "stage":
-        return {"reward/training": fields["reward"], "time/stage": fields["seconds"]}
-    if kind == "eval":
-        decoding = "greedy" if fields["greedy"] else "sampled"
-        return {f"reward/held_out_{decoding}": fields["reward"]}
-    if kind == "swap":
-        return {
-            f"swap/{'_'.join(record['seats'])}_{name}": record[name]
-            for record in fields["swaps"]
-            for name in ("before", "naive", "after", "lower")
-            if name in record
-        }
-    if kind != "update":
-        return {}
-    agent = fields["agent"]
-    found = {
-        f"{agent}/kl_{name}": fields["kl"][name]
-        for name in ("mean", "quantile", "max", "violation_rate")
-        if name in fields.get("kl", {})
-    }
-    statistical = fields.get("certificate", {}).get("statistical", {})
-    found |= {
-        f"{agent}/certificate_{name}": statistical[name]
-        for name in ("mean", "lower")
-        if name in statistical
-    }
+def _scalars(event: Event) -> dict[str, float]:
+    match event["event"]:
+        case "stage":
+            return {"reward/training": event["reward"], "time/stage": event["seconds"]}
+        case "eval":
+            decoding = "greedy" if event["greedy"] else "sampled"
+            return {f"reward/held_out_{decoding}": event["reward"]}
+        case "swap":
+            return {
+                f"swap/{'_'.join(record['seats'])}_{name}": record[name]
+                for record in event["swaps"]
+                for name in ("before", "naive", "after", "lower")
+                if name in record
+            }
+        case "update":
+            return _of_update(event)
+    return {}
+
+
+def _of_update(event: UpdateEvent) -> dict[str, float]:
+    agent, found = event["agent"], dict[str, float]()
+    if "kl" in event:
+        for name in ("mean", "quantile", "max", "violation_rate"):
+            found[f"{agent}/kl_{name}"] = event["kl"][name]
+    if "certificate" in event:
+        statistical = event["certificate"]["statistical"]
+        found |= {f"{agent}/certificate_{name}": statistical[name] for name in ("mean", "lower")}
     for name in ("beta", "scale", "ess", "objective", "clip_fraction", "grad_norm"):
-        if name in fields:
-            found[f"{agent}/{name}"] = fields[name]
+        if name in event:
+            found[f"{agent}/{name}"] = event[name]
     return found

@@ -1,23 +1,14 @@
-"""Figures of a run, drawn from its files alone.
-
-What is read from events.jsonl:
-
-- ``stage``: stage, reward (mean over the stage's training episodes);
-- ``eval``: stage (0: before training), reward on held-out problems, its ``interval`` [low, high] if
-  there is one, and whether it was ``greedy`` decoding;
-- ``update``: stage, agent, delta, accepted, kl {quantile, violation_rate}.
-"""
+"""Figures of a run, drawn from the stage, eval and update events in its directory alone."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Event = Mapping[str, Any]
+from satune.files.events import Event, UpdateEvent, read_events
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666600")
 """Told apart with every common kind of colour blindness (after Okabe and Ito)."""
@@ -38,7 +29,7 @@ def plot_training(run: str | Path, out: str | Path) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    events = _events(Path(run) / "events.jsonl")
+    events = read_events(Path(run) / "events.jsonl")
     updates = [event for event in events if event["event"] == "update"]
     figure = Figure(figsize=(7.2, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -64,8 +55,8 @@ def plot_training(run: str | Path, out: str | Path) -> Path | None:
 def _draw_reward(axes: Any, events: Sequence[Event]) -> None:
     stages = [event for event in events if event["event"] == "stage"]
     evals = [event for event in events if event["event"] == "eval"]
-    sampled = [event for event in evals if not event.get("greedy")]
-    greedy = [event for event in evals if event.get("greedy")]
+    sampled = [event for event in evals if not event["greedy"]]
+    greedy = [event for event in evals if event["greedy"]]
     if stages:
         axes.plot(
             [event["stage"] for event in stages],
@@ -85,7 +76,7 @@ def _draw_reward(axes: Any, events: Sequence[Event]) -> None:
             clip_on=False,
         )
     for event in sampled:
-        if event.get("interval"):
+        if event["interval"]:
             low, high = map(float, event["interval"])
             axes.vlines(event["stage"], low, high, color=_HELD_OUT, linewidth=1.6)
         axes.annotate(
@@ -112,7 +103,7 @@ def _draw_reward(axes: Any, events: Sequence[Event]) -> None:
     _legend(axes)
 
 
-def _draw_divergence(axes: Any, updates: Sequence[Event]) -> None:
+def _draw_divergence(axes: Any, updates: Sequence[UpdateEvent]) -> None:
     """The KL quantile of every step, by agent, against the agent's δ."""
     shown = _series(axes, updates, "quantile")
     deltas = sorted({float(event["delta"]) for event in updates})
@@ -134,14 +125,14 @@ def _draw_divergence(axes: Any, updates: Sequence[Event]) -> None:
     _legend(axes)
 
 
-def _draw_violation(axes: Any, updates: Sequence[Event]) -> None:
+def _draw_violation(axes: Any, updates: Sequence[UpdateEvent]) -> None:
     """The share of problems with a visited state (or turn, or trajectory) whose KL exceeds δ."""
     highest = max(_series(axes, updates, "violation_rate"), default=0.0)
     axes.set_ylim(0, highest * 1.2 if highest > 0 else 0.01)
     axes.set_ylabel("problems beyond δ\n(share)", color=_INK)
 
 
-def _series(axes: Any, updates: Sequence[Event], key: str) -> list[float]:
+def _series(axes: Any, updates: Sequence[UpdateEvent], key: str) -> list[float]:
     """Draw ``kl[key]`` by stage, a line an agent. Gives the finite values drawn.
 
     A value that is not finite is left out: the gap in the line shows it.
@@ -156,7 +147,7 @@ def _series(axes: Any, updates: Sequence[Event], key: str) -> list[float]:
         colour = _COLOURS[index % len(_COLOURS)]
         marker = _MARKERS[index % len(_MARKERS)]
         axes.plot(x, y, color=colour, linewidth=1.2, marker=marker, markersize=3.5, label=agent)
-        reverted = [at for at, event in enumerate(own) if not event.get("accepted", True)]
+        reverted = [at for at, event in enumerate(own) if not event["accepted"]]
         axes.plot(
             [x[at] for at in reverted],
             [y[at] for at in reverted],
@@ -178,9 +169,3 @@ def _finite(value: Any) -> float:
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    # A run may still be writing its last line.
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines() if line]

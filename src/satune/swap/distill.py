@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from satune.agents.learner import LocalLearner, NonFinite, OptimizerSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.packing import PackedTurns, micro_batches, padded_budget
 from satune.agents.policy import Policy
 from satune.agents.prefixes import states_of
+from satune.agents.weights import Weights
 from satune.core.divergence import DivergenceStatistics
 from satune.core.logprobs import exact_kl
 from satune.core.trust_region import Unit
@@ -31,8 +33,8 @@ from satune.types import Episode, Key, UserError
 
 Draw = Callable[[Key, int, int], list[Episode]]
 """(key, offset into the problems, how many) -> whole groups of episodes; as training's."""
-Publish = Callable[[int], None]
-"""Tells the engine that the student's weights are now of this version."""
+Publish = Callable[[int, Mapping[str, Tensor]], None]
+"""Gives the engine the student's weights under their version number."""
 Decision = Literal["distilled", "mixture", "refused", "outside"]
 
 
@@ -162,7 +164,7 @@ def distill(
         decision, reason = _judge(found, settings)
     if decision not in ("distilled", "outside"):
         learner.restore(before)
-        play.published()
+        play.published(learner)
     learner.rest()
     event |= {"decision": decision, "reason": reason, "version": play.version}
     event["seconds"] = time.perf_counter() - started
@@ -182,9 +184,10 @@ class _Play:
     offset: int
     rollouts: int = 0
 
-    def published(self) -> None:
-        self.version += 1
-        self.publish(self.version)
+    def published(self, learner: LocalLearner, *, changed: bool = True) -> None:
+        """Give the engine the student's weights; a new number if they changed."""
+        self.version += changed
+        self.publish(self.version, Weights(learner.export))
 
     def newcomer(self, *, measuring: bool = False) -> list[Episode]:
         count = self.settings.measure_problems if measuring else self.settings.problems
@@ -220,7 +223,7 @@ def _learn(
     """Rounds until the student is inside. Raises NonFinite."""
     settings = play.settings
     learner.wake()
-    play.publish(play.version)
+    play.published(learner, changed=False)
     streak = 0
     memory: list[Episode] = []
     for number in range(1, settings.rounds + 1):
@@ -249,7 +252,7 @@ def _learn(
             rng.shuffle(learnt)
             row["grad_norm"] = _teach(learner, teacher, play, learnt, number)
             memory += episodes
-            play.published()
+            play.published(learner)
         watch(row)
         if streak == settings.confirm:
             return

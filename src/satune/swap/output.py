@@ -94,10 +94,14 @@ def _save_newcomer(team: Team, name: str, model: str, beside: Path, final: Path)
         team.save_agent(name, beside, final, {})
         if (source / "tiny.json").is_file():
             shutil.copy2(source / "tiny.json", beside / name / "tiny.json")
-    elif not source.is_dir():
+    elif not source.exists():
         return model
     else:
-        shutil.copytree(source, beside / name)
+        if source.is_dir():
+            shutil.copytree(source, beside / name)
+        else:
+            (beside / name).mkdir()
+            shutil.copy2(source, beside / name)
         base = Path(str(policy.causal_lm.config._name_or_path))
         if (source / "adapter_config.json").is_file() and base.is_dir():
             shutil.copytree(base, beside / base.name, dirs_exist_ok=True)

@@ -115,7 +115,7 @@ def project_seat(
         ),
         draw=rollouts.of(new.cast),
         draw_incumbent=rollouts.of(old.cast),
-        publish=lambda version: new.cast.engine.publish(name, version),
+        publish=lambda version, weights: new.cast.engine.publish(name, version, weights),
         offset=offset,
         watch=watch,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from satune.agents.loading import Precision, load_policies
 from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
+from satune.agents.weights import Weights
 from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
@@ -144,8 +146,9 @@ def load_found(found: Found, progress: Progress, servers: Servers | None = None)
         weights_of_file = path / f"{name}.weights.safetensors"
         if not weights_of_file.is_file():
             raise UserError(f"{path}: holds no weights of agent {name}; is it of another recipe?")
-        put_weights(policy, load_file(weights_of_file))
-        cast.engine.publish(name, found.state["state"]["versions"][name])
+        weights = load_file(weights_of_file)
+        put_weights(policy, weights)
+        cast.engine.publish(name, found.state["state"]["versions"][name], weights)
     return cast
 
 
@@ -238,6 +241,7 @@ def with_newcomer(
         update={
             "model": model,
             "trust_remote_code": False,
+            "attention": None,
             "lora": None if at_server else had.lora,
             "frozen": bool(at_server) or (had.frozen and incumbent in team.policies),
             "server": _asked(recipe.team, at_server[0], server or {}) if at_server else None,
@@ -293,10 +297,12 @@ def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:
 
 
 def with_team(cast: Cast, recipe: Recipe, team: Team) -> Cast:
-    """The cast with another team, and an engine that serves it."""
+    """The cast with another team, and an engine that serves it and has its weights."""
     engine = team_engine(team, recipe, cast.servers)
     if isinstance(cast.engine, WithRoles):
         engine = WithRoles(engine, cast.engine.roles)
+    for name, policy in team.policies.items():
+        engine.publish(name, 0, Weights(partial(weights_of, policy)))
     return replace(cast, recipe=recipe, team=team, engine=engine)
 
 

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.commands.assemble import Cast
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
+from satune.files.events import Event, Notice, SwapEvent
 from satune.play.evaluation import Evaluation, paired_difference
 from satune.report.monitors import scalar_writer
 from satune.swap.coins import hand_over_between
@@ -24,7 +25,9 @@ from satune.types import Key, Progress, UserError, no_progress
 
 TAKEN = ("accepted", "mixture")
 """Verdicts after which the seat is not the incumbent's alone any more."""
-Watch = Callable[[str, Mapping[str, Any]], None]
+Watch = Callable[[Event | Notice], None]
+Tell = Callable[[str, Mapping[str, Any]], None]
+"""(kind, fields) of what is shown as the swap goes on."""
 
 
 def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | None = None) -> Any:
@@ -35,7 +38,11 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
     """
     pairs = request.pairs()
     found, out = check_request(request, pairs)
-    tell = watch or (lambda kind, fields: None)
+
+    def tell(kind: str, fields: Mapping[str, Any]) -> None:
+        if watch is not None:
+            watch(cast(Event | Notice, {"event": kind, **fields}))
+
     with kept_answers(request, found, out) as answers:
         return _perform(request, found, out, Servers(answers=answers), progress, tell)
 
@@ -46,7 +53,7 @@ def _perform(
     out: Path,
     servers: Servers,
     progress: Progress,
-    tell: Watch,
+    tell: Tell,
 ) -> dict[str, Any]:
     started, pairs = time.perf_counter(), request.pairs()
     for line in found.passed:
@@ -90,7 +97,7 @@ def _perform(
         tell("swap", {"stage": found.stage, **event})
         if found.run is not None and found.recipe.log.tensorboard:
             with scalar_writer(out / "tensorboard") as write:
-                write("swap", {"stage": found.stage, **event})
+                write(cast(SwapEvent, {"event": "swap", "stage": found.stage, **event}))
     return result
 
 
@@ -111,7 +118,7 @@ class _Swap:
     original: Candidate
     groups: int
     progress: Progress
-    tell: Watch
+    tell: Tell
     team: Candidate = field(init=False)
     spending: Spending = field(init=False)
     offset: int = field(init=False)

@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from satune.files.events import SwapEvent
 from satune.files.writing import (
     disk_errors,
     identity,
@@ -73,15 +74,16 @@ def transplant(
     if state["step"] > 0:
         state["stage"] += 1
         fields["closed_stage"] = state["stage"]
-        # A simultaneous sweep publishes at its end, which is here.
-        held["published"] = dict(state["versions"])
     fields["stage"] = state["stage"]
+    # A newcomer may bear the name of an agent whose numbers are given out.
+    fresh = {name: state["issued"].get(name, -1) + 1 for name in newcomers}
     state |= {
         "step": 0,
         "order": list(agents),
         "opening": {},
         "betas": {name: state["betas"][name] if name in kept else beta for name in agents},
-        "versions": _of(state["versions"], kept, agents),
+        "versions": _of(state["versions"], kept, agents) | fresh,
+        "issued": _of(state["issued"], kept, agents) | fresh,
     }
     state.pop("batch", None)
     certify = state["certify"]
@@ -92,7 +94,7 @@ def transplant(
         target.episodes.mkdir()
         target.checkpoints.mkdir()
     _copy_records(source, target, held["sizes"])
-    target.append_event("swap", **fields)
+    target.append_event(cast(SwapEvent, {"event": "swap", **fields}))
     beside = target.checkpoints / f"stage-{state['stage']:04d}"
     with disk_errors(beside):
         beside.mkdir()
@@ -111,7 +113,6 @@ def transplant(
             files[relative] = identity(beside / relative)
     held |= {
         "learner_steps": _of(held["learner_steps"], kept, agents),
-        "published": _of(held["published"], kept, agents),
         "sizes": target.sizes(),
         "files": files,
     }

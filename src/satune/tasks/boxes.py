@@ -13,13 +13,26 @@ LONGEST_ANSWER = 2000
 
 # A backslash takes the next character with it, so that \{ and \} do not count as braces; in
 # "\\boxed" (escaped once too often) the second one begins a box all the same.
-_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*(\{)|\\(?!\\(?:boxed|fbox)).|[{}]", re.DOTALL)
+_TOKEN = re.compile(
+    r"\\(?P<box>boxed|fbox)(?![A-Za-z])\s*(?P<brace>\{)?|\\(?!\\(?:boxed|fbox)).|[{}]", re.DOTALL
+)
+# What a box without braces may hold: up to the end of the formula (or line) that it stands in.
+_FORMULA = re.compile(
+    r"[^$\n{}\\]*(?:(?:\\(?![\])]|boxed|fbox).|[{}])[^$\n{}\\]*){0,200}", re.DOTALL
+)
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_PLAIN_START = re.compile(r"[-+]?\$?[0-9][0-9.,/]*")
+_LONGEST_FORMULA = 300
 _WRAPPER = re.compile(
     r"\\(?:textbf|mathbf|textrm|mathrm|textit|text|mbox|bf|rm|boldsymbol)\s*\{([^{}]*)\}"
 )
 _NUMBER = re.compile(r"([+-]?)\s*([0-9]*)(?:\.([0-9]*))?")
-_BASED = re.compile(r"([0-9A-Za-z]+)_\{?\(?([0-9]+)\)?\}?")
-_SPACES = re.compile(r"(?:\s|\\[,;:! ]|~)+")
+_SPACE = r"\s|~|\\[,;:! ]"
+_SPACES = re.compile(rf"(?:{_SPACE})+")
+# A command that ends in a space keeps its backslash: behind it, the pattern runs backwards.
+_BEFORE = re.compile(rf"(?:{_SPACE}|\$)*")
+_BEHIND = re.compile(r"(?:\s|~|[,;:! ]\\(?!\\)|\$(?!\\)|[,;]|\.(?!\.))*")
+_BOLD = re.compile(r"(\*\*?|__)([^*_].*[^*_]|[^*_])\1", re.DOTALL)
 _SIGNS = str.maketrans({"−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
 _THOUGHT_ENDS = "</think>"
 _THOUGHT_BEGINS = "<think>"
@@ -28,32 +41,53 @@ _THOUGHT_BEGINS = "<think>"
 def last_box(text: str) -> str | None:
     r"""What the last ``\boxed{}`` (or ``\fbox{}``) with balanced braces holds, without outer space.
 
-    Boxes that hold nothing and boxes inside a thought (up to ``</think>``; all that follows a
-    ``<think>`` that never ends) do not count. Of nested boxes the innermost counts.
+    ``\boxed 2`` without braces holds what follows in its formula. Boxes that hold nothing and boxes
+    inside a thought (up to ``</think>``; all that follows a ``<think>`` that never ends) do not
+    count. Of nested boxes the innermost counts.
     """
     spoken = text.rpartition(_THOUGHT_ENDS)[2].partition(_THOUGHT_BEGINS)[0]
     best = (-1, "")
     # For every open brace: where its content begins, and whether it is a box's.
     opened: list[tuple[int, bool]] = []
     for token in _TOKEN.finditer(spoken):
-        if token[1] or token[0] == "{":
-            opened.append((token.end(), token[1] is not None))
+        if token["brace"] or token[0] == "{":
+            opened.append((token.end(), token["brace"] is not None))
         elif token[0] == "}" and opened:
             start, is_box = opened.pop()
             # Only a later start can win, so that no content is looked at twice.
             if is_box and start > best[0]:
                 content = spoken[start : token.start()].strip()
                 best = (start, content) if content else best
+        elif token["box"]:
+            content = _without_braces(spoken[token.end() : token.end() + _LONGEST_FORMULA])
+            best = (token.end(), content) if content else best
     return best[1] or None
 
 
+def _without_braces(following: str) -> str:
+    """What a box without braces holds: the rest of its formula if that is no prose, else a plain
+    number."""
+    found = _FORMULA.match(following)
+    formula = found[0] if found else ""
+    ended = following[len(formula) :].startswith(("$", "\\)", "\\]"))
+    if ended and formula.count("{") == formula.count("}") and not _PROSE.search(formula):
+        return formula.strip().rstrip(".,;").strip()
+    number = _PLAIN_START.match(following)
+    return number[0].rstrip(".,/") if number else ""
+
+
 def tidy(answer: str) -> str:
-    r"""An answer without what surrounds it: outer spaces, ``$``, a final full stop or comma, and a
-    ``\textbf{}`` or ``\text{}`` around a number."""
-    plain = answer.translate(_SIGNS).strip()
+    r"""An answer without what surrounds it: outer spaces and spacing commands, ``$``, ``**``, a
+    final full stop or comma, and a ``\textbf{}`` or ``\text{}`` around a number."""
+    plain = answer.translate(_SIGNS)
     for _ in range(4):
         before = plain
-        plain = plain.strip("$").rstrip(".,;").strip()
+        start, behind = _BEFORE.match(plain), _BEHIND.match(plain[::-1])
+        assert start is not None and behind is not None  # they match the empty text
+        plain = plain[start.end() : max(start.end(), len(plain) - behind.end())]
+        bold = _BOLD.fullmatch(plain) if plain[:1] in "*_" else None
+        if bold:
+            plain = bold[2]
         wrapped = _WRAPPER.fullmatch(plain)
         if wrapped and as_decimal(wrapped[1]) is not None:
             plain = wrapped[1].strip()
@@ -77,16 +111,20 @@ def as_decimal(text: str) -> Fraction | None:
 
 def same_plainly(a: str, b: str) -> bool | None:
     """Whether two answers are equal, where that needs no mathematics: the same text (spaces
-    aside), two plain numbers, which are compared exactly, or two numerals with their bases, where
-    both must agree (math-verify would drop the bases). None: it needs some."""
+    aside), or two plain numbers, which are compared exactly. None: it needs some."""
     left, right = tidy(a), tidy(b)
-    dense = _SPACES.sub("", left), _SPACES.sub("", right)
-    if dense[0] == dense[1]:
+    if _dense(left) == _dense(right):
         return bool(left)
     if not left or not right:
         return False
-    based, other = _BASED.fullmatch(dense[0]), _BASED.fullmatch(dense[1])
-    if based and other:
-        return based.groups() == other.groups()
     first, second = as_decimal(left), as_decimal(right)
     return None if first is None or second is None else first == second
+
+
+def _dense(text: str) -> str:
+    """Without spaces, except between two letters or digits: 5 6 is not 56."""
+    pieces = [piece for piece in _SPACES.split(text) if piece]
+    return "".join(
+        f" {piece}" if i and pieces[i - 1][-1].isalnum() and piece[0].isalnum() else piece
+        for i, piece in enumerate(pieces)
+    )

@@ -66,7 +66,7 @@ class _ExpertEngine:
         text = self.expert(prompt.messages[0]["entries"], key.rng("expert"), self.error)
         return Completion(text, "stop", 0)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any] | None = None) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         raise AssertionError("an expert has no weights")
 
     def begin(self, key: Key) -> None: ...

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from satune.agents.rendering import ChatRenderer
-from satune.types import Completion, Entry, EpisodeFailure, UserError
+from satune.types import Completion, Entry, EpisodeFailure, UserError, ids_of
 
 CHECK_EVERY = 200
 """Steps between two looks at the greedy success, once the planned ones are done."""
@@ -47,7 +47,7 @@ class TinySettings:
 class Row:
     """One sequence to imitate: ids, and for each of them whether a seat wrote it."""
 
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     own: tuple[bool, ...]
 
 
@@ -71,12 +71,12 @@ def rows_of(conversation: Sequence[Entry], renderer: ChatRenderer) -> list[Row]:
     view = renderer.view("tiny")
     end: int = renderer.tokenizer.eos_token_id  # type: ignore[assignment]
     rows: list[Row] = []
-    ids: tuple[int, ...] = ()
+    ids = ids_of()
     own: tuple[bool, ...] = ()
     for at, entry in enumerate(conversation):
         if entry.kind != "own":
             continue
-        completion = (*renderer.encode(entry.text), end)
+        completion = renderer.encode(entry.text) + ids_of([end])
         try:
             prompt = view.prompt(conversation[:at], len(completion)).ids
         except EpisodeFailure as failure:
@@ -131,7 +131,7 @@ def batches(rows: Sequence[Row], size: int, pad: int, seed: int) -> Iterator[Bat
 
 def _collate(rows: Sequence[Row], pad: int) -> Batch:
     width = max(len(row.ids) for row in rows)
-    ids_ET = torch.tensor([row.ids + (pad,) * (width - len(row.ids)) for row in rows])
+    ids_ET = torch.tensor([[*row.ids, *[pad] * (width - len(row.ids))] for row in rows])
     own_ET = torch.tensor([row.own + (False,) * (width - len(row.own)) for row in rows])
     next_E = ids_ET[own_ET]
     position_E = own_ET.flatten().nonzero()[:, 0] - 1

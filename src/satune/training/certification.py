@@ -9,16 +9,15 @@ towards the old team and tested anew, on new problems; then it is reverted, bit 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from satune.agents.anchor import Snapshot
 from satune.agents.ports import Learner
+from satune.agents.weights import Weights
 from satune.core.certificates import (
     StatisticalCertificate,
     balance_evidence,
@@ -27,89 +26,54 @@ from satune.core.certificates import (
     pessimistic_evidence,
 )
 from satune.core.confidence import Spending
-from satune.core.ratios import sequence_log_ratio
+from satune.training.change import Change, log_ratios
+from satune.training.own_steps import measure_own_steps, theory_rows
+from satune.training.ports import World
 from satune.training.settings import CertifySettings, TrainingSettings
-from satune.training.theory import measure_own_steps, theory_rows
-from satune.training.update import Outcome, own_turns
+from satune.training.state import CertifyState, Held, State
+from satune.training.update import Outcome
 from satune.types import Episode, Key
-
-if TYPE_CHECKING:
-    from satune.training.run import Training
 
 SHRINK = 0.25
 """How much of a refused change is tried next; KL falls with its square."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """An agent as it was at the last certificate, resting on the CPU, and the version it had then.
-    ``since`` is the (stage, step) of the first change that it has made after."""
+class Verdict:
+    """What becomes of a step; ``run_stage`` has it written into the run's state.
 
-    snapshot: Snapshot
-    version: int
-    since: tuple[int, int]
-
-
-@dataclass(slots=True)
-class CertifyState:
-    """What certification has used up, and what the next certificate compares with.
-
-    ``offset`` counts problems drawn, ``steps`` those since the last certificate, ``held`` has the
-    agents that have changed since.
+    ``accepted``, ``log_ratio_E`` and ``event`` are the step's as the gate left them. ``versions``
+    names every agent whose weights the engine has to be given, and their number from now on.
+    ``issued`` and ``certify`` take the place of the state's, ``totals`` are added to its totals
+    and, where there was a test, ``claim`` is what the stage's certificate says now.
+    ``spent`` tells that the experience in use is of a change that was not kept as it was.
     """
 
-    spending: Spending
-    offset: int = 0
-    steps: int = 0
-    held: dict[str, Held] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The agents that changed since the last certificate, in ``steps`` accepted steps: as they
-    were, and, once a smaller change is tried, what was proposed."""
-
-    learners: Mapping[str, Learner]
-    held: Mapping[str, Held]
-    steps: int = 1
-    proposed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    @property
-    def since(self) -> dict[str, int]:
-        """The first step that the change consists of: what is old is the team before it."""
-        stage, step = min(held.since for held in self.held.values())
-        return {"stage": stage, "step": step}
-
-    @contextmanager
-    def undone(self, *names: str) -> Iterator[None]:
-        """The old weights of these agents (none named: of all that changed) in place for as long
-        as the block runs. Optimisers are let be."""
-        learners = {name: self.learners[name] for name in names or self.learners}
-        present = {name: learner.export() for name, learner in learners.items()}
-        for name, learner in learners.items():
-            learner.load_weights(self.held[name].snapshot.weights)
-        try:
-            yield
-        finally:
-            for name, learner in learners.items():
-                learner.load_weights(present[name])
-
-    def shrink(self, scale: float) -> None:
-        """``scale`` of the way from the old weights to those in place before the first shrink."""
-        for name, learner in self.learners.items():
-            if name not in self.proposed:
-                self.proposed[name] = learner.export()
-            learner.interpolate(self.held[name].snapshot.weights, self.proposed[name], scale)
-
-    def revert(self) -> None:
-        for name, learner in self.learners.items():
-            learner.restore(self.held[name].snapshot)
+    accepted: bool
+    beta: float
+    log_ratio_E: Tensor
+    event: dict[str, Any]
+    versions: Mapping[str, int]
+    issued: dict[str, int]
+    certify: CertifyState
+    totals: Mapping[str, float]
+    claim: dict[str, Any] | None = None
+    spent: bool = False
 
 
 @dataclass(slots=True)
 class Trial:
-    """One change of the team before the gate: what was tried, and what that cost."""
+    """One change of the team before the gate: what was tried, and what that used up.
 
+    ``versions`` has the number of every weights that the change has put in place, ``issued`` the
+    highest given out; ``spending`` and ``offset`` are those of ``CertifyState``.
+    """
+
+    change: Change
+    versions: dict[str, int]
+    issued: dict[str, int]
+    spending: Spending
+    offset: int
     scale: float = 1.0
     candidates: list[list[float]] = field(default_factory=list)
     alpha: float = 0.0
@@ -119,54 +83,93 @@ class Trial:
     verdict: str = "kept"
     reason: str = ""
 
+    def shrink(self) -> None:
+        """Put a smaller candidate in place of the one that was refused, under new numbers."""
+        self.scale *= SHRINK
+        self.change.shrink(self.scale)
+        for name in self.versions:
+            self.issued[name] += 1
+            self.versions[name] = self.issued[name]
 
-def judge(training: Training, agent: str, outcome: Outcome, key: Key) -> Outcome:
+
+def judge(
+    agent: str,
+    outcome: Outcome,
+    key: Key,
+    *,
+    state: State,
+    settings: TrainingSettings,
+    learners: Mapping[str, Learner],
+    world: World,
+) -> Verdict:
     """Certify the change since the last certificate where one is due, and let the gate decide.
 
     ``outcome`` is the step that ``agent`` just made; its learner holds what the trust region
-    accepted. Returns the outcome with the certificate and the gate's verdict in its event; after a
-    shrink or a revert the learners hold that, and experience that no longer fits is marked spent.
+    accepted. ``state`` is the run's before the step and is only read. When this returns, the
+    learners hold what the gate decided, and the engine has been given candidates only: it has to
+    be given the verdict's versions.
     """
-    settings, state = training.settings.certify, training.state
-    if settings.problems == 0:
-        return outcome
+    issued, versions = dict(state.issued), dict[str, int]()
+    certify = state.certify
+    if outcome.accepted:
+        issued[agent] += 1
+        versions[agent] = issued[agent]
+    verdict = Verdict(
+        outcome.accepted,
+        outcome.beta,
+        outcome.log_ratio_E,
+        outcome.event,
+        versions,
+        issued,
+        certify,
+        {"updates": int(outcome.accepted)},
+    )
+    if settings.certify.problems == 0:
+        return verdict
+    held = dict(certify.held)
     if outcome.accepted:
         assert outcome.before is not None
         outcome.before.rest()  # the device is for the certificate's episodes, or the next step
-        at = (key.stage, key.step)
-        state.certify.held.setdefault(agent, Held(outcome.before, state.versions[agent], at))
-    state.certify.steps += 1
-    if not _due(training, key):
-        return outcome
-    held, state.certify.held, state.certify.steps = state.certify.held, {}, 0
+        first = Held(outcome.before, state.versions[agent], (key.stage, key.step), changes=0)
+        before = held.get(agent, first)
+        held[agent] = replace(before, changes=before.changes + 1)
+    steps = certify.steps + 1
+    if not _due(settings, state.order, steps, key):
+        return replace(verdict, certify=replace(certify, steps=steps, held=held))
     if not held:
-        return outcome
+        return replace(verdict, certify=replace(certify, steps=0))
+
     started = time.perf_counter()
-    learners = {name: training.learners[name] for name in held}
-    taken = sum(state.versions[name] - before.version for name, before in held.items())
-    change = Change(learners, held, taken + outcome.accepted)
-    trial = _try(training, change, key)
-    _note_stage(training, change, trial)
-    outcome = _settle(training, agent, outcome, change, trial)
+    change = Change({name: learners[name] for name in held}, held)
+    trial = Trial(
+        change,
+        {name: (state.versions | versions)[name] for name in held},
+        issued,
+        replace(certify.spending),
+        certify.offset,
+    )
+    _try(trial, settings, world, key)
+    if trial.verdict == "reverted":
+        change.revert()
+        trial.versions = {name: before.version for name, before in held.items()}
     seconds = time.perf_counter() - started
-    costs = {"episodes": trial.episodes, "tokens": trial.tokens, "seconds": seconds}
-    for name, cost in costs.items():
-        total = f"certify_{name}"
-        state.totals[total] = state.totals.get(total, 0) + cost
-    gate: dict[str, Any] = {
-        "accept": settings.accept,
-        "verdict": trial.verdict,
-        "agents": list(held),
-        "since": change.since,
-        "candidates": trial.candidates,
-    }
-    if settings.accept == "certified":
-        gate |= {"tolerance": settings.tolerance, "reason": trial.reason}
-    event = outcome.event
-    event |= ({"certificate": trial.certificate} if trial.certificate else {}) | {"gate": gate}
-    event["tokens"] = {**event["tokens"], "certify": trial.tokens}
-    event["seconds"] = {**event.get("seconds", {}), "certify": seconds}
-    return replace(outcome, event=event)
+
+    verdict = replace(
+        verdict,
+        event=outcome.event | _said(outcome.event, trial, settings.certify, seconds),
+        versions=trial.versions,
+        certify=CertifyState(trial.spending, trial.offset),
+        totals={
+            "updates": int(outcome.accepted),
+            "certify_episodes": trial.episodes,
+            "certify_tokens": trial.tokens,
+            "certify_seconds": seconds,
+        },
+        claim=_claim(state.opening.get("certificate"), trial),
+    )
+    if trial.verdict in ("shrunk", "reverted"):
+        return _altered(verdict, outcome, trial, state, settings)
+    return verdict
 
 
 def tests_left(
@@ -183,160 +186,180 @@ def tests_left(
     return windows * (1 + certify.backtracks * (certify.accept == "certified"))
 
 
-def _due(training: Training, key: Key) -> bool:
-    settings, order = training.settings, training.state.order
+def decisions_missing(settings: TrainingSettings, agents: int, state: State) -> str | None:
+    """Why a run that goes on from ``state`` with ``agents`` that learn might run out of tests: its
+    gate would then refuse all that later stages bring. None where it cannot."""
+    spending = state.certify.spending
+    gated = settings.certify.problems > 0 and settings.certify.accept == "certified"
+    if not gated or spending.decisions is None:
+        return None
+    left = tests_left(settings, agents, state.stage, state.step, state.certify.steps)
+    if spending.used + left <= spending.decisions:
+        return None
+    return (
+        f"the run declared {spending.decisions} tests of its confidence and has used "
+        f"{spending.used}, more stages may need another {left}; a new run with certify.decisions: "
+        "open has no such end"
+    )
+
+
+def _due(settings: TrainingSettings, order: Sequence[str], steps: int, key: Key) -> bool:
+    """Whether ``steps`` steps without a certificate get one after the step that ``key`` names."""
     last = key.step == len(order)
     if settings.schedule.name == "simultaneous" and not last:
-        # Nobody has been given the new weights before the sweep is over.
+        # All agents learn from what the team wrote before the sweep, and are judged together.
         return False
     finished = last and key.stage == settings.stages
-    return finished or training.state.certify.steps >= settings.certify.every
+    return finished or steps >= settings.certify.every
 
 
-def _try(training: Training, change: Change, key: Key) -> Trial:
-    """Test the change, shrinking it as often as the settings allow; leaves the last candidate."""
-    settings, spending = training.settings.certify, training.state.certify.spending
-    gated = settings.accept == "certified"
-    trial = Trial()
+def _try(trial: Trial, settings: TrainingSettings, world: World, key: Key) -> None:
+    """Test the change, shrinking it as often as the settings allow. The last candidate stays in
+    place; a refused one is the caller's to revert."""
+    certify = settings.certify
+    gated = certify.accept == "certified"
     while True:
-        if spending.exhausted:
+        if trial.spending.exhausted:
             trial.reason = "the declared number of decisions is used up"
             trial.verdict = "reverted" if gated else "not tested"
-            return trial
-        certificate = _test(training, change, key.at(draw=len(trial.candidates)), trial)
+            return
+        certificate = _test(trial, settings, world, key.at(draw=len(trial.candidates)))
         trial.candidates.append([trial.scale, certificate.lower])
-        if not gated or certificate.lower >= -settings.tolerance:
+        if not gated or certificate.lower >= -certify.tolerance:
             trial.verdict = "kept" if trial.scale == 1.0 else "shrunk"
             trial.reason = f"lower bound {certificate.lower:+.4f} at scale {trial.scale:g}"
-            return trial
-        trial.reason = f"lower bound {certificate.lower:+.4f} below -{settings.tolerance:g}"
-        if len(trial.candidates) > settings.backtracks:
+            return
+        trial.reason = f"lower bound {certificate.lower:+.4f} below -{certify.tolerance:g}"
+        if len(trial.candidates) > certify.backtracks:
             trial.verdict = "reverted"
-            return trial
-        trial.scale *= SHRINK
-        change.shrink(trial.scale)
+            return
+        trial.shrink()
 
 
-def _test(training: Training, change: Change, key: Key, trial: Trial) -> StatisticalCertificate:
+def _test(
+    trial: Trial, settings: TrainingSettings, world: World, key: Key
+) -> StatisticalCertificate:
     """One decision on the weights in place; its certificate goes into ``trial``."""
-    settings, state = training.settings.certify, training.state.certify
+    change, certify_by = trial.change, settings.certify
     key = key.at(purpose="certify")
-    offset = state.offset
-    state.offset += settings.problems
+    offset = trial.offset
+    trial.offset += certify_by.problems
 
-    def draw(versions: Mapping[str, int]) -> list[Episode]:
-        for name, version in versions.items():
-            training.world.publish(name, version)
-        found = training.world.certify(key, offset, settings.problems, settings.samples)
+    def draw() -> list[Episode]:
+        found = world.certify(key, offset, certify_by.problems, certify_by.samples)
         trial.episodes += len(found)
         trial.tokens += sum(turn.completion_tokens for e in found for turn in e.turns)
         return found
 
     new = []
-    if settings.evidence != "pessimistic":
-        new = draw({name: training.state.versions[name] + 1 for name in change.held})
+    if certify_by.evidence != "pessimistic":
+        for name, version in trial.versions.items():
+            world.publish(name, version, Weights(change.learners[name].export))
+        new = draw()
     with change.undone():
-        old = draw({name: held.version for name, held in change.held.items()})
-    alpha = state.spending.next()
+        for name, before in change.held.items():
+            world.publish(name, before.version, before.snapshot.weights)
+        old = draw()
+    alpha = trial.spending.next()
     trial.alpha += alpha
     # Only the bounds of the theory need the divergences as well.
-    steps = measure_own_steps(change, old) if settings.theory else None
-    rewards = [_by_problem([e.reward for e in episodes], settings) for episodes in (old, new)]
-    # What the world ended is not dropped: it takes the worst end.
-    gone = [_by_problem([e.masked for e in episodes], settings).bool() for episodes in (old, new)]
-    missing = (gone[0], gone[1])
-    if settings.evidence == "fresh":
-        evidence_P = fresh_evidence(*rewards, missing=missing)
-    elif settings.evidence == "balance":
-        u_old, u_new = (_by_problem(log_ratios(change, e), settings) for e in (old, new))
-        evidence_P = balance_evidence(rewards[0], u_old, rewards[1], u_new, missing)
-    else:
-        u_old = _by_problem(log_ratios(change, old), settings)
-        evidence_P = pessimistic_evidence(rewards[0], u_old, settings.clip, missing[0])
+    steps = measure_own_steps(change, old) if certify_by.theory else None
     certificate = certify(
-        evidence_P,
-        settings.evidence,
+        _evidence(change, old, new, certify_by),
+        certify_by.evidence,
         alpha,
-        settings.method,
-        samples=(settings.samples, settings.samples if new else 0),
-        decision=state.spending.used,
-        held_out=training.world.certifies,
-        clip=settings.clip,
+        certify_by.method,
+        samples=(certify_by.samples, certify_by.samples if new else 0),
+        decision=trial.spending.used,
+        held_out=world.certifies,
+        clip=certify_by.clip,
     )
     trial.certificate = {"statistical": certificate.to_dict()}
     if steps is not None:
-        regions = [training.region(name) for name in change.held]
+        regions = [settings.region(name) for name in change.held]
         # A region is a claim about one step; of several together it says nothing.
         enforced = regions[0] if change.steps == 1 and regions[0].enabled else None
         trial.certificate["theory"] = theory_rows(old, steps, enforced)
     return certificate
 
 
-def log_ratios(change: Change, episodes: Sequence[Episode]) -> Tensor:
-    """u of THEORY §5 [E]: log(new/old) over the own tokens of every agent that changed."""
-    total_E = torch.zeros(len(episodes), dtype=torch.float64)
-    for name, learner in change.learners.items():
-        packed = own_turns(name, episodes)
-        if packed.tokens == 0:
-            continue
-        new_T = learner.score(packed).double()
-        with change.undone(name):
-            old_T = learner.score(packed).double()
-        total_E += sequence_log_ratio(new_T, old_T, packed.episode_T, len(episodes))
-    return total_E
+def _evidence(
+    change: Change, old: Sequence[Episode], new: Sequence[Episode], certify_by: CertifySettings
+) -> Tensor:
+    """D of THEORY §5 [P] for each problem of the two sides."""
+
+    def by_problem(values_E: Tensor | Sequence[float]) -> Tensor:
+        values_E = torch.as_tensor(values_E, dtype=torch.float64)
+        return values_E.reshape(-1, certify_by.samples)
+
+    rewards_old, rewards_new = (by_problem([e.reward for e in side]) for side in (old, new))
+    # What the world ended is not dropped: it takes the worst end.
+    gone_old, gone_new = (by_problem([e.masked for e in side]).bool() for side in (old, new))
+    if certify_by.evidence == "fresh":
+        return fresh_evidence(rewards_old, rewards_new, (gone_old, gone_new))
+    u_old = by_problem(log_ratios(change, old))
+    if certify_by.evidence == "pessimistic":
+        return pessimistic_evidence(rewards_old, u_old, certify_by.clip, gone_old)
+    u_new = by_problem(log_ratios(change, new))
+    return balance_evidence(rewards_old, u_old, rewards_new, u_new, (gone_old, gone_new))
 
 
-def _by_problem(values_E: Tensor | Sequence[float], settings: CertifySettings) -> Tensor:
-    """Values of episodes that stand problem by problem, as [P, G]."""
-    return torch.as_tensor(values_E, dtype=torch.float64).reshape(-1, settings.samples)
+def _said(
+    event: Mapping[str, Any], trial: Trial, settings: CertifySettings, seconds: float
+) -> dict[str, Any]:
+    """What the step's event says of the trial."""
+    gate: dict[str, Any] = {
+        "accept": settings.accept,
+        "verdict": trial.verdict,
+        "agents": list(trial.change.held),
+        "since": trial.change.since,
+        "candidates": trial.candidates,
+    }
+    if settings.accept == "certified":
+        gate |= {"tolerance": settings.tolerance, "reason": trial.reason}
+    return ({"certificate": trial.certificate} if trial.certificate else {}) | {
+        "gate": gate,
+        "tokens": {**event["tokens"], "certify": trial.tokens},
+        "seconds": {**event.get("seconds", {}), "certify": seconds},
+    }
 
 
-def _settle(
-    training: Training, agent: str, outcome: Outcome, change: Change, trial: Trial
-) -> Outcome:
-    """Put the verdict into effect: weights, versions, engine, experience, the step's outcome."""
-    state = training.state
-    if trial.verdict == "reverted":
-        change.revert()
+def _altered(
+    verdict: Verdict, outcome: Outcome, trial: Trial, state: State, settings: TrainingSettings
+) -> Verdict:
+    """The verdict on a change that was shrunk or reverted: what follows for its steps and for the
+    experience in use."""
+    reverted, held = trial.verdict == "reverted", trial.change.held
+    earlier = trial.change.steps - outcome.accepted
+    if reverted:
         # The team no longer has what it took in earlier steps; this one's it never took.
-        state.totals["updates"] -= change.steps - outcome.accepted
-    known = any(held.version != state.versions[name] for name, held in change.held.items())
-    altered = trial.verdict in ("shrunk", "reverted")
-    for name, held in change.held.items():
-        taken = held.version != state.versions[name]
-        proposal = name == agent and outcome.accepted
-        if altered and taken and not (proposal and trial.verdict == "shrunk"):
-            # What the team took in an earlier step is no longer what it has.
-            state.versions[name] += 1
-        training.publish(name)
-    if not altered:
-        return outcome
+        verdict = replace(verdict, totals={**verdict.totals, "updates": -earlier})
     assert state.batch is not None
     # What was not kept made its weights, or, which spoils it for every schedule, its episodes.
     drawn = (state.stage + 1, state.batch.drawn_before)
-    played = any(held.since < drawn for held in change.held.values())
-    weighted = training.settings.schedule.name in ("reuse", "hybrid")
-    state.batch.spent |= played or (weighted and (trial.verdict == "shrunk" or known))
+    played = any(before.since < drawn for before in held.values())
+    weighted = settings.schedule.name in ("reuse", "hybrid")
+    verdict = replace(verdict, spent=played or (weighted and (not reverted or earlier > 0)))
     if not outcome.accepted:
-        return outcome
-    reverted = trial.verdict == "reverted"
-    event = outcome.event | {"scale": 0.0 if reverted else outcome.event["scale"] * trial.scale}
+        return verdict
+    event = verdict.event | {"scale": 0.0 if reverted else verdict.event["scale"] * trial.scale}
     if reverted:
         event |= {"accepted": False, "reason": f"gate: {trial.reason}"}
     nothing_E = torch.zeros_like(outcome.log_ratio_E)
-    return replace(outcome, accepted=not reverted, log_ratio_E=nothing_E, event=event)
+    return replace(verdict, accepted=not reverted, log_ratio_E=nothing_E, event=event)
 
 
-def _note_stage(training: Training, change: Change, trial: Trial) -> None:
-    """Add to the stage's certificate: the bounds of its changes, which hold together with the sum
-    of their error probabilities. A change that was reverted moves nothing. The first one may have
-    begun in an earlier stage; the sum is then about the time ``since`` its first step."""
-    noted = training.state.opening.setdefault(
-        "certificate", {"since": change.since, "lower": 0.0, "alpha": 0.0, "decisions": 0}
-    )
-    noted["decisions"] += len(trial.candidates)
-    noted["alpha"] += trial.alpha
+def _claim(noted: Mapping[str, Any] | None, trial: Trial) -> dict[str, Any]:
+    """The stage's certificate with this trial in it: the bounds of the stage's changes, which hold
+    together with the sum of their error probabilities. A change that was reverted moves nothing.
+    The first one may have begun in an earlier stage; the sum is then about the time ``since`` its
+    first step."""
+    since = trial.change.since
+    found = dict(noted or {"since": since, "lower": 0.0, "alpha": 0.0, "decisions": 0})
+    found["decisions"] += len(trial.candidates)
+    found["alpha"] += trial.alpha
     if trial.verdict == "not tested":
-        noted["lower"] = -1.0
+        found["lower"] = -1.0
     elif trial.verdict != "reverted":
-        noted["lower"] = max(-1.0, noted["lower"] + trial.candidates[-1][1])
+        found["lower"] = max(-1.0, found["lower"] + trial.candidates[-1][1])
+    return found

@@ -3,21 +3,29 @@
 A checkpoint is a directory written beside and renamed: ``state.json``, an agent's weights and
 optimiser as safetensors, and the experience still in use. Nothing in it depends on the number of
 processes. state.json lists every file with its size and digest.
+
+Tensors are copied when a checkpoint is asked for; the files are written in the background, while
+the next rollout runs, and waited for before the next checkpoint.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from satune.agents.anchor import Snapshot
+from satune.agents.ports import Learner
 from satune.core.confidence import Spending
 from satune.files.lines import append_lines, read_lines
 from satune.files.writing import (
@@ -28,26 +36,49 @@ from satune.files.writing import (
     write_atomically,
     written_beside,
 )
-from satune.training.certification import CertifyState, Held, tests_left
-from satune.training.schedules import Batch
+from satune.training.ports import Saved, World
+from satune.training.state import Batch, CertifyState, Held, State
 from satune.types import Episode, UserError
 
-if TYPE_CHECKING:
-    from satune.training.run import State, Training
-
-FORMAT = 3
+FORMAT = 4
+EXPERIENCE = "experience.jsonl"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a checkpoint holds, so that the next one links to what has not changed since.
+
+    ``agents`` has version number and optimiser steps, which tell an agent's weights and moments;
+    ``windows`` since when an agent is held; ``batch`` the stage and step of the experience;
+    ``files`` the identity of every file.
+    """
+
+    path: Path
+    agents: Mapping[str, tuple[int, int]]
+    windows: Mapping[str, tuple[int, int]]
+    batch: tuple[int, int] | None
+    files: dict[str, list[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: Path, state: State, steps: Mapping[str, int]) -> _Written:
+        return cls(
+            path,
+            {agent: (state.versions[agent], count) for agent, count in steps.items()},
+            {agent: held.since for agent, held in state.certify.held.items()},
+            None if state.batch is None else (state.stage, state.batch.drawn_before),
+        )
+
+
 class Checkpoints:
-    """The checkpoints of one run. ``keep`` bounds how many stay."""
+    """The checkpoints of one run, a ``training.ports.Store``. ``keep`` bounds how many stay."""
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self.keep = keep
-        self._last: Path | None = None
-        self._held: dict[str, tuple[int, int]] = {}
-        self._windows: dict[str, tuple[int, int]] = {}
+        self._last: _Written | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def names(self) -> list[str]:
         """Complete checkpoints, oldest first."""
@@ -56,47 +87,78 @@ class Checkpoints:
         found = [p.name for p in self.directory.iterdir() if (p / "state.json").is_file()]
         return sorted((name for name in found if _NAME.fullmatch(name)), key=_place)
 
-    def write(self, name: str, training: Training) -> None:
-        """Write a checkpoint of the run as it is. Raises UserError where the disk refuses; the
-        checkpoints that were there stay."""
-        state, previous = training.state, self._last
-        target = self.directory / name
-        files: dict[str, list[Any]] = {}
-        known = _listed(previous) if previous is not None else {}
-        held: dict[str, tuple[int, int]] = {}
-        with written_beside(target) as beside:
-            for agent, learner in training.learners.items():
-                held[agent] = (state.versions[agent], learner.steps)
-                unchanged = previous is not None and self._held.get(agent) == held[agent]
-                for part in ("weights", "optimizer", "reference"):
-                    relative = f"{agent}.{part}.safetensors"
-                    linkable = unchanged or (part == "reference" and previous is not None)
-                    if linkable and relative in known and previous is not None:
-                        link(previous / relative, beside / relative)
-                        files[relative] = known[relative]
-                        continue
-                    tensors = _tensors(learner, part)
-                    if tensors:
-                        save_file(tensors, beside / relative)
-                        files[relative] = identity(beside / relative)
-            for agent, before in state.certify.held.items():
-                relative = f"{agent}.held.safetensors"
-                if previous is not None and self._windows.get(agent) == before.since:
-                    link(previous / relative, beside / relative)
-                    files[relative] = known[relative]
-                    continue
-                save_file(_flat(before.snapshot), beside / relative)
-                files[relative] = identity(beside / relative)
-            if state.batch is not None:
-                rows = (training.world.to_row(e) for e in state.batch.episodes)
-                append_lines(beside / "experience.jsonl", rows)
-                files["experience.jsonl"] = identity(beside / "experience.jsonl")
-            write_atomically(
-                beside / "state.json",
-                strict_json(_state_to_json(training, files)) + "\n",
-            )
-        self._last, self._held = target, held
-        self._windows = _windows(state)
+    # -- writing ---------------------------------------------------------------------------------
+
+    def write(self, name: str, saved: Saved, learners: Mapping[str, Learner], world: World) -> None:
+        """Write a checkpoint of the run as it is now, in the background.
+
+        Raises UserError where the disk refused the checkpoint before this one; ``finish`` raises
+        it for this one. Checkpoints that are complete stay.
+        """
+        self.finish()
+        state, last = saved.state, self._last
+        steps = {agent: learner.steps for agent, learner in learners.items()}
+        now = _Written.of(self.directory / name, state, steps)
+        linked: list[str] = []
+        tensors: dict[str, dict[str, Tensor]] = {}
+
+        def keep(
+            relative: str, same: bool, find: Callable[[], Mapping[str, Tensor] | None]
+        ) -> None:
+            if last is not None and same and relative in last.files:
+                linked.append(relative)
+            elif found := find():
+                tensors[relative] = {n: t.detach().cpu().contiguous() for n, t in found.items()}
+
+        for agent, learner in learners.items():
+            same = last is not None and last.agents.get(agent) == now.agents[agent]
+            for part, find in _PARTS.items():
+                keep(_file(agent, part), same or part == "reference", partial(find, learner))
+        for agent, held in state.certify.held.items():
+            same = last is not None and last.windows.get(agent) == held.since
+            keep(_file(agent, "held"), same, partial(_flat, held.snapshot))
+        episodes: Sequence[Episode] | None = None
+        if state.batch is not None and last is not None and last.batch == now.batch:
+            linked.append(EXPERIENCE)
+        elif state.batch is not None:
+            episodes = state.batch.episodes
+        # The run goes on and changes its state while this is written.
+        text = copy.deepcopy(_to_json(saved, steps))
+        self._writing = self._writer.submit(
+            self._write, now, last, linked, tensors, episodes, text, world
+        )
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Raises UserError where the disk refused
+        it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(
+        self,
+        now: _Written,
+        last: _Written | None,
+        linked: Sequence[str],
+        tensors: Mapping[str, dict[str, Tensor]],
+        episodes: Sequence[Episode] | None,
+        text: dict[str, Any],
+        world: World,
+    ) -> None:
+        with written_beside(now.path) as beside:
+            for relative in linked:
+                assert last is not None
+                link(last.path / relative, beside / relative)
+                now.files[relative] = last.files[relative]
+            for relative, named in tensors.items():
+                save_file(named, beside / relative)
+                now.files[relative] = identity(beside / relative)
+            if episodes is not None:
+                append_lines(beside / EXPERIENCE, (world.to_row(e) for e in episodes))
+                now.files[EXPERIENCE] = identity(beside / EXPERIENCE)
+            text["files"] = now.files
+            write_atomically(beside / "state.json", strict_json(text) + "\n")
+        self._last = now
         self._prune()
 
     def _prune(self) -> None:
@@ -106,6 +168,8 @@ class Checkpoints:
             name = path.name.removesuffix(WRITING)
             if _NAME.fullmatch(name) and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+    # -- reading ---------------------------------------------------------------------------------
 
     def latest(self, wanted: str | None = None) -> tuple[str, list[str]] | None:
         """The newest undamaged checkpoint (or ``wanted``) and one line a damaged one passed over.
@@ -151,61 +215,59 @@ class Checkpoints:
                 return f"{path / relative}: damaged checkpoint (content changed)"
         return None
 
-    def restore(self, name: str, training: Training) -> None:
-        """Put the run back to a checkpoint: weights, optimisers, state, events and episodes."""
+    def read(self, name: str, world: World) -> Saved:
+        """What a checkpoint holds beside the learners; it has to be undamaged."""
         path = self.directory / name
-        state = json.loads((path / "state.json").read_text())
-        agents = list(training.learners)
-        if sorted(state["state"]["versions"]) != sorted(agents):
-            raise UserError(
-                f"{path}: holds agents {', '.join(sorted(state['state']['versions']))}, the recipe "
-                f"has {', '.join(sorted(agents))}; resume with the recipe the run was started with"
+        text = _text(path)
+        return Saved(_state(text["state"], path, world), text["offset"], text["sizes"])
+
+    def load(self, name: str, learners: Mapping[str, Learner]) -> None:
+        """Put weights, moments and references back bit for bit. Checkpoints that come after this
+        one are removed: the run goes on from here."""
+        path = self.directory / name
+        text = _text(path)
+        for agent, learner in learners.items():
+            learner.load_weights(load_file(path / _file(agent, "weights")))
+            moments = path / _file(agent, "optimizer")
+            learner.load_optimizer_state(
+                load_file(moments) if moments.is_file() else {}, text["learner_steps"][agent]
             )
-        _check_decisions(path, state["state"], training)
-        held: dict[str, tuple[int, int]] = {}
-        for agent, learner in training.learners.items():
-            learner.load_weights(load_file(path / f"{agent}.weights.safetensors"))
-            optimizer = path / f"{agent}.optimizer.safetensors"
-            moments = load_file(optimizer) if optimizer.is_file() else {}
-            learner.load_optimizer_state(moments, state["learner_steps"][agent])
-            reference = path / f"{agent}.reference.safetensors"
+            reference = path / _file(agent, "reference")
             if reference.is_file():
                 learner.keep_reference(load_file(reference))
-            version = state["state"]["versions"][agent]
-            held[agent] = (version, learner.steps)
-            training.published[agent] = state["published"][agent]
-            training.world.publish(agent, training.published[agent])
-        _state_from_json(state["state"], path, training)
-        training.supply.offset = state["offset"]
-        training.directory.truncate(state["sizes"])
-        self._last, self._held = path, held
-        self._windows = _windows(training.state)
+        state, steps, batch = text["state"], text["learner_steps"], text["state"].get("batch")
+        self._last = _Written(
+            path,
+            {agent: (state["versions"][agent], count) for agent, count in steps.items()},
+            {agent: _pair(held["since"]) for agent, held in state["certify"]["held"].items()},
+            None if batch is None else (state["stage"], batch["drawn_before"]),
+            text["files"],
+        )
         for other in self.names():
             if _place(other) > _place(name):
                 shutil.rmtree(self.directory / other, ignore_errors=True)
         self._prune()
 
 
-def _windows(state: State) -> dict[str, tuple[int, int]]:
-    """Since when each agent is held: a later change holds another one."""
-    return {agent: held.since for agent, held in state.certify.held.items()}
+_PARTS: dict[str, Callable[[Learner], Mapping[str, Tensor] | None]] = {
+    "weights": lambda learner: learner.export(),
+    "optimizer": lambda learner: learner.optimizer_state(copy=True),
+    "reference": lambda learner: learner.reference_weights,
+}
+"""What a learner keeps between steps; the copies are no longer its own."""
 
 
-def _check_decisions(path: Path, state: Mapping[str, Any], training: Training) -> None:
-    """A gate that has too few tests left for more stages would refuse all that they bring."""
-    settings, certify = training.settings, state["certify"]
-    declared, used = certify["spending"]["decisions"], certify["spending"]["used"]
-    gated = settings.certify.problems > 0 and settings.certify.accept == "certified"
-    if not gated or declared is None:
-        return
-    agents = sum(not learner.frozen for learner in training.learners.values())
-    left = tests_left(settings, agents, state["stage"], state["step"], certify["steps"])
-    if used + left > declared:
-        raise UserError(
-            f"{path}: the run declared {declared} tests of its confidence and has used {used}, more"
-            f" stages may need another {left}; a new run with certify.decisions: open has no such"
-            " end"
-        )
+def _file(agent: str, part: str) -> str:
+    return f"{agent}.{part}.safetensors"
+
+
+def _text(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text())
+
+
+def _pair(numbers: Sequence[int]) -> tuple[int, int]:
+    first, second = numbers
+    return first, second
 
 
 def _place(name: str) -> tuple[int, float]:
@@ -214,22 +276,9 @@ def _place(name: str) -> tuple[int, float]:
     return int(parts[1]), float(parts[3]) if len(parts) > 3 else float("inf")
 
 
-def _tensors(learner: Any, part: str) -> dict[str, Tensor]:
-    found: Mapping[str, Tensor] = {
-        "weights": learner.export,
-        "optimizer": learner.optimizer_state,
-        "reference": lambda: learner.reference_weights or {},
-    }[part]()
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-
-
 def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
     parts = {"weights": snapshot.weights, "optimizer": snapshot.optimizer}
-    return {
-        f"{part}|{name}": tensor.detach().cpu().contiguous()
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
+    return {f"{part}|{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 
 def _snapshot(path: Path, steps: int) -> Snapshot:
@@ -240,33 +289,35 @@ def _snapshot(path: Path, steps: int) -> Snapshot:
     return Snapshot(parts["weights"], parts["optimizer"], steps)
 
 
-def _listed(path: Path) -> dict[str, list[Any]]:
-    return json.loads((path / "state.json").read_text())["files"]
+_PLAIN = (
+    "stage",
+    "step",
+    "order",
+    "betas",
+    "versions",
+    "issued",
+    "opening",
+    "totals",
+    "evaluations",
+)
+"""The fields of the state that are JSON as they are."""
 
 
-def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, Any]:
-    state = training.state
-    fields: dict[str, Any] = {
-        "stage": state.stage,
-        "step": state.step,
-        "order": state.order,
-        "betas": state.betas,
-        "versions": state.versions,
-        "opening": state.opening,
-        "totals": state.totals,
-        "evaluations": state.evaluations,
-        "certify": {
-            "spending": state.certify.spending.to_dict(),
-            "offset": state.certify.offset,
-            "steps": state.certify.steps,
-            "held": {
-                name: {
-                    "version": held.version,
-                    "since": list(held.since),
-                    "steps": held.snapshot.steps,
-                }
-                for name, held in state.certify.held.items()
-            },
+def _to_json(saved: Saved, steps: Mapping[str, int]) -> dict[str, Any]:
+    state, certify = saved.state, saved.state.certify
+    fields: dict[str, Any] = {name: getattr(state, name) for name in _PLAIN}
+    fields["certify"] = {
+        "spending": certify.spending.to_dict(),
+        "offset": certify.offset,
+        "steps": certify.steps,
+        "held": {
+            name: {
+                "version": held.version,
+                "since": list(held.since),
+                "changes": held.changes,
+                "steps": held.snapshot.steps,
+            }
+            for name, held in certify.held.items()
         },
     }
     if state.batch is not None:
@@ -280,42 +331,34 @@ def _state_to_json(training: Training, files: Mapping[str, Any]) -> dict[str, An
     return {
         "format": FORMAT,
         "state": fields,
-        "offset": training.supply.offset,
-        "learner_steps": {name: learner.steps for name, learner in training.learners.items()},
-        "published": training.published,
-        "sizes": training.directory.sizes(),
-        "files": dict(files),
+        "offset": saved.offset,
+        "learner_steps": dict(steps),
+        "sizes": saved.sizes,
     }
 
 
-def _state_from_json(fields: Mapping[str, Any], path: Path, training: Training) -> None:
-    state: State = training.state
-    for name in ("stage", "step", "order", "betas", "versions", "opening", "totals", "evaluations"):
-        setattr(state, name, fields[name])
-    certify = fields["certify"]
-    state.certify = CertifyState(
-        Spending.from_dict(certify["spending"]),
-        certify["offset"],
-        certify["steps"],
-        {
-            name: Held(
-                _snapshot(path / f"{name}.held.safetensors", held["steps"]),
-                held["version"],
-                (held["since"][0], held["since"][1]),
-            )
-            for name, held in certify["held"].items()
-        },
+def _state(fields: Mapping[str, Any], path: Path, world: World) -> State:
+    certify, batch = fields["certify"], fields.get("batch")
+    held = {
+        name: Held(
+            _snapshot(path / _file(name, "held"), held["steps"]),
+            held["version"],
+            _pair(held["since"]),
+            held["changes"],
+        )
+        for name, held in certify["held"].items()
+    }
+    spending = Spending.from_dict(certify["spending"])
+    state = State(
+        certify=CertifyState(spending, certify["offset"], certify["steps"], held),
+        **{name: fields[name] for name in _PLAIN},
     )
-    batch = fields.get("batch")
-    state.batch = None
     if batch is not None:
-        episodes: list[Episode] = [
-            training.world.from_row(row) for row in read_lines(path / "experience.jsonl")
-        ]
         state.batch = Batch(
-            episodes,
+            [world.from_row(row) for row in read_lines(path / EXPERIENCE)],
             [float(w) for w in batch["log_weights"]],
             batch["drawn_before"],
             float(batch["reward"]),
             batch["spent"],
         )
+    return state

@@ -45,7 +45,7 @@ def sweep_order(
                 agent=name,
                 max_new_tokens=settings.update.max_new_tokens,
             ),
-            settings.deltas.get(name, settings.update.trust_region.delta),
+            settings.region(name).delta,
             key,
         )
         for name in names

@@ -7,83 +7,26 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, cast
 
 import torch
 
 from satune.agents.ports import Learner
-from satune.core.trust_region import TrustRegionSettings
+from satune.agents.weights import Weights
+from satune.files.events import Event, count_failures
 from satune.files.interrupts import uninterrupted
-from satune.training.certification import CertifyState
-from satune.training.checkpoint import Checkpoints
+from satune.training.certification import Verdict
+from satune.training.ports import Saved, Store, Watcher, World
 from satune.training.run_directory import RunDirectory
-from satune.training.schedules import Batch, Supply, needs_rollout
+from satune.training.schedules import Supply, needs_rollout
 from satune.training.settings import TrainingSettings
-from satune.training.update import Outcome
-from satune.types import Episode, Key, count_failures
-
-
-class World(Protocol):
-    """What training needs done outside its room: playing, evaluating, publishing, serialising."""
-
-    def publish(self, agent: str, version: int) -> None: ...
-
-    def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
-        """Held-out figures of the team as it is: reward, interval, problems, per_problem; and the
-        paired difference to ``before``, an earlier per_problem."""
-        ...
-
-    @property
-    def certifies(self) -> Literal["fresh", "finite"]:
-        """Whether problems for certificates are generated, or drawn from a finite set."""
-        ...
-
-    def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
-        """Episodes of the team as the engine has it, on problems that give no gradient: drawn
-        independently, the same ones for the same offset."""
-        ...
-
-    def to_row(self, episode: Episode) -> dict[str, Any]: ...
-
-    def from_row(self, row: Mapping[str, Any]) -> Episode: ...
-
-    def save_team(self) -> None: ...
-
-
-class Watcher(Protocol):
-    """Whoever shows progress: called with each event as it is written."""
-
-    def __call__(self, kind: str, fields: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(slots=True)
-class State:
-    """Where a run is. ``stage`` counts finished stages, ``step`` finished steps of the next one;
-    ``opening`` is what the stage event will say of its beginning, ``totals`` what the run cost and,
-    under ``updates``, the steps that the team took and still has."""
-
-    betas: dict[str, float]
-    versions: dict[str, int]
-    certify: CertifyState
-    stage: int = 0
-    step: int = 0
-    order: list[str] = field(default_factory=list)
-    batch: Batch | None = None
-    opening: dict[str, Any] = field(default_factory=dict)
-    totals: dict[str, float] = field(
-        default_factory=lambda: {
-            "episodes": 0,
-            "sampled_tokens": 0,
-            "seconds": 0.0,
-            "updates": 0,
-        }
-    )
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+from satune.training.state import Batch, State
+from satune.types import Episode
 
 
 @dataclass(slots=True)
 class Training:
-    """State and collaborators of a run. ``published``: the version the engine has of each agent."""
+    """State and collaborators of a run."""
 
     settings: TrainingSettings
     learners: Mapping[str, Learner]
@@ -91,23 +34,14 @@ class Training:
     supply: Supply
     world: World
     directory: RunDirectory
-    checkpoints: Checkpoints
+    store: Store
     state: State
     watch: Watcher
     evaluates_greedy: bool = True
-    published: dict[str, int] = field(default_factory=dict)
     _rollout_seconds: float = 0.0
     _stage_started: float = field(default_factory=time.perf_counter)
 
     # -- what a stage asks for -------------------------------------------------------------------
-
-    def region(self, agent: str) -> TrustRegionSettings:
-        """The trust region with the agent's own δ."""
-        common = self.settings.update.trust_region
-        return replace(common, delta=self.settings.deltas.get(agent, common.delta))
-
-    def wants_rollout(self, batch: Batch, step: int) -> bool:
-        return needs_rollout(self.settings.schedule, batch, step)
 
     def roll_out(self, stage: int, step: int) -> Batch:
         """A new batch under the team as it is, written to the run's episodes and events."""
@@ -124,15 +58,17 @@ class Training:
         self.directory.append_episodes(
             stage, ({"stage": stage, "step": step, **self.world.to_row(e)} for e in drawn)
         )
-        self.event(
-            "rollout",
-            stage=stage,
-            step=step,
-            episodes=len(drawn),
-            reward=batch.reward,
-            failures=count_failures(drawn),
-            tokens=tokens,
-            seconds={"rollout": self._rollout_seconds},
+        self.tell(
+            {
+                "event": "rollout",
+                "stage": stage,
+                "step": step,
+                "episodes": len(drawn),
+                "reward": batch.reward,
+                "failures": count_failures(drawn),
+                "tokens": tokens,
+                "seconds": {"rollout": self._rollout_seconds},
+            }
         )
         return batch
 
@@ -147,46 +83,57 @@ class Training:
                         "the new weights"
                     )
 
-    def open_stage(self, scores: Mapping[str, float]) -> None:
-        assert self.state.batch is not None
-        self.state.opening = {"reward": self.state.batch.reward, "order": self.state.order}
+    def open_stage(self, order: Sequence[str], scores: Mapping[str, float]) -> None:
+        """Note the order of the sweep, and the scores that it was chosen by where it was."""
+        state = self.state
+        assert state.batch is not None
+        state.order = list(order)
+        state.opening = {"reward": state.batch.reward, "order": state.order}
         if scores:
-            self.state.opening["order_scores"] = dict(scores)
+            state.opening["order_scores"] = dict(scores)
 
-    def take(self, agent: str, accepted: bool, *, last: bool) -> None:
-        """The team takes an accepted update and the engine the new weights (simultaneous: all of
-        them when the sweep is over, which no rollout can tell before)."""
-        if accepted:
-            self.state.versions[agent] += 1
-            self.state.totals["updates"] += 1
-        if self.settings.schedule.name != "simultaneous":
-            self.publish(agent)
-        elif last:
-            for name in self.state.versions:
-                self.publish(name)
+    def take(self, agent: str, verdict: Verdict) -> None:
+        """Write what became of the agent's step into the run's state, and give the engine the
+        weights that it does not have under their number yet."""
+        state = self.state
+        assert state.batch is not None
+        state.betas[agent] = verdict.beta
+        state.batch.reweight(verdict.log_ratio_E)
+        state.batch.spent |= verdict.spent
+        state.certify, state.issued = verdict.certify, verdict.issued
+        if verdict.claim is not None:
+            state.opening["certificate"] = verdict.claim
+        for name, count in verdict.totals.items():
+            state.totals[name] = state.totals.get(name, 0) + count
+        for name, version in verdict.versions.items():
+            state.versions[name] = version
+            self.publish(name)
 
     def publish(self, agent: str) -> None:
-        self.published[agent] = self.state.versions[agent]
-        self.world.publish(agent, self.published[agent])
+        """Give the engine the agent's weights, under the number that the state has for them."""
+        weights = Weights(self.learners[agent].export)
+        self.world.publish(agent, self.state.versions[agent], weights)
 
-    def record_update(self, stage: int, step: int, agent: str, outcome: Outcome) -> None:
-        fields = dict(outcome.event)
-        fields["seconds"] = {"rollout": self._rollout_seconds, **fields.get("seconds", {})}
+    def record_update(self, stage: int, step: int, agent: str, verdict: Verdict) -> None:
+        known = dict(verdict.event)
+        spent = {"rollout": self._rollout_seconds, "update": 0.0, "measure": 0.0}
         self._rollout_seconds = 0.0
         assert self.state.batch is not None
         if self.state.batch.drawn_before == step:
-            fields["tokens"] = {**fields["tokens"], **_tokens(self.supply.fresh_episodes)}
-        self.event(
-            "update",
-            stage=stage,
-            step=step,
-            agent=agent,
-            seats=list(self.seats[agent]),
-            schedule=self.settings.schedule.name,
-            version=self.state.versions[agent],
-            failures=count_failures(self.state.batch.episodes),
-            **fields,
-        )
+            known["tokens"] = {**known["tokens"], **_tokens(self.supply.fresh_episodes)}
+        fields = {
+            "event": "update",
+            "stage": stage,
+            "step": step,
+            "agent": agent,
+            "seats": list(self.seats[agent]),
+            "schedule": self.settings.schedule.name,
+            "version": self.state.versions[agent],
+            "failures": count_failures(self.state.batch.episodes),
+            **known,
+            "seconds": {**spent, **known.get("seconds", {})},
+        }
+        self.tell(cast(Event, fields))
 
     def close_stage(self) -> None:
         """The stage's event and, where due, its evaluation; then the stage's checkpoint."""
@@ -196,13 +143,14 @@ class Training:
         if state.certify.held and self.settings.certify.problems:
             state.opening["uncertified"] = list(state.certify.held)
         state.totals["seconds"] += seconds
-        self.event(
-            "stage",
-            stage=state.stage,
+        fields = {
+            "event": "stage",
+            "stage": state.stage,
             **state.opening,
-            seconds=seconds,
-            peak_memory=peak_memory(),
-        )
+            "seconds": seconds,
+            "memory": {"peak": peak_memory()},
+        }
+        self.tell(cast(Event, fields))
         every = self.settings.evaluate_every
         if every and state.stage % every == 0 and state.stage < self.settings.stages:
             self.evaluate(greedy=False)
@@ -215,30 +163,46 @@ class Training:
         figures = self.world.evaluate(
             greedy=greedy, before=earlier[0]["per_problem"] if earlier else None
         )
-        self.state.evaluations.append({"stage": self.state.stage, "greedy": greedy, **figures})
-        self.event(
-            "eval",
-            stage=self.state.stage,
-            greedy=greedy,
-            **figures,
-            seconds=time.perf_counter() - started,
-        )
+        found = {"stage": self.state.stage, "greedy": greedy, **figures}
+        self.state.evaluations.append(found)
+        seconds = time.perf_counter() - started
+        self.tell(cast(Event, {"event": "eval", **found, "seconds": seconds}))
         return figures
 
     # -- what is written -------------------------------------------------------------------------
 
-    def event(self, kind: str, **fields: Any) -> None:
-        self.directory.append_event(kind, **fields)
-        self.watch(kind, fields)
+    def tell(self, event: Event) -> None:
+        """Write an event and show it to whoever watches."""
+        self.directory.append_event(event)
+        self.watch(event)
 
     def save_step(self) -> None:
         if self.settings.checkpoint_steps:
             self.save(f"stage-{self.state.stage + 1:04d}-step-{self.state.step}")
 
     def save(self, name: str) -> None:
-        """Write a checkpoint; what was not touched since the last one is linked."""
+        """Write a checkpoint; what was not touched since the last one is linked, and experience
+        that no step will learn from again is left out."""
+        state = self.state
+        if state.batch and needs_rollout(self.settings.schedule, state.batch, state.step + 1):
+            state = replace(state, batch=None)
         with uninterrupted():
-            self.checkpoints.write(name, self)
+            saved = Saved(state, self.supply.offset, self.directory.sizes())
+            self.store.write(name, saved, self.learners, self.world)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on the disk. Raises UserError where it is not."""
+        with uninterrupted():
+            self.store.finish()
+
+    def restore(self, name: str, saved: Saved) -> None:
+        """Go back to a checkpoint: learners, state, stream of problems, events and episodes. The
+        engine is given all weights anew, whatever it has."""
+        self.store.load(name, self.learners)
+        self.state, self.supply.offset = saved.state, saved.offset
+        self.directory.truncate(saved.sizes)
+        for agent in self.learners:
+            self.publish(agent)
 
 
 def _tokens(episodes: list[Episode]) -> dict[str, int]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from satune.files.events import Event, append_event, read_events
 from satune.files.lines import append_lines, read_lines
 from satune.files.writing import disk_errors, strict_json, sync_directory, write_atomically
 from satune.types import UserError
@@ -71,22 +71,23 @@ class RunDirectory:
         write_atomically(probe, "")
         probe.unlink()
 
-    def append_event(self, kind: str, **fields: Any) -> None:
-        """Add one event. ``time`` is when it was written, in UTC, and the only timestamp."""
-        assert "event" not in fields and "time" not in fields
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._append(self.events, [{"event": kind, "time": now, **fields}])
+    def append_event(self, event: Event) -> None:
+        """Add one event, with the time."""
+        append_event(self.events, event)
+        self._unsynced.add(self.events)
 
     def append_episodes(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add conversations of ``stage`` (from 1; 0: before training) to the stage's file."""
-        self._append(self.episodes / f"stage-{stage:04d}.jsonl", rows)
+        path = self.episodes / f"stage-{stage:04d}.jsonl"
+        append_lines(path, rows)
+        self._unsynced.add(path)
 
-    def read_events(self) -> list[dict[str, Any]]:
+    def read_events(self) -> list[Event]:
         """All events in order. A last line that was still being written is left out.
 
         Raises ``UserError`` with file and line for any other damaged line.
         """
-        return read_lines(self.events)
+        return read_events(self.events)
 
     def read_episodes(self, stage: int) -> list[dict[str, Any]]:
         """The conversations of ``stage``, as ``read_events``."""
@@ -137,7 +138,3 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, the last act of a run."""
         write_atomically(self.summary, strict_json(summary) + "\n")
-
-    def _append(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-        append_lines(path, rows)
-        self._unsynced.add(path)

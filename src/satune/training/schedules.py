@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from satune.core.advantages import groups_with_variance
 from satune.core.ratios import effective_sample_size
+from satune.training.ports import Draw
 from satune.training.settings import ScheduleName, ScheduleSettings, TrainingSettings
+from satune.training.state import Batch
 from satune.training.update import groups
 from satune.types import Episode, Experience, Key
 
-Draw = Callable[[Key, int, int], list[Episode]]
-"""(key, offset into the training problems, how many) -> whole groups of episodes."""
-
 MAX_DRAWS = 4
 """Rollouts a step may spend on finding groups whose rewards differ (dynamic sampling)."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """The experience in use and log w of each episode. ``drawn_before`` is the step it was rolled
-    out for, ``reward`` the mean over all episodes drawn then. ``spent``: its episodes, or
-    the weights that the schedule gives them, are of a change that the gate did not keep as it was.
-    """
-
-    episodes: list[Episode]
-    log_weights: list[float]
-    drawn_before: int
-    reward: float
-    spent: bool = False
-
-    def reweight(self, log_ratio_E: torch.Tensor) -> None:
-        """w ← w · r of the agent just updated."""
-        self.log_weights = [
-            w + float(u) for w, u in zip(self.log_weights, log_ratio_E, strict=True)
-        ]
 
 
 @dataclass(slots=True)

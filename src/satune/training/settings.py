@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from satune.core.certificates import Evidence
@@ -87,3 +87,12 @@ class TrainingSettings:
     checkpoint_steps: bool = True
     keep_checkpoints: int = 2
     tensorboard: bool = False
+
+    def region(self, agent: str) -> TrustRegionSettings:
+        """The trust region of an agent: the common one, with the agent's own delta."""
+        common = self.update.trust_region
+        return replace(common, delta=self.deltas.get(agent, common.delta))
+
+    def update_of(self, agent: str) -> UpdateSettings:
+        """The settings of an agent's step, its own trust region among them."""
+        return replace(self.update, trust_region=self.region(agent))

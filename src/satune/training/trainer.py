@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from satune.training.certification import decisions_missing
 from satune.training.run import Training
 from satune.training.self_check import Tolerance, self_check
 from satune.training.stage import run_stage
-from satune.types import Key
+from satune.types import Key, UserError
 
 CHECK_PROBLEMS = 4
 
@@ -24,14 +25,35 @@ def train(
     ``tolerance`` is the self-check's; ``checkpoint`` names one to go on from. Raises
     UserError for a failed self-check or a disk that refuses; the last good checkpoint then stays.
     """
-    if checkpoint is None:
-        _begin(training, tolerance)
-    else:
-        training.checkpoints.restore(checkpoint, training)
-        self_check(training.learners, _check_episodes(training), tolerance)
-    while training.state.stage < training.settings.stages:
-        run_stage(training)
-    return _finish(training)
+    try:
+        if checkpoint is None:
+            _begin(training, tolerance)
+        else:
+            _go_on(training, checkpoint)
+            self_check(training.learners, _check_episodes(training), tolerance)
+        while training.state.stage < training.settings.stages:
+            run_stage(training)
+        return _finish(training)
+    finally:
+        training.finish_saving()
+
+
+def _go_on(training: Training, checkpoint: str) -> None:
+    """Put the run back to a checkpoint. Raises UserError, with nothing touched, where the
+    checkpoint is of another team, or where too few tests are left for the gate of more stages."""
+    saved = training.store.read(checkpoint, training.world)
+    held, agents = sorted(saved.state.versions), sorted(training.learners)
+    where = training.directory.checkpoints / checkpoint
+    if held != agents:
+        raise UserError(
+            f"{where}: holds agents {', '.join(held)}, the recipe has {', '.join(agents)}; resume "
+            "with the recipe the run was started with"
+        )
+    learning = sum(not learner.frozen for learner in training.learners.values())
+    missing = decisions_missing(training.settings, learning, saved.state)
+    if missing is not None:
+        raise UserError(f"{where}: {missing}")
+    training.restore(checkpoint, saved)
 
 
 def _check_episodes(training: Training) -> list[Any]:
@@ -47,16 +69,20 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
         for learner in training.learners.values():
             learner.keep_reference()
     report = self_check(training.learners, _check_episodes(training), tolerance)
-    training.event(
-        "run",
-        seed=training.settings.seed,
-        stages=training.settings.stages,
-        agents={name: list(seats) for name, seats in training.seats.items()},
-        self_check=report,
-        torch=torch.__version__,
-        python=platform.python_version(),
-        device=next(iter(training.learners.values())).device,
-        threads=torch.get_num_threads(),
+    training.tell(
+        {
+            "event": "run",
+            "seed": training.settings.seed,
+            "stages": training.settings.stages,
+            "agents": {name: list(seats) for name, seats in training.seats.items()},
+            "self_check": report,
+            "host": {
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": next(iter(training.learners.values())).device,
+                "threads": torch.get_num_threads(),
+            },
+        }
     )
     if training.evaluates_greedy:
         training.evaluate(greedy=True)
@@ -101,5 +127,7 @@ def _finish(training: Training) -> dict[str, Any]:
     if greedy:
         summary["greedy_before"] = greedy[0]["reward"]
         summary["greedy_after"] = greedy[-1]["reward"]
+    # A run is finished when its summary is there, and a finished run has its last checkpoint.
+    training.finish_saving()
     training.directory.write_summary(summary)
     return summary

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from satune.core import bounds
+from satune.core import theory, variation
+from satune.lab import bounds
 
 NAN, INF = math.nan, math.inf
 GAMMA = st.floats(0, 0.9999)
@@ -29,17 +30,18 @@ def close(found: torch.Tensor, expected: float | list[float], relative: float = 
 
 def test_tv_from_kl_by_hand():
     # KL .02: sqrt(.01) = .1 < sqrt(1 - exp(-.02)) = .1407. KL 2: sqrt(1) = 1 > sqrt(1 - exp(-2)).
-    assert close(bounds.tv_from_kl(0.02), 0.1)
-    assert close(bounds.tv_from_kl(2.0), math.sqrt(1 - math.exp(-2)))
-    assert bounds.tv_from_kl(numbers(0, INF)).tolist() == [0, 1]
-    assert bounds.tv_pinsker(numbers(0, INF)).tolist() == [0, INF]
+    assert close(variation.tv_from_kl(0.02), 0.1)
+    assert close(variation.tv_from_kl(2.0), math.sqrt(1 - math.exp(-2)))
+    assert variation.tv_from_kl(numbers(0, INF)).tolist() == [0, 1]
+    assert variation.tv_pinsker(numbers(0, INF)).tolist() == [0, INF]
     # 1 - exp(-KL) computed as written would be 0 here.
-    assert close(bounds.tv_bretagnolle_huber(1e-20), 1e-10)
-    assert math.isnan(bounds.tv_from_kl(NAN))
+    assert close(variation.tv_bretagnolle_huber(1e-20), 1e-10)
+    assert math.isnan(variation.tv_from_kl(NAN))
 
 
 def test_the_two_forms_cross_near_1_594():
-    forms = [(bounds.tv_pinsker(kl), bounds.tv_bretagnolle_huber(kl)) for kl in (1.593, 1.594)]
+    pair = (variation.tv_pinsker, variation.tv_bretagnolle_huber)
+    forms = [tuple(form(kl) for form in pair) for kl in (1.593, 1.594)]
     assert forms[0][0] < forms[0][1] and forms[1][0] > forms[1][1]
 
 
@@ -49,14 +51,14 @@ def test_tv_of_two_coins_is_bounded_in_either_direction(p: float, q: float):
     for old, new in ((pair, other), (other, pair)):
         ratio = torch.where(old > 0, old * (old.log() - new.log()), 0.0)
         kl = ratio.sum().clamp(min=0)
-        assert abs(p - q) <= bounds.tv_from_kl(kl) + 1e-7 * abs(p - q) + 1e-8
+        assert abs(p - q) <= variation.tv_from_kl(kl) + 1e-7 * abs(p - q) + 1e-8
 
 
 def test_joint_tv_by_hand():
     # 1 - .9 * .8 = .28; an agent that surely moves makes it 1.
-    assert close(bounds.joint_tv(numbers(0.1, 0.2)), 0.28)
-    assert bounds.joint_tv(numbers(1, 0.5)) == 1 and bounds.joint_tv(numbers(0, 0)) == 0
-    assert close(bounds.joint_tv(numbers(1e-18, 1e-18)), 2e-18)
+    assert close(variation.joint_tv(numbers(0.1, 0.2)), 0.28)
+    assert variation.joint_tv(numbers(1, 0.5)) == 1 and variation.joint_tv(numbers(0, 0)) == 0
+    assert close(variation.joint_tv(numbers(1e-18, 1e-18)), 2e-18)
 
 
 def test_mean_tv_from_a_violation_rate():
@@ -114,7 +116,7 @@ def test_penalties_by_hand():
 
 
 def test_infinite_kl_is_the_trivial_bound_and_zero_kl_is_none():
-    tv = bounds.tv_from_kl(numbers(INF, 0))
+    tv = variation.tv_from_kl(numbers(INF, 0))
     found = bounds.step_penalties(
         0.5, a_max=3.0, span=4.0, sup_kl=numbers(INF, 0), sup_tv=tv, mean_tv=tv, max_gain=0.2
     )
@@ -122,7 +124,7 @@ def test_infinite_kl_is_the_trivial_bound_and_zero_kl_is_none():
         assert value[1] == 0 and math.isfinite(value[0]), name
     # 2 gamma Sp/(1-gamma): no step can shift more than that.
     assert close(found["saturating"][0], 8.0)
-    assert bounds.penalty_paper(0.5, 0.0, INF) == 0
+    assert theory.penalty_paper(0.5, 0.0, INF) == 0
     naive = bounds.penalty_naive(0.5, 3.0, numbers(INF, 0.02))
     assert math.isfinite(naive)
 
@@ -131,8 +133,8 @@ def test_infinite_kl_is_the_trivial_bound_and_zero_kl_is_none():
 @given(gamma=st.floats(0.5, 0.9999), kl=KL, a_max=st.just(0.0) | st.floats(1e-6, 100))
 def test_the_paper_form_eats_the_largest_gain_from_gamma_one_half(gamma, kl, a_max):
     # L <= 2 A_max TV/(1-gamma), because E_old A = 0.
-    gain = 2 * a_max * bounds.tv_from_kl(kl) / (1 - gamma)
-    assert gain <= bounds.penalty_paper(gamma, a_max, kl) * (1 + 1e-12)
+    gain = 2 * a_max * variation.tv_from_kl(kl) / (1 - gamma)
+    assert gain <= theory.penalty_paper(gamma, a_max, kl) * (1 + 1e-12)
 
 
 @given(
@@ -263,7 +265,7 @@ def test_hoeffding_covers_the_worst_case_and_the_printed_form_does_not():
         (lambda: bounds.penalty_trpo(NAN, 1.0, 0.1), "gamma"),
         (lambda: bounds.penalty_trpo(0.5, -1.0, 0.1), "a_max"),
         (lambda: bounds.penalty_trpo(0.5, 1.0, 1.1), "variation"),
-        (lambda: bounds.tv_from_kl(-0.1), "KL"),
+        (lambda: variation.tv_from_kl(-0.1), "KL"),
         (lambda: bounds.mean_tv_from_violations(0.1, 2.0), "rate"),
         (lambda: bounds.hoeffding_radius(1.0, 10, 0.0), "eta"),
     ],
@@ -278,7 +280,7 @@ def test_batches_give_what_single_calls_give():
     together = bounds.penalty_naive(gamma, numbers(1, 2), kl)
     alone = [bounds.penalty_naive(gamma[i], float(i + 1), kl[i]) for i in range(2)]
     assert torch.equal(together, torch.stack(alone))
-    stale = bounds.penalty_stale(gamma, kl, bounds.tv_from_kl(kl))
-    assert torch.equal(stale[1], bounds.penalty_stale(0.9, kl[1], bounds.tv_from_kl(kl[1])))
+    stale = bounds.penalty_stale(gamma, kl, variation.tv_from_kl(kl))
+    assert torch.equal(stale[1], bounds.penalty_stale(0.9, kl[1], variation.tv_from_kl(kl[1])))
     shift = bounds.stale_occupancy_shift(gamma, kl)
     assert torch.equal(shift[0], bounds.stale_occupancy_shift(0.3, kl[0]))

@@ -15,31 +15,18 @@ import torch
 from torch import Tensor
 
 from satune.core.divergence import clopper_pearson
-
-Real = Tensor | float
-
-_ROUNDING = 1e-9
-"""By how much a computed TV may pass 1 before it is a mistake."""
-
-
-def tv_pinsker(kl: Real) -> Tensor:
-    """TV <= sqrt(KL/2) in either direction of KL; may exceed 1."""
-    return (as_kl(kl) / 2).sqrt()
-
-
-def tv_bretagnolle_huber(kl: Real) -> Tensor:
-    """TV <= sqrt(1 - exp(-KL)) in either direction of KL; never exceeds 1."""
-    return (-torch.expm1(-as_kl(kl))).sqrt()
-
-
-def tv_from_kl(kl: Real) -> Tensor:
-    """The least of both: Pinsker's below KL = 1.594, Bretagnolle and Huber's above."""
-    return torch.minimum(tv_pinsker(kl), tv_bretagnolle_huber(kl))
-
-
-def joint_tv(tv_N: Real) -> Tensor:
-    """TV of a product over the last dimension: <= 1 - prod(1 - TV). Of suprema or at one state."""
-    return -torch.expm1(torch.log1p(-as_tv(tv_N)).sum(-1))
+from satune.core.theory import penalty_paper
+from satune.core.variation import (
+    Real,
+    as_float64,
+    as_gamma,
+    as_kl,
+    as_size,
+    as_tv,
+    before,
+    joint_tv,
+    tv_from_kl,
+)
 
 
 def mean_tv_from_violations(delta: Real, rate: Real) -> Tensor:
@@ -87,15 +74,6 @@ def stale_occupancy_shift(gamma: Real, sup_kl_N: Real) -> Tensor:
 
 
 # One step: J(new) - J(old) >= L - C with L = E_old[g]/(1-gamma)
-
-
-def penalty_paper(gamma: Real, a_max: Real, sup_kl: Real) -> Tensor:
-    """2 gamma A_max sqrt(delta/2)/(1-gamma)^2, for reference: L - C <= 0 whenever gamma >= 1/2.
-
-    Above delta = 1.594 the smaller bound on TV stands in for sqrt(delta/2).
-    """
-    gamma = as_gamma(gamma)
-    return 2 * gamma * as_size(a_max, "a_max") * tv_from_kl(sup_kl) / (1 - gamma) ** 2
 
 
 def penalty_trpo(gamma: Real, a_max: Real, sup_tv: Real) -> Tensor:
@@ -252,45 +230,6 @@ def hoeffding_radius(bound: Real, count: Real, eta: Real, gamma: Real = 0.0) -> 
         raise ValueError("hoeffding_radius: eta outside (0, 1)")
     bound, count = as_size(bound, "bound"), as_size(count, "count")
     return 2 * bound * ((2 / eta).log() / (2 * count)).sqrt() / (1 - as_gamma(gamma))
-
-
-# Arguments
-
-
-def as_float64(value: Real) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64)
-
-
-def as_gamma(value: Real) -> Tensor:
-    gamma = as_float64(value)
-    if not bool(((gamma >= 0) & (gamma < 1)).all()):
-        raise ValueError("gamma outside [0, 1); use satune.core.horizon_bounds for gamma = 1")
-    return gamma
-
-
-def as_tv(value: Real, name: str = "total variation") -> Tensor:
-    """A probability or TV; rounding past 1 is cut off. NaN passes: what is unknown stays so."""
-    tv = as_float64(value)
-    if bool(((tv < 0) | (tv > 1 + _ROUNDING)).any()):
-        raise ValueError(f"{name} outside [0, 1]")
-    return tv.clamp(max=1)
-
-
-def as_kl(value: Real) -> Tensor:
-    return as_size(value, "KL")
-
-
-def as_size(value: Real, name: str) -> Tensor:
-    size = as_float64(value)
-    if bool((size < 0).any()):
-        raise ValueError(f"{name} is negative")
-    return size
-
-
-def before(value_N: Tensor) -> Tensor:
-    """Sums over the entries before each one along the last dimension; the first is 0."""
-    earlier_N = value_N[..., :-1].cumsum(-1)
-    return torch.cat([torch.zeros_like(value_N[..., :1]), earlier_N], dim=-1)
 
 
 def _shift_cost(gamma: Real, mean_tv: Real) -> Tensor:

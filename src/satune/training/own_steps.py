@@ -1,4 +1,4 @@
-"""What the theory says of a change, from episodes of the old team (THEORY §4, §8).
+"""The own steps of a change, and the bounds that they give (THEORY §4, §8).
 
 Shape suffixes: ``T`` own tokens, ``E`` episodes, ``H`` own steps of an episode. An own step is a
 moment in which an agent that changed speaks; agents that share one are one step.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from satune.core.advantages import group_advantages
-from satune.core.bounds import penalty_paper, tv_from_kl
 from satune.core.horizon_bounds import (
     largest_gain,
     penalty_horizon,
@@ -23,13 +22,12 @@ from satune.core.horizon_bounds import (
     penalty_sup_free,
     prefix_tv,
 )
-from satune.core.theory import PAPER, PAPER_REGION, SUP_FREE, theory_row
+from satune.core.theory import PAPER, PAPER_REGION, SUP_FREE, penalty_paper, theory_row
 from satune.core.trust_region import TrustRegionSettings
+from satune.core.variation import tv_from_kl
+from satune.training.change import Change
 from satune.training.update import groups, own_turns
 from satune.types import Episode
-
-if TYPE_CHECKING:
-    from satune.training.certification import Change
 
 ONE_TURN, TURNS = "one own turn", "turns"
 PAPER_GAMMA = 0.99

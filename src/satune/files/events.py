@@ -1,0 +1,257 @@
+"""What a run tells as it goes on: one typed record a kind, written and read here alone.
+
+Records lie in ``events.jsonl``, one a line. What may differ between two equal runs stands under
+``time``, ``seconds``, ``memory``, ``rate``, ``host`` or ``pid``; everything else is equal bit for
+bit. Numbers that JSON lacks are the texts "inf", "-inf" and "nan", which ``float`` turns back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, cast
+
+from satune.files.lines import append_lines, read_lines
+from satune.types import Episode
+
+UNEQUAL = frozenset({"time", "seconds", "memory", "rate", "host", "pid"})
+"""The keys, at any depth, under which equal runs may differ."""
+
+Interval = Sequence[float]
+"""[low, high] around a mean."""
+
+Failures = dict[str, dict[str, int]]
+"""How many episodes failed: {"policy": {kind: count}, "world": {kind: count}}."""
+
+
+def count_failures(episodes: Iterable[Episode]) -> Failures:
+    """The failures among ``episodes``, by whose they were and by their kind."""
+    counts: Failures = {"policy": {}, "world": {}}
+    for failure in (episode.failure for episode in episodes):
+        if failure is not None:
+            of = counts["policy" if failure.policy else "world"]
+            of[failure.kind] = of.get(failure.kind, 0) + 1
+    return counts
+
+
+class RunEvent(TypedDict):
+    """A run begins. ``agents``: each agent's seats; ``self_check``: what engine and learner differ
+    by, an agent; ``host``: torch, python, device and threads."""
+
+    event: Literal["run"]
+    time: NotRequired[str]
+    seed: int
+    stages: int
+    agents: dict[str, list[str]]
+    self_check: dict[str, dict[str, float]]
+    host: dict[str, Any]
+
+
+class RolloutEvent(TypedDict):
+    """Episodes were played to learn from. ``reward`` is their mean, ``tokens`` counts prompt,
+    sampled and environment tokens."""
+
+    event: Literal["rollout"]
+    time: NotRequired[str]
+    stage: int
+    step: int
+    episodes: int
+    reward: float
+    failures: Failures
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+
+
+class Divergence(TypedDict):
+    """KL(proposal‖anchor) over an agent's states, nats; ``trajectory`` and ``reverse_quantile``
+    hold KL(anchor‖proposal) as well."""
+
+    mean: float
+    quantile: float
+    max: float
+    trajectory: dict[str, float]
+    violation_rate: float
+    violation_ucb: float
+    reverse_quantile: NotRequired[float]
+    level_shifted_quantile: float
+    states: int
+    problems: int
+
+
+class Gate(TypedDict):
+    """How the gate decided on the change ``since`` a step: ``candidates`` are the scales tried,
+    each with its lower bound."""
+
+    accept: Literal["trust_region", "certified"]
+    verdict: Literal["kept", "shrunk", "reverted", "not tested"]
+    agents: list[str]
+    since: dict[str, int]
+    candidates: list[list[float]]
+    tolerance: NotRequired[float]
+    reason: NotRequired[str]
+
+
+class Certificate(TypedDict):
+    """What a step can claim: rows of theory, and a lower bound on the gain by statistics."""
+
+    statistical: dict[str, Any]
+    theory: NotRequired[list[dict[str, Any]]]
+
+
+class UpdateEvent(TypedDict):
+    """One agent's step. What only a measured proposal has is absent where none was made.
+
+    ``version`` is the number of the agent's weights after the step, ``failures`` are those among
+    the episodes of the batch in use, ``scale`` how much of the
+    proposal was taken, ``seconds`` has rollout, update and measure at least.
+    """
+
+    event: Literal["update"]
+    time: NotRequired[str]
+    stage: int
+    step: int
+    agent: str
+    seats: list[str]
+    schedule: str
+    version: int
+    failures: Failures
+    episodes: int
+    ess: float
+    delta: float
+    beta: float
+    scale: float
+    accepted: bool
+    reason: str
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+    kl: NotRequired[Divergence]
+    unit: NotRequired[str]
+    candidates: NotRequired[list[list[float]]]
+    objective: NotRequired[float]
+    clip_fraction: NotRequired[float]
+    grad_norm: NotRequired[float]
+    optimizer_steps: NotRequired[int]
+    mismatch: NotRequired[dict[str, float]]
+    capped_mass: NotRequired[float]
+    certificate: NotRequired[Certificate]
+    gate: NotRequired[Gate]
+
+
+class StageEvent(TypedDict):
+    """A sweep is over. ``reward`` is that of the rollout it began with, ``uncertified`` names the
+    agents whose changes no certificate covers yet; ``memory`` has the ``peak`` in bytes."""
+
+    event: Literal["stage"]
+    time: NotRequired[str]
+    stage: int
+    reward: float
+    order: list[str]
+    seconds: float
+    memory: dict[str, int]
+    order_scores: NotRequired[dict[str, float]]
+    certificate: NotRequired[dict[str, Any]]
+    uncertified: NotRequired[list[str]]
+
+
+class EvalEvent(TypedDict):
+    """Held-out problems after ``stage`` stages. ``figures`` has what ``play.evaluation`` computes
+    beside ``reward`` and ``interval``; ``failures`` counts conversations that failed and so score
+    0. ``difference`` [mean, low, high] is to the first evaluation of its kind, paired by problem.
+    """
+
+    event: Literal["eval"]
+    time: NotRequired[str]
+    stage: int
+    greedy: bool
+    reward: float
+    interval: Interval | None
+    problems: int
+    samples: int
+    per_problem: list[float]
+    tokens: int
+    failures: Failures
+    figures: dict[str, Any]
+    seconds: float
+    difference: NotRequired[list[float]]
+
+
+class SwapEvent(TypedDict):
+    """Seats were given to other models; ``swaps`` has a record for each group of seats."""
+
+    event: Literal["swap"]
+    time: NotRequired[str]
+    stage: int
+    seats: list[str]
+    swaps: list[dict[str, Any]]
+    source: str
+    checkpoint: str | None
+    verdict: str
+    reason: str
+    tolerance: float
+    confidence: float
+    delta: float
+    tokens: int
+    seconds: float
+    closed_stage: NotRequired[int]
+
+
+Event = RunEvent | RolloutEvent | UpdateEvent | StageEvent | EvalEvent | SwapEvent
+"""What events.jsonl holds; ``event`` tells the kind."""
+
+
+class LookNotice(TypedDict):
+    """A hand-over was looked at; ``allowed`` is the newcomer's share of the seat from now on."""
+
+    event: Literal["look"]
+    seats: list[str]
+    problems: int
+    mean: float
+    lower: float
+    allowed: float
+
+
+class AlignmentNotice(TypedDict):
+    """How a newcomer's projection lies and leans, on the incumbent's states."""
+
+    event: Literal["alignment"]
+    seat: str
+    alignment: NotRequired[dict[str, Any]]
+
+
+class DistillationNotice(TypedDict):
+    """A round of distillation is over."""
+
+    event: Literal["distillation"]
+    seat: str
+    round: int
+    kl: dict[str, float]
+    reward: float
+
+
+class Note(TypedDict):
+    """One line for a person."""
+
+    event: Literal["note"]
+    text: str
+
+
+Notice = LookNotice | AlignmentNotice | DistillationNotice | Note
+"""What is shown while a swap goes on and not written as an event."""
+
+
+def append_event(path: str | Path, event: Event) -> None:
+    """Add an event to a file of them, with ``time``: when it was written, in UTC.
+
+    Raises UserError where the disk refuses, TypeError for values that are not plain.
+    """
+    fields: Mapping[str, Any] = event
+    assert "time" not in fields
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    append_lines(path, [{"event": fields["event"], "time": now, **fields}])
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """All events in order; none if the file does not exist. A last line that was still being
+    written is left out. Raises UserError with file and line for any other damaged line."""
+    return cast(list[Event], read_lines(path))

@@ -1,0 +1,71 @@
+"""Episodes as rows for JSON, and back."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from satune.types import Episode, Failure, Grade, Problem, Turn, UserError, ids_of, logprobs_of
+
+Row = dict[str, Any]
+
+
+def episode_to_row(episode: Episode) -> Row:
+    """The episode as a row for JSON. ``episode_from_row`` gives it back exactly, floats included,
+    if the problem's answer and metadata are made of what JSON knows (lists rather than tuples).
+    """
+    row = _as_row(episode)
+    row["problem"] = _as_row(episode.problem)
+    row["problem"]["prompt"] = [dict(part) for part in episode.problem.prompt]
+    row["problem"]["metadata"] = dict(episode.problem.metadata)
+    row["turns"] = [_as_row(turn) for turn in episode.turns]
+    row["grade"] = _as_row(episode.grade)
+    row["grade"]["components"] = dict(episode.grade.components)
+    row["grade"]["seats"] = None if episode.grade.seats is None else dict(episode.grade.seats)
+    row["failure"] = None if episode.failure is None else _as_row(episode.failure)
+    row["observations"] = [list(observation) for observation in episode.observations]
+    return row
+
+
+def episode_from_row(row: Mapping[str, Any]) -> Episode:
+    """The episode of a row that ``episode_to_row`` wrote.
+
+    Raises UserError naming a field that is missing or unknown.
+    """
+    _check_fields(row, Episode)
+    problem, grade = row["problem"], row["grade"]
+    _check_fields(problem, Problem)
+    _check_fields(grade, Grade)
+    for turn in row["turns"]:
+        _check_fields(turn, Turn)
+    changes = {
+        "problem": Problem(**{**problem, "prompt": tuple(problem["prompt"])}),
+        "turns": tuple(_turn(turn) for turn in row["turns"]),
+        "grade": Grade(**grade),
+        "failure": None if row["failure"] is None else Failure(**row["failure"]),
+        "observations": tuple((int(count), text) for count, text in row["observations"]),
+    }
+    return Episode(**{**row, **changes})
+
+
+def _as_row(item: Any) -> Row:
+    """A dataclass's fields, one level deep, tuples as lists."""
+    values = {field.name: getattr(item, field.name) for field in fields(item)}
+    return {k: list(v) if isinstance(v, tuple | array) else v for k, v in values.items()}
+
+
+def _turn(row: Row) -> Turn:
+    arrays = {"prompt_ids": ids_of, "completion_ids": ids_of, "sampled_logprobs": logprobs_of}
+    made = {name: make(row[name]) for name, make in arrays.items() if row[name] is not None}
+    return Turn(**{**row, **made})
+
+
+def _check_fields(row: Mapping[str, Any], kind: type) -> None:
+    names = {field.name for field in fields(kind)}
+    for name in sorted(names ^ set(row)):
+        state = "no field" if name in names else "an unknown field"
+        raise UserError(
+            f"{kind.__name__.lower()} row: {state} {name!r}; it was written by another version"
+        )

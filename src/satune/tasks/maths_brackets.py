@@ -1,0 +1,101 @@
+"""Tokens in brackets: where an answer may be taken apart, and what only surrounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from satune.tasks.maths_notation import Token
+from satune.tasks.maths_terms import Unreadable
+from satune.tasks.maths_units import words
+
+Tokens = Sequence[Token]
+
+OPENING = {
+    "(": ")", "[": "]", "{": "}", "\\{": "\\}", "langle": "rangle", "lfloor": "rfloor",
+    "lceil": "rceil",
+}  # fmt: skip
+_DEEPEST = 40
+_CLOSING = frozenset(OPENING.values())
+_ROUGHLY = words("approximately about roughly around")
+
+
+def is_sign(token: Token, *texts: str) -> bool:
+    return token.kind in ("sign", "command") and token.text in texts
+
+
+def depths(tokens: Tokens) -> Iterator[tuple[int, Token, int]]:
+    """(index, token, depth), a bracket's own depth being that outside it."""
+    depth = 0
+    for i, token in enumerate(tokens):
+        closes = token.kind == "end" or (
+            token.kind in ("sign", "command") and token.text in _CLOSING
+        )
+        depth -= closes
+        if not 0 <= depth <= _DEEPEST:
+            raise Unreadable("a bracket closes that never opened, or there are too many")
+        yield i, token, depth
+        depth += token.kind == "begin" or (
+            token.kind in ("sign", "command") and token.text in OPENING
+        )
+    if depth:
+        raise Unreadable("a bracket never closes")
+
+
+def split(tokens: Tokens, where: Callable[[Token], bool]) -> tuple[list[Tokens], list[str]]:
+    """The pieces between the separators outside brackets, and the separators' texts."""
+    pieces: list[Tokens] = []
+    texts: list[str] = []
+    start = 0
+    for i, token, depth in depths(tokens):
+        if depth == 0 and where(token):
+            pieces.append(tokens[start:i])
+            texts.append(token.text)
+            start = i + 1
+    pieces.append(tokens[start:])
+    return pieces, texts
+
+
+def whole_group(tokens: Tokens) -> bool:
+    """Whether the first token is a bracket that the last one closes."""
+    if len(tokens) < 2 or not (tokens[0].kind == "begin" or is_sign(tokens[0], *OPENING)):
+        return False
+    return all(depth > 0 for _, _, depth in list(depths(tokens))[1:-1])
+
+
+def trimmed(tokens: Tokens) -> Tokens:
+    """Without what only surrounds an answer: groups, emphasis, a leading = or \\approx, a point."""
+    while tokens:
+        first, last = tokens[0], tokens[-1]
+        if is_sign(last, ".", ",", ";", ":", "\\") and not is_sign(last, "dots"):
+            tokens = tokens[:-1]
+        elif is_sign(first, "approx", "=", "sim", ":", "\\", "to") or (
+            first.kind in ("word", "bare") and first.text.casefold() in _ROUGHLY
+        ):
+            tokens = tokens[1:]
+        elif _announcement(tokens):
+            tokens = tokens[_announcement(tokens) :]
+        elif (len(tokens) > 2 and is_sign(first, "*") and is_sign(last, "*")) or (
+            is_sign(first, "{") and is_sign(last, "}") and _balanced(tokens) and whole_group(tokens)
+        ):
+            tokens = tokens[1:-1]
+        else:
+            break
+    return tokens
+
+
+def _announcement(tokens: Tokens) -> int:
+    """How many tokens say that the answer follows: "The final answer is"."""
+    start = [token.text.casefold() for token in tokens[:4] if token.kind in ("word", "bare")]
+    if "answer" not in start:
+        return 0
+    after = start.index("answer") + 1
+    if not set(start[:after]) <= {"the", "final", "answer"} or after == len(tokens):
+        return 0
+    return after + (tokens[after].text.casefold() in ("is", ":"))
+
+
+def _balanced(tokens: Tokens) -> bool:
+    try:
+        return bool(list(depths(tokens)))
+    except Unreadable:
+        return False

@@ -1,0 +1,95 @@
+"""The state of a run, as data. Anybody may read it; ``stage.py`` is who has it written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from satune.agents.anchor import Snapshot
+from satune.core.confidence import Spending
+from satune.types import Episode
+
+
+@dataclass(slots=True)
+class Batch:
+    """The experience in use and log w of each of its episodes.
+
+    ``drawn_before`` is the step it was rolled out for, ``reward`` the mean over all episodes drawn
+    then. A batch is ``spent`` when the gate did not keep a change as it was from which the batch's
+    episodes, or the weights that the schedule gives them, come.
+    """
+
+    episodes: list[Episode]
+    log_weights: list[float]
+    drawn_before: int
+    reward: float
+    spent: bool = False
+
+    def reweight(self, log_ratio_E: Tensor) -> None:
+        """w ← w · r of the agent just updated."""
+        self.log_weights = [
+            w + float(u) for w, u in zip(self.log_weights, log_ratio_E, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An agent as it was at the last certificate, on the CPU, and the version number of those
+    weights. ``since`` is the (stage, step) of the first change that the agent has made after, and
+    ``changes`` how many it has made."""
+
+    snapshot: Snapshot
+    version: int
+    since: tuple[int, int]
+    changes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CertifyState:
+    """What certification has used up, and what the next certificate compares with.
+
+    ``offset`` counts the problems drawn, ``steps`` the steps since the last certificate; ``held``
+    has the agents that have changed since then.
+    """
+
+    spending: Spending
+    offset: int = 0
+    steps: int = 0
+    held: dict[str, Held] = field(default_factory=dict)
+
+
+def _nothing_yet() -> dict[str, float]:
+    return {"episodes": 0, "sampled_tokens": 0, "seconds": 0.0, "updates": 0}
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run is.
+
+    ``stage`` counts finished stages and ``step`` finished steps of the next one. ``versions`` has
+    the number of each agent's weights in the team, ``issued`` the highest number that any weights
+    of the agent ever had: candidates that were refused keep theirs, so the next one is higher.
+    ``batch`` is None where the next step rolls out anyway. ``opening`` collects what the stage
+    event will say, ``totals`` what the run cost and, under ``updates``, how many steps the team
+    took and still has.
+    """
+
+    betas: dict[str, float]
+    versions: dict[str, int]
+    issued: dict[str, int]
+    certify: CertifyState
+    stage: int = 0
+    step: int = 0
+    order: list[str] = field(default_factory=list)
+    batch: Batch | None = None
+    opening: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=_nothing_yet)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def beginning(cls, agents: list[str], beta: float, spending: Spending) -> State:
+        """The state of a run that has not begun: every agent's weights have the number 0."""
+        numbers = dict.fromkeys(agents, 0)
+        return cls(dict.fromkeys(agents, beta), numbers, dict(numbers), CertifyState(spending))
