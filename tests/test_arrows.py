@@ -17,12 +17,13 @@ PACKAGE = ROOT / "src" / "satune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 400
 
-GROUND = {"types", "loading"}
+GROUND = {"types", "loading", "thoughts"}
 TRAINING = GROUND | {"files", "core", "agents", "team"}
 ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
     "loading": {"types"},
+    "thoughts": set(),
     "files": {"types"},
     "core": set(),
     "lab": {"core"},
@@ -45,6 +46,7 @@ OUTSIDE: dict[str, set[str]] = {
     # rooms that hold to few packages beside the standard library
     "types": set(),
     "loading": set(),
+    "thoughts": set(),
     "core": {"torch", "scipy"},
     "lab": {"numpy", "scipy", "torch"},
     "protocols": set(),

@@ -12,7 +12,7 @@ from satune.engines.routed import RoutedEngine
 from satune.engines.rows import Rows
 from satune.play.match import Match
 from satune.play.rollout import rollout
-from satune.types import Key, Problem, Prompt, Sampling, Seat
+from satune.types import Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import EntriesRenderer, Letters, ScriptedEngine
 from tiny_models import tiny_policy
 
@@ -25,7 +25,7 @@ class IdsRenderer:
     def view(self, seat):
         class View:
             def prompt(self, entries, max_new_tokens):
-                return Prompt((), ids=tuple(1 + i % 12 for i in range(len(entries))))
+                return Prompt((), ids=ids_of(1 + i % 12 for i in range(len(entries))))
 
             def wrote(self, completion): ...
 
@@ -195,7 +195,9 @@ def test_an_engine_that_breaks_fails_everyone_who_waits():
         for index in range(4):
             engine.begin(KEY.at(sample=index))
         asked = [
-            engine.generate(name, Prompt((), ids=(1, 2)), Sampling(50), KEY.at(sample=index))
+            engine.generate(
+                name, Prompt((), ids=ids_of((1, 2))), Sampling(50), KEY.at(sample=index)
+            )
             for index, name in enumerate(["ann", "bob", "ann", "bob"])
         ]
         return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), LONG)

@@ -14,7 +14,7 @@ from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.protocols.independent import solo
 from satune.protocols.sequential import chain
-from satune.types import Grade, Key, Problem, Prompt, Sampling, Seat
+from satune.types import Grade, Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import Letters, ScriptedEngine, team
 from tiny_models import tiny_policy
 
@@ -65,7 +65,7 @@ class LettersRenderer:
     def view(self, seat):
         class View:
             def prompt(self, entries, max_new_tokens):
-                return Prompt((), ids=tuple(1 + i % 12 for i in range(len(entries))))
+                return Prompt((), ids=ids_of(1 + i % 12 for i in range(len(entries))))
 
             def wrote(self, completion): ...
 

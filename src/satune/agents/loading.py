@@ -187,7 +187,7 @@ def _merged(spec: AgentSpec, model: Any) -> nn.Module:
     A head that shares the embedding's weights gets its own where the adapter changes one of them:
     PEFT adds to the one alone. Raises UserError where the merged logits are not the adapter's.
     """
-    peft = PeftModel.from_pretrained(model, spec.model)
+    peft: Any = PeftModel.from_pretrained(model, spec.model)
     if not hasattr(peft, "merge_and_unload"):
         raise UserError(
             f"agent {spec.name}: the adapter in {spec.model} is of type {peft.peft_type.value}, "

@@ -159,7 +159,7 @@ class Conversation:
             agent=seat.agent,
             moment=moment,
             own_index=own_index,
-            text=completion.text,
+            text=prompt.opening + completion.text,
             finish_reason=completion.finish_reason,
             version=completion.version,
             prompt_ids=prompt.ids,
