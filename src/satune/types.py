@@ -211,11 +211,7 @@ class EpisodeFailure(Exception):
 
     ``policy`` tells whose failure it is: the policy's own (what it wrote led to it: the context is
     full, the server's filter refused the text) or the world's (a connection, a server, a worker).
-<<<<<<< HEAD
-    ``reason`` begins with the kind of failure and a colon: "context: a prompt of 900 tokens ...".
-=======
-    ``reason`` is one line; a server's begins with the kind of failure, up to a colon.
->>>>>>> main
+    ``reason`` is one line that begins with the kind of failure and a colon.
     """
 
     def __init__(self, reason: str, *, policy: bool) -> None:

@@ -21,12 +21,8 @@ from satune.agents.messages import (
     own_message,
     user_message,
 )
-<<<<<<< HEAD
-from satune.types import Completion, Entry, EpisodeFailure, Ids, Message, Prompt, UserError, ids_of
-=======
 from satune.thoughts import opened_by
-from satune.types import Completion, Entry, Ids, Message, Prompt, UserError, ids_of
->>>>>>> main
+from satune.types import Completion, Entry, EpisodeFailure, Ids, Message, Prompt, UserError, ids_of
 
 _HISTORIES = (("3+4",), ("a b", "c", "d"), ("1", "x y.", "22", "z", "3\n4", "w", "v"))
 _REPLIES = (("7", "a: 8"), ("one\ntwo", "b"), ("12", "x\ny"))

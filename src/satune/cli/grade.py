@@ -36,26 +36,17 @@ def grade(
     from satune.commands.grade import grade_file
     from satune.tasks.pool import processes
 
-<<<<<<< HEAD
-=======
     given = _options(options or [])
     thinking = given.pop("thinking", None)
-    count = workers or min(len(os.sched_getaffinity(0)), 8)
->>>>>>> main
     with Display(open_console(stderr=True)) as display:
         result = grade_file(
             name,
             responses,
             data,
             seed=seed,
-<<<<<<< HEAD
-            options=_options(options or []),
-            workers=workers or processes(),
-=======
             options=given,
             thinking=thinking,
-            workers=count,
->>>>>>> main
+            workers=workers or processes(),
             seconds=seconds,
             progress=display.progress,
         )

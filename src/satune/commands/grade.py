@@ -7,19 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-<<<<<<< HEAD
 import inspect
-import json
 import re
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
-=======
-import math
-import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
->>>>>>> main
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,17 +20,10 @@ from satune.play.conversation import plurality
 from satune.play.evaluation import Scores, summary_of_graded
 from satune.play.statistics import mean_components
 from satune.tasks.catalog import load_task
-<<<<<<< HEAD
 from satune.tasks.pool import Failure, Workers
-from satune.types import Grade, Problem, Progress, Task, UserError, no_progress
-=======
 from satune.tasks.sources import read_bytes, read_json
-from satune.tasks.workers import Failure, Workers
 from satune.thoughts import opened
-from satune.types import Grade, Problem, Task, UserError
-
-Progress = Callable[[int, int], None]
->>>>>>> main
+from satune.types import Grade, Problem, Progress, Task, UserError, no_progress
 
 _GENERATED = re.compile(r".+-([a-z]+)-([0-9]{1,9})")
 _LONGEST = 500

@@ -15,6 +15,7 @@ from typing import Any
 from satune.play.conversation import Conversation, on_its_text
 from satune.play.grading import Graders, check_grade
 from satune.play.match import Match
+from satune.thoughts import answer_part, is_cut
 from satune.types import (
     Completion,
     Engine,
@@ -138,13 +139,13 @@ class _Attempt:
         make = getattr(self.match.task, "environment", None)
         if make is None:
             answer = await self._answer()
-            if answer is not None and thought_is_cut(answer):
+            if answer is not None and answer_part(answer) is None and is_cut(answer):
                 raise EpisodeFailure("unfinished thought: the answer was never given", policy=True)
-            return self.over(answer, None)
+            return self.over(_said(answer), None)
         environment = make(self.problem, self.key.rng("environment"), self.roles.generate)
         while True:
             before = len(self.conversation.turns)
-            answer = await self._answer()
+            answer = _said(await self._answer())
             if len(self.conversation.turns) == before:
                 raise UserError("protocol: no seat spoke before the action; let one say something")
             result = await self._step(environment, answer)
@@ -196,6 +197,6 @@ class _Roles:
         return completion
 
 
-def thought_is_cut(text: str) -> bool:
-    """Whether a message is nothing but a thought that never ends."""
-    return text.lstrip().startswith("<think>") and "</think>" not in text
+def _said(answer: str | None) -> str | None:
+    """A message that is nothing but thoughts is no answer, whatever the task would read in it."""
+    return None if answer is None or answer_part(answer) is None else answer

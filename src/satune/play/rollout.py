@@ -9,32 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from satune.files.interrupts import uninterrupted
-<<<<<<< HEAD
 from satune.play.conversation import together
 from satune.play.episode import Played, converse, graded, play
 from satune.play.grading import Graders
 from satune.play.match import Match
 from satune.types import Engine, Episode, Failure, Key, Problem, UserError
-=======
-from satune.play.conversation import Talk, together
-from satune.thoughts import answer_part
-from satune.types import (
-    Completion,
-    Engine,
-    Episode,
-    Grade,
-    Key,
-    Message,
-    Problem,
-    Prompt,
-    Sampling,
-    Seat,
-    StepResult,
-    Task,
-    TeamProtocol,
-    UserError,
-)
->>>>>>> main
 
 __all__ = [
     "Job", "Match", "Tally", "play", "play_jobs", "rollout", "rollout_sync", "run_alone",
@@ -232,94 +211,3 @@ def run_alone(work: Callable[[], Coroutine[Any, Any, _T]], engines: Sequence[Eng
         except asyncio.CancelledError:
             pass
     raise KeyboardInterrupt
-<<<<<<< HEAD
-=======
-
-
-async def _converse(
-    problem: Problem,
-    key: Key,
-    seats: Sequence[Seat],
-    protocol: TeamProtocol,
-    engine: Engine,
-    task: Task,
-) -> Episode:
-    make_environment = getattr(task, "environment", None)
-    talk = Talk(
-        problem, key, seats=seats, engine=engine, task=task, acting=make_environment is not None
-    )
-    environment_tokens = 0
-    calls = 0
-
-    async def generate(messages: Sequence[Message], sampling: Sampling) -> Completion:
-        nonlocal environment_tokens, calls
-        own = key.at(purpose="environment", seat="environment", own_index=calls)
-        calls += 1
-        prompt = Prompt(tuple(messages))
-        completion = await engine.generate("environment", prompt, sampling, own)
-        environment_tokens += completion.prompt_tokens + completion.completion_tokens
-        return completion
-
-    if make_environment is None:
-        answer = _checked_answer(await protocol(talk))
-        grade = task.grade(problem, answer)
-    else:
-        environment = make_environment(problem, key.rng("environment"), generate)
-        while True:
-            before = len(talk.turns)
-            answer = _checked_answer(await protocol(talk))
-            if len(talk.turns) == before:
-                raise UserError("protocol: no seat spoke before the action; let one say something")
-            result = await environment.step(answer)
-            if not isinstance(result, StepResult):
-                raise UserError(
-                    f"task {task.name}: environment.step gave a {type(result).__name__}; "
-                    "return a StepResult"
-                )
-            talk.observe(result.text, to=result.seats)
-            if result.done:
-                break
-        grade = result.grade if result.grade is not None else task.grade(problem, answer)
-    _check_grade(grade, problem, task, talk.seats)
-    return Episode(
-        problem=problem,
-        sample=key.sample,
-        turns=tuple(talk.turns),
-        answer=answer,
-        grade=grade,
-        observations=tuple(talk.observations),
-        environment_tokens=environment_tokens,
-    )
-
-
-def _checked_answer(answer: Any) -> str | None:
-    if answer is not None and not isinstance(answer, str):
-        raise UserError(f"protocol: its answer is a {type(answer).__name__}; return text or None")
-    # A thought that never ended is no answer, whatever the task would read in it.
-    return None if answer is None or answer_part(answer) is None else answer
-
-
-def _check_seats(seats: Sequence[Seat]) -> None:
-    names = [seat.name for seat in seats]
-    if not names:
-        raise UserError("team: it has no seats; give at least one")
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"team: two seats are named {name!r}; make their names unique")
-
-
-def _check_grade(grade: Grade, problem: Problem, task: Task, seats: Sequence[str]) -> None:
-    credits = {} if grade.seats is None else grade.seats
-    for seat in credits:
-        if seat not in seats:
-            raise UserError(
-                f"task {task.name}: its grade of {problem.id!r} credits the seat {seat!r}; "
-                f"the seats are {', '.join(seats)}"
-            )
-    for score in (grade.score, *credits.values()):
-        if not math.isfinite(score) or not 0.0 <= score <= 1.0:
-            raise UserError(
-                f"task {task.name}: its grade of {problem.id!r} is {score}; "
-                "grades must lie in [0, 1]: rescale them"
-            )
->>>>>>> main
