@@ -114,17 +114,19 @@ class Maths(RowTask):
         key = (tidy(reference), tidy(answer), symmetric)
         if symmetric and key[0] > key[1]:
             key = (key[1], key[0], True)
-        if key not in self._verdicts:
+        verdict = self._verdicts.get(key)
+        if verdict is None:
             verdict = self._workers.call(*key)
             if isinstance(verdict, Failure):
                 if verdict.kind == "died":
                     raise EpisodeFailure(f"worker: {verdict.text}", policy=False)
                 # Not kept: on a busy machine the next attempt may be in time.
                 return False, f"not comparable: {verdict.text}"
+            # Several threads grade: another one may empty it at any moment.
             if len(self._verdicts) >= _MOST_VERDICTS:
                 self._verdicts.clear()
             self._verdicts[key] = verdict
-        return self._verdicts[key], ""
+        return verdict, ""
 
     def _problem(self, number: int, place: str, row: Row) -> Problem:
         fields = {name.lower(): value for name, value in row.items()}
