@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from satune.loading import KEY_VARIABLE, served
+from satune.play.match import FAILURES, GRADING_SECONDS
 
 # Names become directory names and parts of dotted overrides, hence neither dots nor slashes.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -181,8 +182,8 @@ class RolloutSection(Section):
     max_new_tokens: Count = 512
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Whole = 0
-    failures: Annotated[float, Field(ge=0, le=1)] = 0.2
-    grading_seconds: Positive = 120.0
+    failures: Annotated[float, Field(ge=0, le=1)] = FAILURES
+    grading_seconds: Positive = GRADING_SECONDS
 
 
 class ScheduleSection(Section):
