@@ -20,11 +20,12 @@ from torch import Tensor
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.policy import Policy
 from satune.core.divergence import divergence_statistics
-from satune.core.objectives import ObjectiveSettings
+from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.core.ratios import sequence_log_ratio
 from satune.core.trust_region import TrustRegionSettings
-from satune.training.schedules import Batch, experience_for
-from satune.training.settings import AdvantageSettings, UpdateSettings
+from satune.training.credit import GroupCredit
+from satune.training.schedules import SCHEDULES, Batch, experience_for
+from satune.training.settings import UpdateSettings
 from satune.training.update import groups, improve, own_turns
 from satune.types import Episode, Key
 from tiny_models import EOS, episode, tiny_policy, turn
@@ -36,7 +37,8 @@ COMPLETIONS = (
     *((first, second) for first in range(1, VOCAB) for second in range(VOCAB)),
 )
 BASELINES = (0.3, 0.6)
-CLIP = ObjectiveSettings("sat").clip_low
+CLIP = 0.2  # the default of sat, gspo and grpo
+OPTIONS = {"dapo": {"clip_high": CLIP}, "cispo": {"clip_high": CLIP}}
 
 
 def conversations() -> list[Episode]:
@@ -177,7 +179,8 @@ def learned_gradient(
 ) -> Tensor:
     """Of the objective to be maximised, as the learner accumulates it."""
     learner = team.learners[agent]
-    learner.accumulate(anchor, range(N), advantages_E, weights_E, ObjectiveSettings(name))
+    objective = ObjectiveSettings(name, OPTIONS.get(name, {}))
+    learner.accumulate(anchor, range(N), advantages_E, weights_E, objective)
     parameters = list(team.policies[agent].trainable().values())
     gradient = -flat([p.grad for p in parameters], parameters)
     learner.drop_gradients()
@@ -255,6 +258,9 @@ def defined_objective(
             "gspo": lambda u=u_T, a=advantage: clipped(u.mean().exp(), a) / N,
             "grpo": lambda u=u_T, a=advantage: clipped(u.exp(), a).mean() / N,
             "dapo": lambda u=u_T, a=advantage: clipped(u.exp(), a).sum() / len(new_T),
+            "cispo": lambda u=u_T, n=new_T[own], a=advantage: (
+                (u.exp().clamp(max=1 + CLIP).detach() * a * n).sum() / len(new_T)
+            ),
             "reinforce": lambda u=new_T[own], a=advantage: a * u.sum() / N,
         }[name]()
         total = total + weights_E[e] * value
@@ -265,7 +271,7 @@ def defined_objective(
     ("kind", "away"),
     [("gpt2 and gpt_neox", 0.0), ("gpt2 and gpt_neox", 0.05), ("qwen3 and llama", 0.05)],
 )
-@pytest.mark.parametrize("name", ["sat", "gspo", "grpo", "dapo", "reinforce"])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_every_objective_has_the_gradient_of_its_definition(name, away, kind):
     team = make_team(kind)
     learner = team.learners["a"]
@@ -338,7 +344,7 @@ def test_weights_under_reuse_are_the_enumerated_ratio(kind):
     team = make_team(kind, lr=0.02)
     settings = UpdateSettings(
         objective=ObjectiveSettings("sat"),
-        advantage=AdvantageSettings(baseline="leave_one_out", normalise=False),
+        credit=GroupCredit(baseline="leave_one_out", normalise=False),
         trust_region=TrustRegionSettings(delta=0.02, beta=0.01),
         epochs=2,
         mini_batches=2,
@@ -349,7 +355,7 @@ def test_weights_under_reuse_are_the_enumerated_ratio(kind):
         outcome = improve(
             team.learners[agent],
             agent,
-            experience_for("reuse", batch),
+            experience_for(SCHEDULES["reuse"](), batch),
             settings,
             beta=0.01,
             cap=None,
@@ -365,7 +371,7 @@ def test_weights_under_reuse_are_the_enumerated_ratio(kind):
         assert expectation(old_E.exp(), weights_E.exp() * REWARDS_E) == pytest.approx(
             team.reward(), rel=TEAMS[kind][2]
         )
-    assert experience_for("stale", batch).log_weights == (0.0,) * N
+    assert experience_for(SCHEDULES["stale"](), batch).log_weights == (0.0,) * N
 
 
 def test_a_step_learns_from_weighted_conversations(kind):
@@ -385,7 +391,7 @@ def test_a_step_learns_from_weighted_conversations(kind):
         improve(
             team.learners["a"],
             "a",
-            experience_for("reuse", batch),
+            experience_for(SCHEDULES["reuse"](), batch),
             UpdateSettings(trust_region=TrustRegionSettings(delta=0.05), mini_batches=1),
             beta=0.001,
             cap=None,

@@ -15,7 +15,7 @@ from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import pack
 from satune.agents.policy import Policy
 from satune.engines.local import LocalEngine
-from satune.types import Completion, Key, Prompt, Sampling, UserError
+from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of
 from tiny_models import Letters, completion_logprobs, tiny_policy, turn
 
 SIZES: dict[str, Any] = {
@@ -62,6 +62,16 @@ def policy_of(model_type: str, attention: str | None = None, **changes: Any) -> 
     return Policy("a", AutoModelForCausalLM.from_config(config, **options), Letters(), 1.0)
 
 
+def written(completion: Completion) -> list[int]:
+    assert completion.ids is not None
+    return [int(each) for each in completion.ids]
+
+
+def logprobs(completion: Completion) -> list[float]:
+    assert completion.logprobs is not None
+    return [float(each) for each in completion.logprobs]
+
+
 def play(policy: Policy) -> list[list[tuple[tuple[int, ...], Completion]]]:
     """Twelve conversations of two turns over prompts of 1 to 30 tokens, six rows at a time."""
     engine = LocalEngine({"a": policy}, {"a": "a"}, max_rows=6)
@@ -74,9 +84,9 @@ def play(policy: Policy) -> list[list[tuple[tuple[int, ...], Completion]]]:
         ids = tuple(prompts[index % 5])
         for own in range(2):
             key = keys[index].at(own_index=own)
-            completion = await engine.generate("a", Prompt((), ids=ids), Sampling(10), key)
+            completion = await engine.generate("a", Prompt((), ids_of(ids)), Sampling(10), key)
             said.append((ids, completion))
-            ids = (*ids, *(completion.ids or ()), 5, 6)
+            ids = (*ids, *written(completion), 5, 6)
         engine.end(keys[index])
         return said
 
@@ -93,12 +103,12 @@ def test_engine_and_learner_are_the_whole_model(model_type):
     policy = policy_of(model_type, **FAMILIES[model_type])
     conversations = play(policy)
     for ids, completion in itertools.chain(*conversations):
-        expected = completion_logprobs(policy, ids, completion.ids or ())
-        sampled = torch.tensor(completion.logprobs)
+        expected = completion_logprobs(policy, ids, written(completion))
+        sampled = torch.tensor(logprobs(completion))
         assert torch.allclose(sampled, expected, atol=1e-4), (model_type, len(ids))
-    packed = pack([[turn(ids, c.ids) for ids, c in said] for said in conversations])
+    packed = pack([[turn(ids, written(c)) for ids, c in said] for said in conversations])
     scored = LocalLearner(policy, OptimizerSettings()).score(packed)
-    sampled = torch.tensor([x for said in conversations for _, c in said for x in c.logprobs or ()])
+    sampled = torch.tensor([x for said in conversations for _, c in said for x in logprobs(c)])
     assert torch.allclose(scored, sampled, atol=1e-4)
 
 
@@ -108,8 +118,8 @@ def test_attention_makes_no_other_policy(model_type):
     said = [play(policy_of(model_type, attention, **changes)) for attention in ("sdpa", "eager")]
     for one, other in zip(*said, strict=True):
         for (_, first), (_, second) in zip(one, other, strict=True):
-            assert first.ids == second.ids
-            assert torch.allclose(*(torch.tensor(c.logprobs) for c in (first, second)), atol=1e-4)
+            assert written(first) == written(second)
+            assert torch.allclose(*(torch.tensor(logprobs(c)) for c in (first, second)), atol=1e-4)
 
 
 @pytest.mark.parametrize(

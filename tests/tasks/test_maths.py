@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from satune.tasks.catalog import load_task
 from satune.tasks.maths import Aime24, Math500, Maths, damaged
 from satune.types import Problem, UserError
 
-pytest.importorskip("math_verify")
+pytest.importorskip("mpmath")
 
 THINKS_SIXTY = r"<think>perhaps \boxed{60}</think> "
 
@@ -35,8 +34,8 @@ def task(tmp_path_factory):
     return Maths(write(tmp_path_factory.mktemp("maths") / "rows.jsonl", rows), eval_fraction=1.0)
 
 
-# (reference, message, score, why). "official" marks verdicts of math-verify that a person might
-# not share and that are kept, "stricter" those where satune is stricter than math-verify.
+# (reference, message, score, why). "kept" marks verdicts that a person might not share and that
+# graders of this field have in common.
 CASES: list[tuple[str, str, int, str]] = [
     # Where the answer stands
     ("5", r"\boxed{5}", 1, "plain"),
@@ -73,10 +72,10 @@ CASES: list[tuple[str, str, int, str]] = [
     ("3", r"\boxed{3.5}", 0, "no truncation"),
     ("3", r"\boxed{3.0}", 1, "same value"),
     ("3", r"\boxed{3.0000001}", 0, "plain numbers are compared exactly"),
-    (".0000672", r"\boxed{0.0000673}", 0, "stricter: math-verify rounds to six decimals"),
+    (".0000672", r"\boxed{0.0000673}", 0, "decimals are not rounded"),
     (".0000672", r"\boxed{6.72 \times 10^{-5}}", 1, "scientific notation"),
     ("1000", r"\boxed{10^3}", 1, "power"),
-    ("10", r"\boxed{1e1}", 0, "official: e is a letter"),
+    ("10", r"\boxed{1e1}", 0, "kept: e is a letter"),
     ("58,500", r"\boxed{58500}", 1, "thousands separator in the reference"),
     ("58500", r"\boxed{58{,}500}", 1, "LaTeX thousands separator"),
     (r"\$32,\!348", r"\boxed{32348}", 1, "currency and thin space"),
@@ -87,7 +86,7 @@ CASES: list[tuple[str, str, int, str]] = [
     (r"\frac{1}{2}", r"\boxed{1/2}", 1, "slash"),
     (r"\frac{1}{2}", r"\boxed{0.5}", 1, "decimal"),
     (r"\frac{1}{3}", r"\boxed{0.333}", 0, "rounded too early"),
-    (r"\frac{1}{3}", r"\boxed{0.3333333}", 1, "official: six decimals agree"),
+    (r"\frac{1}{3}", r"\boxed{0.3333333}", 1, "kept: six decimals agree"),
     (r"137 \frac{1}{2}", r"\boxed{137.5}", 1, "mixed number"),
     (r"1\frac{4}{5}", r"\boxed{\frac{9}{5}}", 1, "mixed number"),
     (r"\sqrt{51}", r"\boxed{\sqrt{52}}", 0, "another radicand"),
@@ -95,9 +94,9 @@ CASES: list[tuple[str, str, int, str]] = [
     (r"\sqrt{2}", r"\boxed{1.414}", 0, "rounded too early"),
     ("52_8", r"\boxed{52_{8}}", 1, "base, braced"),
     ("52_8", r"\boxed{52}", 1, "base left out, as the question fixes it"),
-    ("52_8", r"\boxed{52_9}", 0, "stricter: math-verify drops the base"),
+    ("52_8", r"\boxed{52_9}", 0, "another base"),
     # Units
-    ("50", r"\boxed{50\%}", 1, "official: the percent sign as a unit"),
+    ("50", r"\boxed{50\%}", 1, "kept: the percent sign as a unit"),
     (r"50\%", r"\boxed{0.5}", 1, "percent as a fraction"),
     (r"90^\circ", r"\boxed{90}", 1, "degrees left out"),
     ("90", r"\boxed{90^\circ}", 1, "degrees given"),
@@ -117,14 +116,14 @@ CASES: list[tuple[str, str, int, str]] = [
     ("(3,4]", r"\boxed{(3,4)}", 0, "open and closed ends"),
     (r"(2,\infty)", r"\boxed{(2,+\infty)}", 1, "signed infinity"),
     (r"x \in [-2,7]", r"\boxed{[-2,7]}", 1, "the set alone"),
-    (r"(5,\infty)", r"\boxed{x > 5}", 0, "official: an inequality is no set"),
+    (r"(5,\infty)", r"\boxed{x > 5}", 0, "kept: an inequality is no set"),
     (r"(2,12) \cup (12,102)", r"\boxed{(12,102) \cup (2,12)}", 1, "order of a union"),
-    (r"\infty", r"\boxed{\text{infinite}}", 0, "official: a word is no value"),
+    (r"\infty", r"\boxed{\text{infinite}}", 0, "kept: a word is no value"),
     # Equations and expressions
     ("x=5", r"\boxed{5}", 1, "name left out"),
     ("5", r"\boxed{x=5}", 1, "name given"),
     ("5", r"\boxed{x=6}", 0, "name given, value wrong"),
-    ("y = 2x + 3", r"\boxed{2x+3}", 1, "official: the right side alone"),
+    ("y = 2x + 3", r"\boxed{2x+3}", 1, "kept: the right side alone"),
     ("y = 2x + 3", r"\boxed{y - 2x = 3}", 1, "rearranged"),
     ("y = 2x + 3", r"\boxed{y = 3x + 2}", 0, "another line"),
     ("x^3+3x-6", r"\boxed{-6+3x+x^3}", 1, "order of terms"),
@@ -148,7 +147,7 @@ CASES: list[tuple[str, str, int, str]] = [
     # Words and choices
     (r"\text{Evelyn}", r"\boxed{Evelyn}", 1, "a name without \\text"),
     (r"\text{Evelyn}", r"\boxed{\text{Carla}}", 0, "another name"),
-    (r"\text{east}", r"\boxed{\text{East}}", 1, "official: case is ignored"),
+    (r"\text{east}", r"\boxed{\text{East}}", 1, "kept: case is ignored"),
     (r"\text{(C)}", r"\boxed{C}", 1, "choice without parentheses"),
     (r"\text{(C)}", r"\boxed{\textbf{(C)}}", 1, "choice in bold"),
     (r"\text{(C)}", r"\boxed{\text{(D)}}", 0, "another choice"),
@@ -325,9 +324,8 @@ def test_bad_rows_are_named(tmp_path, name, rows, message):
         load_task(name, write(tmp_path / "rows.jsonl", rows))
 
 
-def test_a_missing_math_verify_is_one_line(monkeypatch, tmp_path):
+def test_a_missing_library_is_one_line(monkeypatch, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"problem": "1?", "answer": 1}])
-    monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.setattr(maths_equality.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"task math500: .*pip install 'satune\[math\]'"):
         Math500(path)
@@ -355,7 +353,7 @@ def test_votes_do_not_depend_on_the_order(task):
         for b in VOTED:
             assert task.equal(a, b) == task.equal(b, a), (a, b)
     assert task.equal(r"\frac12", "0.5") and task.equal("5", "x=5") and task.equal("1,2", "2,1")
-    # math-verify accepts these with the inequality as the reference only.
+    # A set answers an inequality, not the other way round; among votes both ways count.
     assert task.equal(r"(5,\infty)", "x>5") and task.equal("x>5", r"(5,\infty)")
     assert not task.equal("5", "05.1") and not task.equal("(1,2)", "(2,1)")
 

@@ -260,6 +260,7 @@ TABLE = {
         6 == f(2)=6
         6 == 2+4=6
         6 != 2+5=6
+        6 != x=5=6
         x=1, y=2 == y=2, x=1
         x=1, y=2 != x=2, y=1
         (1,2) == (x,y)=(1,2)
@@ -271,6 +272,7 @@ TABLE = {
         Brenda == \text{Brenda}
         Monday != dynamo
         no != on
+        TTF != TFT
         abc == cab
         xy^2z == zxy^2
         \text{Tuesday} != \text{Thursday}
@@ -408,7 +410,8 @@ def test_numbers_are_read_exactly():
     ("phrase", "unit"),
     [
         ("centimetres", "cm"), ("square cm", "cm^2"), ("cm^{2}", "cm^2"),
-        ("miles per hour", "mi/h"), ("mph", "mi/h"), ("units", ""), ("square units", ""), ("possible values", "possible value"),
+        ("miles per hour", "mi/h"), ("mph", "mi/h"), ("units", ""), ("square units", ""),
+        ("possible values", "possible value"),
         ("th", ""), ("inches", "in"), ("feet", "ft"), ("boxes", "box"), ("ladies", "lady"),
         ("or more", None), ("if x", None), ("apples + 3", None), ("times", None), ("(", None),
         ("a b c d e f g h i j k l", None),
@@ -462,8 +465,8 @@ def test_no_difference_is_too_small(exponent):
 
 
 NO_VALUE = [
-    r"\frac{1}{0}", "0^{-1}", r"\ln 0", r"9^{9^{9^{9}}}", r"\infty-\infty", r"\tan 90^\circ", "(-1)!",
-    r"\sin(10^{99})",
+    r"\frac{1}{0}", "0^{-1}", r"\ln 0", r"9^{9^{9^{9}}}", r"\infty-\infty", r"\tan 90^\circ",
+    "(-1)!", r"\sin(10^{99})",
 ]  # fmt: skip
 
 

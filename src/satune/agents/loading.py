@@ -24,18 +24,10 @@ from satune.agents.sources import (
     saved_adapter,
     source_of,
 )
+from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.types import UserError
 
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSpec:
-    """A LoRA adapter. ``targets`` None takes every linear layer but the head."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +144,8 @@ def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: SavedAdapter | None) ->
         return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=0.0,
-            target_modules=list(lora.targets) if lora.targets else "all-linear",
+            lora_dropout=lora.dropout,
+            target_modules="all-linear" if lora.targets == ALL_LINEAR else list(lora.targets),
             task_type="CAUSAL_LM",
         )
     if saved.config.get("peft_type") != "LORA":
@@ -187,7 +179,7 @@ def _merged(spec: AgentSpec, model: Any) -> nn.Module:
     A head that shares the embedding's weights gets its own where the adapter changes one of them:
     PEFT adds to the one alone. Raises UserError where the merged logits are not the adapter's.
     """
-    peft = PeftModel.from_pretrained(model, spec.model)
+    peft: Any = PeftModel.from_pretrained(model, spec.model)
     if not hasattr(peft, "merge_and_unload"):
         raise UserError(
             f"agent {spec.name}: the adapter in {spec.model} is of type {peft.peft_type.value}, "

@@ -77,7 +77,8 @@ def read_model(source: Source, dtype: torch.dtype, **options: Any) -> PreTrained
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             if hasattr(model, name):
                 delattr(model, name)
-        del model.config.quantization_config
+        config: Any = model.config
+        del config.quantization_config
         model.config._name_or_path = str(source)
     return model
 

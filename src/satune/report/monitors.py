@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from satune.files.events import Event, UpdateEvent
 from satune.types import UserError
@@ -62,8 +61,8 @@ def _of_update(event: UpdateEvent) -> dict[str, float]:
     if "certificate" in event:
         statistical = event["certificate"]["statistical"]
         found |= {f"{agent}/certificate_{name}": statistical[name] for name in ("mean", "lower")}
-    numbers: Mapping[str, Any] = event
     for name in ("beta", "scale", "ess", "objective", "clip_fraction", "grad_norm"):
-        if name in numbers:
-            found[f"{agent}/{name}"] = numbers[name]
+        value = event.get(name)
+        if isinstance(value, int | float):
+            found[f"{agent}/{name}"] = value
     return found

@@ -1,7 +1,7 @@
 r"""Mathematics with a final answer in ``\boxed{}``: AIME 2024 and 2025, MATH-500, training rows.
 
-The last box of a message is the answer. Plain numbers are compared exactly and at once; anything
-else goes to math-verify in a worker process with a time limit.
+The last box of a message is the answer. Plain numbers are compared at once; anything else is read
+and compared in a worker process with a time limit (``maths_equality``). All of it is exact.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Maths(RowTask):
     final_answer or reward_model.ground_truth, else the last box of solution; id or unique_id, else
     rows are numbered from 0. ``instruction`` follows each problem ("" leaves the problem bare).
 
-    Raises UserError naming file and line for a bad row, and if math-verify is not installed.
+    Raises UserError naming file and line for a bad row, and if mpmath is not installed.
     """
 
     name = "maths"
@@ -106,11 +106,11 @@ class Maths(RowTask):
 
     def _same(self, reference: str, answer: str, *, symmetric: bool) -> tuple[bool, str]:
         """(equal, what went wrong if anything)."""
+        if max(len(reference), len(answer)) > LONGEST_ANSWER:
+            return reference == answer, f"longer than {LONGEST_ANSWER} characters"
         plainly = same_plainly(reference, answer)
         if plainly is not None:
             return plainly, ""
-        if max(len(reference), len(answer)) > LONGEST_ANSWER:
-            return False, f"longer than {LONGEST_ANSWER} characters"
         key = (tidy(reference), tidy(answer), symmetric)
         if symmetric and key[0] > key[1]:
             key = (key[1], key[0], True)

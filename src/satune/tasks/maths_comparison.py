@@ -46,14 +46,17 @@ def same(reference: Reading, answer: Reading) -> bool:
     if isinstance(reference, Literal) or isinstance(answer, Literal):
         return reference == answer
     if isinstance(reference, Name) and isinstance(answer, Name):
-        if reference.text.casefold() == answer.text.casefold():
-            return True
-        return (
-            reference.term is not None
-            and answer.term is not None
-            and (len(reference.text) > 1 and same_terms(reference.term, answer.term))
-        )
+        return _same_names(reference, answer)
     return _same_amounts(reference, answer)
+
+
+def _same_names(a: Name, b: Name) -> bool:
+    """The same word, or the same letters as a product of variables; capitals (TTF, AB) are none."""
+    if a.text.casefold() == b.text.casefold():
+        return True
+    if a.term is None or b.term is None or a.text.isupper() or len(a.text) == 1:
+        return False
+    return same_terms(a.term, b.term)
 
 
 def same_terms(a: Term, b: Term) -> bool:
@@ -219,11 +222,9 @@ def _same_ratio(a: Sequence[Reading], b: Sequence[Reading]) -> bool:
 
 
 def _holds(relation: Relation) -> bool:
-    """Whether what an answer claims may be so: 4 = 5 may not."""
-    first, last = term_of(relation.sides[0]), term_of(relation.sides[-1])
-    if first is None or last is None or symbols(first, last):
-        return True
-    return same_terms(first, last)
+    """Whether what an answer claims may be so: the numbers among its sides are one number."""
+    terms = [term for side in relation.sides if (term := term_of(side)) and not symbols(term)]
+    return all(same_terms(term, terms[0]) for term in terms[1:])
 
 
 def _same_relations(a: Relation, b: Relation) -> bool:

@@ -38,7 +38,7 @@ _SAYS_MORE = words(
     " less least most than at between half quarter third squared cubed factorial divided over"
     " multiplied by is are was equals but either neither both except unless until given with"
     " without as the power root maybe perhaps possibly respectively through up down only none all"
-    " any each every base choose"
+    " any each every base choose negative below above imaginary wrong"
 )
 MULTIPLIERS = {
     "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
