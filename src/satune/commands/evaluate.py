@@ -108,6 +108,7 @@ async def examine(
     )
     seats = candidate.sampled(wanted.temperature, wanted.max_new_tokens)
     protocol = _protocol(candidate, wanted, seats)
+    candidate.admit({"protocol": protocol})
     play = load_protocol(
         protocol["name"],
         [seat.name for seat in seats],
@@ -250,6 +251,7 @@ def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, d
         split = "all" if candidate.held_out or "name" not in own else "eval"
     if candidate.host is not None and takes(name, "host"):
         options = {**options, "host": candidate.asked_task.get("host", candidate.host)}
+    candidate.admit({"task": {"name": name, "data": data and str(data), **options}})
     task = load_task(name, data, seed, None, **options)
     if getattr(task, "fresh", False):
         split = "eval"
