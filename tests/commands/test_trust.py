@@ -372,6 +372,51 @@ def test_an_adapter_imports_nothing(tmp_path: Path):
     assert "names a module to import" in refusal(saved_adapter, str(tmp_path))
 
 
+def test_code_that_lies_beside_a_teams_models_is_not_run(tmp_path: Path):
+    folder = team(tmp_path / "team")
+    model = tiny_world.save_model(folder / "a")
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    for file, kinds in (
+        ("config.json", ["AutoConfig", "AutoModelForCausalLM"]),
+        ("tokenizer_config.json", ["AutoTokenizer"]),
+    ):
+        path = model / file
+        config = json.loads(path.read_text())
+        name = ["evil.E", None] if kinds == ["AutoTokenizer"] else "evil.E"
+        config["auto_map"] = dict.fromkeys(kinds, name)
+        path.write_text(json.dumps(config))
+    assert load_team(folder, device="cpu").seats == {"a": "a"}  # by transformers' own classes
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "unheard-of"}
+    (model / "config.json").write_text(json.dumps(config))
+    assert "agent a: cannot load model" in refusal(load_team, folder, device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+TEMPLATES = {
+    "attributes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('touch RAN') }}",
+    "another file": "{% include 'SECRET' %}",
+    "an import": "{% import 'SECRET' as x %}",
+    "the tokenizer": "{{ raise_exception.__globals__['__builtins__'] }}",
+    "no number": "{{ 1 // 0 }}",
+    "a long range": "{% for i in range(10000000) %}x{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_teams_template_is_text_in_a_sandbox(tmp_path: Path, name: str):
+    (tmp_path / "secret").write_text("token: 5ecre7")
+    text = TEMPLATES[name].replace("RAN", str(tmp_path / "ran"))
+    chat = text.replace("SECRET", str(tmp_path / "secret"))
+    agent = {**entry(template={"chat": chat}), "dir": "a"}
+    del agent["served"]
+    folder = team(tmp_path / "team", agents={"a": agent})
+    tiny_world.save_model(folder / "a")
+    line = refusal(load_team, folder, device="cpu")
+    assert "template.chat: the chat template cannot be rendered" in line and "5ecre7" not in line
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_runs_recipe_reads_no_other_file(tmp_path: Path):
     (tmp_path / "secret.yaml").write_text("token: {x}\n")
     run = run_of(tmp_path / "run", RECIPE)
