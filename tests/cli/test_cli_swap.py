@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import Run, refused, satune  # noqa: F401
-from test_swapping import ANY, digests, trained
 
 import tiny_world
+from command_line import Run, refused, satune  # noqa: F401
 from satune.tiny.zoo import tiny_model, tiny_tokenizer
+from swapped_teams import ANY, digests, trained
 
 HANDOVER = ("--method", "handover", "--tolerance", "1", "--problems", "8", "--looks", "1")
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import ENVIRONMENT, Run, refused, satune  # noqa: F401
-from test_swapping import digests, go_on, state_of, trained
 
 import faulty_server
 import tiny_world
+from command_line import ENVIRONMENT, Run, refused, satune  # noqa: F401
 from faulty_server import FAULTS, Server
 from satune.commands.train import check_recipe_unchanged
 from satune.config.load import load_recipe, save_recipe
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError
+from swapped_teams import digests, go_on, state_of, trained
 
 MY_KEY = ("--server-option", "api_key_env=MY_KEY")
 BOB = "team.agents.bob.model=http://host/v1#good"
@@ -196,7 +196,7 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
         assert found.pop("out") == str(world / out)
         return found
 
-    server.set(delay=0.05)
+    server.set(limit=server.seen()["requests"] + 16)
     going = subprocess.Popen(
         [sys.executable, "-m", "satune", *command("killed")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=KEYED,
@@ -209,7 +209,8 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
     assert not (world / "killed").exists()
     # What was under way when it died had no reader.
     read = len(answers.read_text().splitlines())
-    server.set(delay=0.0, requests=0)
+    server.idle()
+    server.set(requests=0)
     first = result_of("killed")
     asked = server.seen()["requests"]
     server.fresh(key="s3cret")

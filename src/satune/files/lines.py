@@ -24,7 +24,8 @@ def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
             while data:
                 data = data[file.write(data) or 0 :]
         except OSError:
-            file.truncate(whole)  # or the next line would be glued to half of this one
+            if path.is_file():  # or the next line would be glued to half of this one
+                file.truncate(whole)
             raise
 
 
