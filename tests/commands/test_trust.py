@@ -372,6 +372,14 @@ def test_an_adapter_imports_nothing(tmp_path: Path):
     assert "names a module to import" in refusal(saved_adapter, str(tmp_path))
 
 
+def test_a_swap_copies_nothing_from_outside_of_the_run(state: Path, tmp_path: Path):
+    run = run_of(tmp_path / "run", RECIPE)
+    assert "no complete checkpoint" in refusal(find_team, run, None)
+    (run / "episodes").mkdir()
+    (run / "episodes" / "stage-0001.jsonl").symlink_to(tmp_path / "secret")
+    assert "is a link that leads out of" in refusal(find_team, run, None)
+
+
 def test_code_that_lies_beside_a_teams_models_is_not_run(tmp_path: Path):
     folder = team(tmp_path / "team")
     model = tiny_world.save_model(folder / "a")

@@ -24,6 +24,7 @@ from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
+from satune.files.names import refuse_links
 from satune.loading import nearest, served
 from satune.team import Team, add_mixtures, read_manifest
 from satune.training.checkpoint import Checkpoints
@@ -84,6 +85,7 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
         raise UserError(f"{path}: {what}; give a run's directory, or the team/ in it")
     if recipe is not None:
         raise UserError(f"{path}: a run has its own recipe; drop --recipe {recipe}")
+    refuse_links(path)
     loaded = load_recipe(run.recipe, alone=True)
     trust.admit(loaded.model_dump(mode="json"), run.recipe)
     found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest()
