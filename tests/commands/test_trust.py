@@ -165,7 +165,7 @@ def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: P
 def test_what_a_training_used_is_known_until_it_changes(evil: Path, state: Path, tmp_path: Path):
     run = run_of(tmp_path / "run", RECIPE | {"task": f"{evil}:thing"})
     ours = load_recipe(run / "recipe.yaml").model_dump(mode="json")
-    assert remember(ours) is None
+    remember(ours)
     (kept,) = (state / "own").iterdir()
     assert re.fullmatch("[0-9a-f]{64}", kept.name) and f"{evil}:thing" in kept.read_text()
     given_recipe(run / "recipe.yaml", [], Trust())
@@ -242,10 +242,13 @@ def test_a_training_remembers_what_it_used(state: Path, tmp_path: Path):
     assert f"would run {reward}:ordinals (task.reward)" in line
 
 
-def test_a_state_directory_that_cannot_be_written_is_told(evil: Path, state: Path):
+def test_a_state_directory_that_cannot_be_written_is_told(
+    evil: Path, state: Path, caplog: pytest.LogCaptureFixture
+):
     state.write_text("a file in its place")
-    told = remember({"task": f"{evil}:thing"})
-    assert told is not None and "cannot be written" in told and "\n" not in told
+    remember({"task": f"{evil}:thing"})
+    (told,) = caplog.messages
+    assert "cannot be written" in told and "--trust" in told and "\n" not in told
 
 
 @pytest.mark.parametrize(

@@ -175,9 +175,7 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         )
         for name, policy in cast.team.policies.items()
     }
-    untold = remember(recipe.model_dump(mode="json"))
-    if untold is not None:
-        watch({"event": "note", "text": untold})
+    remember(recipe.model_dump(mode="json"))
     return Training(
         settings=settings,
         learners=learners,

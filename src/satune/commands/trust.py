@@ -9,6 +9,7 @@ state directory and never in the run, so that a file that was changed is asked f
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from satune.types import UserError
 
 STATE = "SATUNE_STATE"
 """The environment variable that puts the state directory elsewhere."""
+_LOG = logging.getLogger(__name__)
 _CODE_OF_MODEL = ("*.py", "*config.json")
 
 
@@ -181,9 +183,9 @@ def given_recipe(path: Path, overrides: Sequence[str], trust: Trust) -> Recipe:
     return recipe
 
 
-def remember(document: Any) -> str | None:
-    """Take down that a training of the user's uses what ``document`` (a recipe) names. Returns one
-    line where that cannot be written: the training may go on, later commands will ask."""
+def remember(document: Any) -> None:
+    """Take down that a training of the user's uses what ``document`` (a recipe) names. Where that
+    cannot be written the log says so in one line: the training may go on, later commands ask."""
     folder = _known()
     for claim in claims(document):
         digest = claim.digest
@@ -193,11 +195,11 @@ def remember(document: Any) -> str | None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / digest).write_text(f"{claim.key}: {claim}\n", encoding="utf-8")
         except OSError as error:
-            return (
+            _LOG.warning(
                 f"{folder}: cannot be written ({error.strerror}); later commands will ask for "
-                f"--trust, or set ${STATE}"
+                f"--trust; ${STATE} names another directory"
             )
-    return None
+            return
 
 
 def state_directory() -> Path:

@@ -96,9 +96,7 @@ def _perform(
         write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
         result["out"] = str(out)
         tell("swap", {"stage": found.stage, **event})
-        untold = remember(job.team.cast.recipe.model_dump(mode="json"))
-        if untold is not None:
-            tell("note", {"text": untold})
+        remember(job.team.cast.recipe.model_dump(mode="json"))
         if found.run is not None and found.recipe.log.tensorboard:
             with scalar_writer(out / "tensorboard") as write:
                 write(cast(SwapEvent, {"event": "swap", "stage": found.stage, **event}))
