@@ -1,15 +1,33 @@
-"""What every test runs under."""
+"""Fixtures that tests of several rooms use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
+# A state directory for the tests, and for the commands that they start: they neither know nor fill
+# that of whoever runs them. It is removed at the end.
+_STATE = tempfile.TemporaryDirectory(prefix="satune-state-")
+os.environ["SATUNE_STATE"] = _STATE.name
 
-@pytest.fixture(scope="session", autouse=True)
-def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A state directory for the tests: they neither know nor fill that of whoever runs them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SATUNE_STATE", str(tmp_path_factory.mktemp("state")))
-        yield
+from command_line import Run  # noqa: E402 - keeps the environment as it is when it is imported
+from satune.cli.main import main  # noqa: E402
+
+
+@pytest.fixture
+def satune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; gives exit code, standard output, standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["satune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run

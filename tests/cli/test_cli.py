@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_world
-from command_line import ENVIRONMENT, Run, refused, satune  # noqa: F401
+from command_line import ENVIRONMENT, Run, refused
 from satune.cli.common import shipped_recipe
 from satune.config.load import load_recipe
 from satune.training.run_directory import RunDirectory

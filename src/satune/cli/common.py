@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from satune.files.printing import printable
 from satune.loading import KEY_VARIABLE
-from satune.types import UserError, printable
+from satune.types import UserError
 
 RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
 Overrides = Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from satune.files.writing import disk_errors, strict_json
+from satune.files.writing import append_bytes, disk_errors, strict_json
 from satune.types import UserError
 
 
@@ -16,17 +16,7 @@ def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     Raises UserError where the disk refuses; the file is then as it was.
     """
-    path = Path(path)
-    data = "".join(f"{strict_json(row)}\n" for row in rows).encode()
-    with disk_errors(path), open(path, "ab", buffering=0) as file:
-        whole = file.tell()
-        try:
-            while data:
-                data = data[file.write(data) or 0 :]
-        except OSError:
-            if path.is_file():  # or the next line would be glued to half of this one
-                file.truncate(whole)
-            raise
+    append_bytes(Path(path), ["".join(f"{strict_json(row)}\n" for row in rows).encode()])
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

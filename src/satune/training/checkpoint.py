@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, unchanged files linked, damage noticed and named.
 
 A checkpoint is a directory written beside and renamed: ``state.json``, an agent's weights and
-optimiser as safetensors, and the experience still in use. Nothing in it depends on the number of
-processes. state.json lists every file with its size and digest.
+optimiser as safetensors, and the experience still in use, text and arrays (``files.arrays``).
+Nothing in it depends on the number of processes. state.json lists every file with its size and
+digest.
 
 Tensors are copied when a checkpoint is asked for; the files are written in the background, while
 the next rollout runs, and waited for before the next checkpoint.
@@ -27,7 +28,7 @@ from torch import Tensor
 from satune.agents.anchor import Snapshot
 from satune.agents.ports import Learner
 from satune.core.confidence import Spending
-from satune.files.lines import append_lines, read_lines
+from satune.files.arrays import append_rows, files_of_rows, read_rows
 from satune.files.names import is_plain
 from satune.files.writing import (
     WRITING,
@@ -41,7 +42,7 @@ from satune.training.ports import Saved, World
 from satune.training.state import Batch, CertifyState, Held, State
 from satune.types import Episode, UserError
 
-FORMAT = 5
+FORMAT = 6
 EXPERIENCE = "experience.jsonl"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
@@ -120,7 +121,7 @@ class Checkpoints:
             keep(_file(agent, "held"), same, partial(_flat, held.snapshot))
         episodes: Sequence[Episode] | None = None
         if state.batch is not None and last is not None and last.batch == now.batch:
-            linked.append(EXPERIENCE)
+            linked += [path.name for path in files_of_rows(last.path / EXPERIENCE)]
         elif state.batch is not None:
             episodes = state.batch.episodes
         # The run goes on and changes its state while this is written.
@@ -155,8 +156,9 @@ class Checkpoints:
                 save_file(named, beside / relative)
                 now.files[relative] = identity(beside / relative)
             if episodes is not None:
-                append_lines(beside / EXPERIENCE, (world.to_row(e) for e in episodes))
-                now.files[EXPERIENCE] = identity(beside / EXPERIENCE)
+                append_rows(beside / EXPERIENCE, (world.to_row(e) for e in episodes))
+                for path in files_of_rows(beside / EXPERIENCE):
+                    now.files[path.name] = identity(path)
             text["files"] = now.files
             write_atomically(beside / "state.json", strict_json(text) + "\n")
         self._last = now
@@ -371,7 +373,7 @@ def _state(fields: Mapping[str, Any], path: Path, world: World) -> State:
     )
     if batch is not None:
         state.batch = Batch(
-            [world.from_row(row) for row in read_lines(path / EXPERIENCE)],
+            [world.from_row(row) for row in read_rows(path / EXPERIENCE)],
             [float(w) for w in batch["log_weights"]],
             batch["drawn_before"],
             float(batch["reward"]),

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from satune.files.arrays import append_rows, files_of_rows, read_rows
 from satune.files.events import Event, append_event, read_events
-from satune.files.lines import append_lines, read_lines
 from satune.files.names import is_plain, refuse_links
 from satune.files.writing import disk_errors, strict_json, sync_directory, write_atomically
 from satune.types import UserError
@@ -80,10 +80,11 @@ class RunDirectory:
         self._unsynced.add(self.events)
 
     def append_episodes(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add conversations of ``stage`` (from 1; 0: before training) to the stage's file."""
+        """Add conversations of ``stage`` (from 1; 0: before training) to the stage's files: rows of
+        episodes as ``files.arrays.append_rows`` takes them."""
         path = self.episodes / f"stage-{stage:04d}.jsonl"
-        append_lines(path, rows)
-        self._unsynced.add(path)
+        append_rows(path, rows)
+        self._unsynced |= set(files_of_rows(path))
 
     def read_events(self) -> list[Event]:
         """All events in order. A last line that was still being written is left out.
@@ -94,7 +95,7 @@ class RunDirectory:
 
     def read_episodes(self, stage: int) -> list[dict[str, Any]]:
         """The conversations of ``stage``, as ``read_events``."""
-        return read_lines(self.episodes / f"stage-{stage:04d}.jsonl")
+        return read_rows(self.episodes / f"stage-{stage:04d}.jsonl")
 
     def sizes(self) -> dict[str, Any]:
         """{"events": bytes, "episodes": {file name: bytes}}, safely on disk when this returns."""
@@ -106,7 +107,7 @@ class RunDirectory:
                 sync_directory(self.episodes)
                 sync_directory(self.path)
             self._unsynced.clear()
-        files = sorted(self.episodes.glob("*.jsonl"))
+        files = self._files_of_episodes()
         return {
             "events": self.events.stat().st_size if self.events.exists() else 0,
             "episodes": {path.name: path.stat().st_size for path in files},
@@ -134,7 +135,7 @@ class RunDirectory:
                 if path.exists():
                     os.truncate(path, size)
                     self._unsynced.add(path)
-            for path in self.episodes.glob("*.jsonl"):
+            for path in self._files_of_episodes():
                 if path.name not in kept:
                     path.unlink()
                     self._unsynced.discard(path)
@@ -143,3 +144,7 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, the last act of a run."""
         write_atomically(self.summary, strict_json(summary) + "\n")
+
+    def _files_of_episodes(self) -> list[Path]:
+        # A killed process may have left numbers whose rows were not written.
+        return sorted((*self.episodes.glob("*.jsonl"), *self.episodes.glob("*.arrays")))
