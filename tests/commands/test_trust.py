@@ -95,6 +95,7 @@ NAMES = {
     "order": {"order": "{it}"},
     "schedule": {"schedule": "{it}"},
     "credit": {"credit": "{it}"},
+    "engine": {"engine": "{it}"},
 }  # fmt: skip
 
 
@@ -161,6 +162,15 @@ def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: P
     spoken = Candidate([], NO_ENGINE, {}, admit=lambda doc: named.admit(doc, "team"))
     refusal(_task, spoken, Wanted(benchmark=f"{evil}:thing"), 0)  # it is no task
     assert (tmp_path / "ran").exists()
+
+
+def test_the_engine_of_the_run_beside_a_team_is_asked_about(evil: Path, tmp_path: Path):
+    run = run_of(tmp_path / "run", RECIPE | {"engine": f"{evil}:thing"})
+    inner = team(run / "team", agents={"a": entry()})
+    known = Trust.of(allowed=[SERVER])
+    line = refusal(local_candidate, str(inner), None, 1, [], print, Servers(), known)
+    assert line.startswith(f"{run}/recipe.yaml: would run {evil}:thing (engine.name)")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_training_used_is_known_until_it_changes(evil: Path, state: Path, tmp_path: Path):
