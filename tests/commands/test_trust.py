@@ -23,6 +23,7 @@ from satune.swap.seat import find_team
 from satune.team import load_team, read_manifest
 from satune.types import UserError
 
+NO_ENGINE: Any = None
 SERVER = "http://collector.example/v1"
 RECIPE = {
     "team": {"agents": {"a": {"model": "somebody/model"}, "b": {"model": "somebody/model"}}},
@@ -94,6 +95,7 @@ NAMES = {
     "order": {"order": "{it}"},
     "schedule": {"schedule": "{it}"},
     "credit": {"credit": "{it}"},
+    "engine": {"engine": "{it}"},
 }  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def test_a_manifests_code_is_refused(evil: Path, tmp_path: Path, part: str):
 
 def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: Path):
     asked: list[Any] = []
-    candidate = Candidate([], None, {}, task={"name": f"{evil}:thing"}, admit=asked.append)  # type: ignore[arg-type]
+    candidate = Candidate([], NO_ENGINE, {}, task={"name": f"{evil}:thing"}, admit=asked.append)
     _task(candidate, Wanted(benchmark="relay"), 0)
     assert [list(claims(document)) for document in asked] == [[]]
     own = Candidate(
@@ -152,14 +154,23 @@ def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: P
         None,
         {},
         task={"name": f"{evil}:thing"},
-        admit=lambda doc: Trust().admit(doc, "team"),  # type: ignore[arg-type]
+        admit=lambda doc: Trust().admit(doc, "team"),
     )
     assert refusal(_task, own, Wanted(), 0).startswith(f"team: would run {evil}:thing (task.name)")
     assert not (tmp_path / "ran").exists()
     named = Trust.of(said=[f"{evil}:thing"])
-    spoken = Candidate([], None, {}, admit=lambda doc: named.admit(doc, "team"))  # type: ignore[arg-type]
+    spoken = Candidate([], NO_ENGINE, {}, admit=lambda doc: named.admit(doc, "team"))
     refusal(_task, spoken, Wanted(benchmark=f"{evil}:thing"), 0)  # it is no task
     assert (tmp_path / "ran").exists()
+
+
+def test_the_engine_of_the_run_beside_a_team_is_asked_about(evil: Path, tmp_path: Path):
+    run = run_of(tmp_path / "run", RECIPE | {"engine": f"{evil}:thing"})
+    inner = team(run / "team", agents={"a": entry()})
+    known = Trust.of(allowed=[SERVER])
+    line = refusal(local_candidate, str(inner), None, 1, [], print, Servers(), known)
+    assert line.startswith(f"{run}/recipe.yaml: would run {evil}:thing (engine.name)")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_training_used_is_known_until_it_changes(evil: Path, state: Path, tmp_path: Path):
