@@ -23,8 +23,9 @@ from satune.core.divergence import divergence_statistics
 from satune.core.objectives import ObjectiveSettings
 from satune.core.ratios import sequence_log_ratio
 from satune.core.trust_region import TrustRegionSettings
-from satune.training.schedules import Batch, experience_for
-from satune.training.settings import AdvantageSettings, UpdateSettings
+from satune.training.credit import GroupCredit
+from satune.training.schedules import SCHEDULES, Batch, experience_for
+from satune.training.settings import UpdateSettings
 from satune.training.update import groups, improve, own_turns
 from satune.types import Episode, Key
 from tiny_models import EOS, episode, tiny_policy, turn
@@ -36,7 +37,7 @@ COMPLETIONS = (
     *((first, second) for first in range(1, VOCAB) for second in range(VOCAB)),
 )
 BASELINES = (0.3, 0.6)
-CLIP = ObjectiveSettings("sat").clip_low
+CLIP = 0.2  # the default of sat
 
 
 def conversations() -> list[Episode]:
@@ -338,7 +339,7 @@ def test_weights_under_reuse_are_the_enumerated_ratio(kind):
     team = make_team(kind, lr=0.02)
     settings = UpdateSettings(
         objective=ObjectiveSettings("sat"),
-        advantage=AdvantageSettings(baseline="leave_one_out", normalise=False),
+        credit=GroupCredit(baseline="leave_one_out", normalise=False),
         trust_region=TrustRegionSettings(delta=0.02, beta=0.01),
         epochs=2,
         mini_batches=2,
@@ -349,7 +350,7 @@ def test_weights_under_reuse_are_the_enumerated_ratio(kind):
         outcome = improve(
             team.learners[agent],
             agent,
-            experience_for("reuse", batch),
+            experience_for(SCHEDULES["reuse"](), batch),
             settings,
             beta=0.01,
             cap=None,
@@ -365,7 +366,7 @@ def test_weights_under_reuse_are_the_enumerated_ratio(kind):
         assert expectation(old_E.exp(), weights_E.exp() * REWARDS_E) == pytest.approx(
             team.reward(), rel=TEAMS[kind][2]
         )
-    assert experience_for("stale", batch).log_weights == (0.0,) * N
+    assert experience_for(SCHEDULES["stale"](), batch).log_weights == (0.0,) * N
 
 
 def test_a_step_learns_from_weighted_conversations(kind):
@@ -385,7 +386,7 @@ def test_a_step_learns_from_weighted_conversations(kind):
         improve(
             team.learners["a"],
             "a",
-            experience_for("reuse", batch),
+            experience_for(SCHEDULES["reuse"](), batch),
             UpdateSettings(trust_region=TrustRegionSettings(delta=0.05), mini_batches=1),
             beta=0.001,
             cap=None,

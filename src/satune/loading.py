@@ -7,6 +7,7 @@ Standard library only.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.machinery
@@ -88,6 +89,40 @@ def load_object(reference: str, base: Path | None = None) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{reference}: {name} is a {type(found).__name__}, not a function or class")
     return found
+
+
+def pick(what: str, name: str, known: Mapping[str, Any], base: Path | None = None) -> Any:
+    """The entry of a catalogue by its name, or the user's own by ``file.py:name`` or
+    ``package.module:name``; ``what`` is the catalogue's word for its entries.
+
+    Raises UserError for an unknown name, and whatever ``load_object`` refuses.
+    """
+    if ":" in name:
+        return load_object(name, base)
+    if name in known:
+        return known[name]
+    hint = nearest(name, known)
+    raise UserError(f"unknown {what} {name!r}{hint}; or give path/to/file.py:name")
+
+
+def load_named(
+    what: str,
+    name: str,
+    known: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    skip: int,
+    base: Path | None = None,
+) -> Any:
+    """What ``pick`` finds, with its options filled in: a class is made with them, a function gets
+    them beyond its first ``skip`` arguments.
+
+    Raises UserError as ``pick`` does, and for options that the class or function does not take.
+    """
+    found = pick(what, name, known, base)
+    made_now = inspect.isclass(found)
+    check_options(f"{what} {name}", found, options, skip=0 if made_now else skip)
+    return found(**options) if made_now else functools.partial(found, **options)
 
 
 def check_options(

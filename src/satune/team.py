@@ -13,12 +13,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from satune.agents.loading import AgentSpec, LoraSpec, Precision, load_policies
+from satune.agents.loading import AgentSpec, Precision, load_policies
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import convert, source_of
+from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.loading import served
 from satune.types import Renderer, Sampling, Seat, UserError
 
@@ -253,7 +254,7 @@ def _lora(entry: Mapping[str, Any] | None) -> LoraSpec | None:
     if entry is None:
         return None
     targets = entry["targets"]
-    return LoraSpec(entry["rank"], entry["alpha"], tuple(targets) if targets else None)
+    return LoraSpec(entry["rank"], entry["alpha"], tuple(targets) if targets else ALL_LINEAR)
 
 
 def build_team(

@@ -15,7 +15,6 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 Part = Mapping[str, Any]
 Message = dict[str, Any]
-Purpose = Literal["train", "certify", "evaluate", "swap", "environment", "demonstrate"]
 FinishReason = Literal["stop", "length"]
 Ids: TypeAlias = "array[int]"
 """Token ids as ``array.array('i')``, int32: made by ``ids_of``, shared, and changed by nobody."""

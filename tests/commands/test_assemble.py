@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,9 @@ import tiny_world
 from satune.commands.assemble import assemble, load_tasks
 from satune.commands.train import optimizer_settings, tolerance_of, training_settings
 from satune.config.load import load_recipe
+from satune.training.credit import GroupCredit
+from satune.training.ordering import ORDERS
+from satune.training.schedules import Hybrid
 from satune.training.self_check import Tolerance
 from satune.training.trainer import train
 from satune.types import UserError
@@ -147,10 +151,11 @@ def test_every_section_reaches_the_loop(recipe: Path) -> None:
     loaded = load_recipe(
         recipe,
         [
-            "objective={name: dapo, clip_low: 0.1, clip_high: 0.3, overlong_buffer: 2,"
-            " baseline: leave_one_out, normalise: false, advantage_clip: 3, entropy: 0.01,"
+            "objective={name: dapo, clip_low: 0.1, clip_high: 0.3, entropy: 0.01,"
             " reference_kl: 0.02}",
-            "schedule={name: reuse, ess: 0.3, cap: 4}", "order=greedy",
+            "credit={overlong_buffer: 2, baseline: leave_one_out, normalise: false, clip: 3}",
+            "schedule={name: hybrid, ess: 0.3, cap: 4}", "order=greedy",
+            "rollout.dynamic_sampling=true",
             "trust_region={delta: 0.02, quantile: 0.9, unit: turn, beta: 0.5, adapt: false,"
             " backtracks: 2, enabled: false}",
             "team.agents.bob.delta=0.2", "team.agents.bob.learning_rate=0.5",
@@ -162,18 +167,20 @@ def test_every_section_reaches_the_loop(recipe: Path) -> None:
     )  # fmt: skip
     found = training_settings(loaded)
     update, objective, region = found.update, found.update.objective, found.update.trust_region
-    assert (objective.name, objective.clip_low, objective.clip_high) == ("dapo", 0.1, 0.3)
+    assert objective.name == "dapo"
+    assert objective.options == {"clip_low": 0.1, "clip_high": 0.3}
     assert (objective.entropy, objective.reference_kl) == (0.01, 0.02)
-    advantage = update.advantage
-    assert (advantage.baseline, advantage.normalise, advantage.clip) == ("leave_one_out", False, 3)
-    assert (advantage.dynamic_sampling, advantage.overlong_buffer) == (True, 2)
-    assert (found.schedule.name, found.schedule.ess, found.schedule.cap) == ("reuse", 0.3, 4)
+    assert update.credit == GroupCredit("leave_one_out", False, 3, overlong_buffer=2)
+    assert found.dynamic_sampling
+    assert found.schedule == Hybrid(cap=4, ess=0.3)
     assert (region.delta, region.quantile, region.unit) == (0.02, 0.9, "turn")
     assert (region.beta, region.adapt, region.backtracks) == (0.5, False, 2)
     assert region.enabled is False
     assert (update.epochs, update.mini_batches, update.max_new_tokens) == (3, 2, 6)
-    assert (found.order, found.deltas, found.seed, found.stages) == ("greedy", {"bob": 0.2}, 11, 9)
-    assert (found.keep_checkpoints, found.checkpoint_steps, found.evaluate_every) == (5, False, 4)
+    assert (found.deltas, found.seed, found.stages) == ({"bob": 0.2}, 11, 9)
+    assert (found.region("bob").delta, found.region("ann").delta) == (0.2, 0.02)
+    assert isinstance(found.order, functools.partial) and found.order.func is ORDERS["greedy"]
+    assert (found.checkpoint_steps, found.evaluate_every) == (False, 4)
     agents = loaded.team.resolved().agents
     ann, bob = (optimizer_settings(loaded, agents[name]) for name in ("ann", "bob"))
     assert (ann.lr, bob.lr) == (0.1, 0.5)

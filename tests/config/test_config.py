@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +13,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
+from satune.agents.specs import ALL_LINEAR
 from satune.commands.train import RESUMABLE, check_recipe_unchanged
 from satune.config import schema, yaml12
+from satune.config.derive import OWN, Named, models_in, sections_of
 from satune.config.load import differences, load_recipe, recipe_text, save_recipe
-from satune.config.schema import DapoSection, GspoSection, SatSection
+from satune.core.objectives import OBJECTIVES
+from satune.loading import KEY_VARIABLE
 from satune.protocols.catalog import PROTOCOLS
 from satune.tasks.catalog import TASKS, load_task
+from satune.training.credit import CREDIT
+from satune.training.ordering import ORDERS
 from satune.training.run_directory import RunDirectory
+from satune.training.schedules import SCHEDULES
 from satune.types import UserError
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
@@ -32,6 +40,11 @@ team:
 task: relay
 protocol: chain
 """
+
+
+def choices(catalogue: Mapping[str, Any]) -> str:
+    """The names of a catalogue as an error line gives them."""
+    return ", ".join([*catalogue, OWN])
 
 
 def write(folder: Path, text: str, name: str = "relay.yaml") -> Path:
@@ -59,14 +72,13 @@ def relay(tmp_path: Path) -> Path:
 
 def test_defaults_are_the_papers_where_it_gives_one(relay: Path) -> None:
     recipe = load_recipe(relay)
-    assert isinstance(recipe.objective, SatSection)
-    assert recipe.objective.clips == (0.2, 0.2)
-    assert recipe.objective.advantage_clip == 5
+    assert (recipe.objective.name, recipe.objective.options) == ("sat", {"clip": 0.2})
+    assert (recipe.credit.name, recipe.credit.options["clip"]) == ("group", 5)
     assert (recipe.objective.reference_kl, recipe.objective.entropy) == (0, 0)
     region = recipe.trust_region
     assert (region.delta, region.quantile, region.beta, region.backtracks) == (0.05, 0.99, 0.001, 5)
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-5, 0.01)
-    assert (recipe.schedule.name, recipe.schedule.ess) == ("hybrid", 0.5)
+    assert recipe.schedule == Named("hybrid", {"cap": None, "ess": 0.5})
     assert (recipe.rollout.top_p, recipe.rollout.top_k) == (1, 0)
     assert recipe.team.resolved().seats == {"ada": "ada", "ben": "ben"}
 
@@ -97,15 +109,13 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(relay: Path) -> None:
     assert recipe.rollout.problems == 9
     assert recipe.team.agents["ben"].temperature == 0.8
     assert recipe.optimizer.betas == (0.8, 0.9)
-    assert isinstance(recipe.objective, GspoSection)
-    assert recipe.objective.clip == 0.1
+    assert (recipe.objective.name, recipe.objective.options) == ("gspo", {"clip": 0.1})
     assert recipe.tiny.lr == 1e-3
 
 
 def test_an_objective_without_a_name_is_sat(relay: Path) -> None:
     objective = load_recipe(relay, ["objective.clip=0.3"]).objective
-    assert isinstance(objective, SatSection)
-    assert objective.clip == 0.3
+    assert (objective.name, objective.options) == ("sat", {"clip": 0.3})
 
 
 @pytest.mark.parametrize(
@@ -117,8 +127,7 @@ def test_an_objective_without_a_name_is_sat(relay: Path) -> None:
         ("rollout..samples=3", "command line: 'rollout..samples=3' is not an override;"
          " write it as dotted.key=value"),
         ("seed.x=3", "command line: seed: expected an integer, got keys (x)"),
-        ("order.x.y=3", "command line: order: expected one of static, random, greedy,"
-         " got keys (x)"),
+        ("order.x.y=3", "command line: order.x: unknown key; the keys here are name"),
         ("team.agents.ada.model.x=3",
          "command line: team.agents.ada.model.x: team.agents.ada.model is 'tiny:qwen3-s'"
          " and has no keys"),
@@ -178,28 +187,36 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
         ("optimizer: {autocast: fp8}", "optimizer.autocast: expected bfloat16, got 'fp8'"),
         ("engine: {name: locl}", "engine.name: expected local, got 'locl';"
          " did you mean 'local'?"),
-        ("objective: {name: null}", "objective.name: expected one of sat, gspo, grpo, dapo,"
-         " reinforce, got 'None'"),
-        ("order: statik", "order: expected one of static, random, greedy, got 'statik';"
+        ("objective: {name: null}", f"objective.name: expected one of {choices(OBJECTIVES)},"
+         " got 'None'"),
+        ("order: statik", f"order.name: expected one of {choices(ORDERS)}, got 'statik';"
          " did you mean 'static'?"),
+        ("credit: grup", f"credit.name: expected one of {choices(CREDIT)}, got 'grup';"
+         " did you mean 'group'?"),
+        ("credit: {baseline: man}", "credit.baseline: expected one of mean, leave_one_out, max,"
+         " got 'man'; did you mean 'mean'?"),
+        ("schedule: {name: fresh, ess: 0.3}",
+         "schedule.ess: unknown key; the keys here are name, cap"),
+        ("objective: {name: cispo, clip_high: 0}",
+         "objective.clip_high: expected a number above 0, got 0"),
         ("log: {tensorboard: 'yes'}", "log.tensorboard: expected true or false, got 'yes'"),
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
         ("gae: {gamma: 0.99}", "gae: unknown key; the keys here are seed, team, task, protocol,"
-         " rollout, schedule, order, objective, trust_region, optimizer, stages, evaluate,"
-         " certify, engine, checkpoint, log, tiny"),
+         " rollout, schedule, order, objective, credit, trust_region, optimizer, stages,"
+         " evaluate, certify, engine, checkpoint, log, tiny"),
         ("objective: {name: sat, clipp: 0.1}",
          "objective.clipp: unknown key; did you mean objective.clip?"),
         ("objective: {name: dapo, clip_hi: 0.3}",
          "objective.clip_hi: unknown key; did you mean objective.clip_high?"),
         ("objective: {name: dapo, clip_low: x}",
          "objective.clip_low: expected a number, got 'x'"),
-        ("objective: {name: gpso}", "objective.name: expected one of sat, gspo, grpo, dapo,"
-         " reinforce, got 'gpso'; did you mean 'gspo'?"),
-        ("objective: gpso", "objective.name: expected one of sat, gspo, grpo, dapo,"
-         " reinforce, got 'gpso'; did you mean 'gspo'?"),
+        ("objective: {name: gpso}", f"objective.name: expected one of {choices(OBJECTIVES)},"
+         " got 'gpso'; did you mean 'gspo'?"),
+        ("objective: gpso", f"objective.name: expected one of {choices(OBJECTIVES)},"
+         " got 'gpso'; did you mean 'gspo'?"),
         ("objective: 3", "objective: expected keys and values, got 3"),
-        ("schedule: frech", "schedule.name: expected one of fresh, reuse, hybrid, stale,"
-         " simultaneous, got 'frech'; did you mean 'fresh'?"),
+        ("schedule: frech", f"schedule.name: expected one of {choices(SCHEDULES)},"
+         " got 'frech'; did you mean 'fresh'?"),
         ("seed: x\nstages: y\norder: z", "seed: expected an integer, got 'x' (and 2 more)"),
         ("seed: x\nstagse: 3", "stagse: unknown key; did you mean stages? (and 1 more)"),
     ],
@@ -306,7 +323,8 @@ def test_yaml_builds_plain_data_only(tmp_path: Path) -> None:
          "the team has no seat 'zoe'; the seats are ada, ben"),
         (["team.agents.ada.lora.dropout=0.1"], "team.agents.ada.lora.dropout", "must be 0"),
         (["team.agents.ada.delta=0"], "team.agents.ada.delta", "must be above 0, got 0"),
-        (["trust_region.delta=-1"], "trust_region.delta", "must be above 0, got -1"),
+        (["trust_region.delta=-1"], "trust_region.delta",
+         "expected a number above 0, got -1; to leave an agent as it is"),
         (["team.agents.ada.temperature=0"], "team.agents.ada.temperature", "must be above 0"),
         (["team.agents.ada.frozen=true", "team.agents.ben.frozen=true"], "team.agents",
          "all agents are frozen"),
@@ -317,7 +335,7 @@ def test_yaml_builds_plain_data_only(tmp_path: Path) -> None:
          "must agree on model"),
         (["rollout.problems=1", "rollout.samples=2"], "optimizer.mini_batches",
          "4 mini-batches cannot be cut from 2 episodes"),
-        (["objective=dapo", "objective.overlong_buffer=512"], "objective.overlong_buffer",
+        (["credit.overlong_buffer=512"], "credit.overlong_buffer",
          "must be below rollout.max_new_tokens (512), got 512"),
     ],
 )  # fmt: skip
@@ -335,9 +353,9 @@ def test_nearby_recipes_pass_the_cross_checks(relay: Path) -> None:
     load_recipe(relay, ["team.agents.ada.frozen=true", "team.agents.ada.delta=1e-6"])
     load_recipe(relay, ["protocol={name: judge, judge: ben}"])
     load_recipe(relay, ["protocol={name: role_play, roles: {ada: solver}}"])
-    dapo = load_recipe(relay, ["objective=dapo", "objective.overlong_buffer=511"]).objective
-    assert isinstance(dapo, DapoSection)
-    assert dapo.clips == (0.2, 0.28)
+    assert load_recipe(relay, ["credit.overlong_buffer=511"]).credit.name == "group"
+    dapo = load_recipe(relay, ["objective=dapo", "objective.clip_low=null"]).objective
+    assert dapo.options == {"clip_low": None, "clip_high": 0.28}
 
 
 # Sharing
@@ -362,8 +380,8 @@ def test_sharing_lora_gives_every_agent_an_adapter(relay: Path) -> None:
     ada, ben = agents["ada"].lora, agents["ben"].lora
     assert ada is not None
     assert ben is not None
-    assert (ada.rank, ada.target_modules) == (16, "all-linear")
-    assert (ben.rank, ben.alpha, ben.target_modules) == (4, 8, ["q_proj"])
+    assert (ada.rank, ada.targets) == (16, ALL_LINEAR)
+    assert (ben.rank, ben.alpha, ben.targets) == (4, 8, ("q_proj",))
     assert recipe.team.agents["ada"].lora is None
 
 
@@ -394,11 +412,11 @@ def test_every_key_is_documented_with_its_default() -> None:
     headings = " ".join(line for line in GUIDE.splitlines() if line.startswith("#"))
     for section in sections(schema.Recipe):
         for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, schema.Section):
+            if sections_of(field):
                 assert name in headings or name in documented
                 continue
             shown = documented.get(name, [])
-            assert shown or name == "objective", f"{section.__name__}.{name} is not in the tables"
+            assert shown, f"{section.__name__}.{name} is not in the tables"
             plain = isinstance(field.default, bool | int | float | str | None)
             # The seats' default is said in words; "name" stands for every objective at once.
             if plain and name not in ("seats", "name"):
@@ -476,35 +494,62 @@ def test_every_option_of_a_protocol_is_documented(name: str) -> None:
 
 
 def test_what_a_resume_may_change_is_documented(relay: Path, tmp_path: Path) -> None:
-    assert tuple(row["may differ"] for row in table_rows(GUIDE) if "may differ" in row) == RESUMABLE
+    documented = [row["may differ"] for row in table_rows(GUIDE) if "may differ" in row]
+    assert documented == list(RESUMABLE)
     directory = RunDirectory(tmp_path / "run")
     directory.start()
     save_recipe(load_recipe(relay), directory.recipe)
-    check_recipe_unchanged(directory, load_recipe(relay, ["stages=3"]))
+    for allowed in (
+        "stages=3", "team.device=cpu", "team.cache=/elsewhere", "optimizer.micro_batch_tokens=9",
+        "optimizer.offload=none", "engine.max_rows=8", "checkpoint.keep=9", "log.tensorboard=true",
+    ):  # fmt: skip
+        check_recipe_unchanged(directory, load_recipe(relay, [allowed]))
     for other in (
-        "seed=1", "team.device=cpu", "team.agents.ben.frozen=true", "task.numbers=5",
-        "protocol.rounds=2", "rollout.problems=4", "schedule=fresh", "order=random",
-        "objective.clip=0.1", "trust_region.delta=0.1", "optimizer.micro_batch_tokens=9",
-        "evaluate.every=1", "certify.problems=4", "engine.max_rows=8", "checkpoint.keep=9",
-        "log.tensorboard=true", "tiny.steps=9",
+        "seed=1", "team.dtype=float64", "team.agents.ben.frozen=true", "task.numbers=5",
+        "team.agents.ben.model=tiny:llama-s", "protocol.rounds=2", "rollout.problems=4",
+        "schedule=fresh", "schedule.ess=0.4", "order=random", "objective.clip=0.1",
+        "credit.normalise=false", "trust_region.delta=0.1", "optimizer.lr=0.1",
+        "evaluate.every=1", "certify.problems=4", "tiny.steps=9",
     ):  # fmt: skip
         with pytest.raises(UserError, match=other.partition("=")[0]):
             check_recipe_unchanged(directory, load_recipe(relay, [other, "stages=3"]))
 
 
-def sections(model: type[schema.Section]) -> Iterator[type[schema.Section]]:
+def test_a_served_models_address_may_change_and_its_name_may_not(
+    relay: Path, tmp_path: Path
+) -> None:
+    def at(address: str) -> list[str]:
+        return [f"team.agents.ben.model={address}", "team.agents.ben.frozen=true"]
+
+    directory = RunDirectory(tmp_path / "run")
+    directory.start()
+    save_recipe(load_recipe(relay, at("http://a/v1#M")), directory.recipe)
+    moved = [*at("http://b:8000/v1#M"), "team.agents.ben.server={timeout: 3}"]
+    check_recipe_unchanged(directory, load_recipe(relay, moved))
+    with pytest.raises(UserError, match=r"team\.agents\.ben\.model"):
+        check_recipe_unchanged(directory, load_recipe(relay, at("http://a/v1#N")))
+
+
+def test_a_server_is_asked_as_the_engine_that_asks_it_says() -> None:
+    pytest.importorskip("httpx")
+    from satune.engines.openai import ServerSettings
+
+    engines = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
+    section = {name: f.default for name, f in schema.ServerSection.model_fields.items()}
+    # The key's variable is the address's own; the first delay is no choice of a recipe.
+    assert section.pop("api_key_env") == KEY_VARIABLE and engines.pop("first_delay")
+    assert section == engines
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """The section and all those inside it."""
     yield model
     for field in model.model_fields.values():
-        for inner in members(field.annotation):
-            yield from sections(inner)
-
-
-def members(annotation: Any) -> Iterator[type[schema.Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, schema.Section):
-        yield annotation
-    for argument in typing.get_args(annotation):
-        yield from members(argument)
+        inner = sections_of(field)
+        if typing.get_origin(field.annotation) is dict:
+            inner = models_in(typing.get_args(field.annotation)[1])
+        for _, section in inner:
+            yield from sections(section)
 
 
 # Saving

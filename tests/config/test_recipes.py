@@ -127,9 +127,9 @@ def check_models(recipe: Recipe, agents: str) -> None:
 
 
 def check_the_papers_settings(recipe: Recipe, delta: float = 0.05) -> None:
-    assert (recipe.schedule.name, recipe.order) == ("reuse", "static")
-    assert (recipe.objective.name, recipe.objective.clips) == ("sat", (0.2, 0.2))
-    assert recipe.objective.advantage_clip == 5
+    assert (recipe.schedule.name, recipe.order.name) == ("reuse", "static")
+    assert (recipe.objective.name, recipe.objective.options) == ("sat", {"clip": 0.2})
+    assert (recipe.credit.name, recipe.credit.options["clip"]) == ("group", 5)
     region = recipe.trust_region
     assert region.enabled and (region.delta, region.quantile) == (delta, 0.99)
     assert (region.beta, region.backtracks) == (0.001, 5)

@@ -19,6 +19,8 @@ from satune.core.objectives import (
 
 NAN = math.nan
 NAMES = tuple(OBJECTIVES)
+PESSIMISTIC = ("sat", "gspo", "grpo", "dapo")
+"""Those that take the smaller of the clipped and the free gain."""
 
 
 def bundle(
@@ -45,8 +47,17 @@ def bundle(
     return ObjectiveBatch(**(fields | changes))
 
 
+TERMS = ("beta", "reference_kl", "entropy")
+
+
+def chosen(name: str, **choices) -> ObjectiveSettings:
+    """Settings of an objective from its options and the terms beside it, together."""
+    terms = {key: choices.pop(key) for key in TERMS if key in choices}
+    return ObjectiveSettings(name, choices, **terms)
+
+
 def value_and_gradient(batch: ObjectiveBatch, **choices) -> tuple[float, list[float], dict]:
-    loss, metrics = objective_loss(batch, ObjectiveSettings(**choices))
+    loss, metrics = objective_loss(batch, chosen(**choices))
     (gradient,) = torch.autograd.grad(loss, batch.logprobs_T)
     return loss.item(), gradient.tolist(), metrics
 
@@ -85,18 +96,92 @@ def test_sat_sums_and_never_averages():
         (1.0, math.log(1.19), 1.19, 1.19),
         (1.0, math.log(1.21), 1.2, 0.0),
         (1.0, math.log(0.5), 0.5, 0.5),
-        (-1.0, math.log(0.71), -0.71, -0.71),
-        (-1.0, math.log(0.69), -0.7, 0.0),
+        (-1.0, math.log(0.81), -0.81, -0.81),
+        (-1.0, math.log(0.79), -0.8, 0.0),
         (-1.0, math.log(1.5), -1.5, -1.5),
     ],
 )
-@pytest.mark.parametrize("name", ["sat", "gspo", "grpo", "dapo"])
-def test_the_clip_is_pessimistic_and_its_ends_are_apart(name, advantage, log_ratio, gain, slope):
-    # Range [.7, 1.2]. One token: all four objectives coincide.
+@pytest.mark.parametrize(
+    "choices",
+    [{"name": n, "clip": 0.2} for n in ("sat", "gspo", "grpo")]
+    + [{"name": "dapo", "clip_low": 0.2, "clip_high": 0.2}],
+    ids=lambda choices: choices["name"],
+)
+def test_the_clip_is_pessimistic(choices, advantage, log_ratio, gain, slope):
+    # Range [.8, 1.2]. One token: all four objectives coincide.
     batch = bundle([log_ratio], [0.0], [0], [advantage])
-    loss, gradient, metrics = value_and_gradient(batch, name=name, clip_low=0.3, clip_high=0.2)
+    loss, gradient, metrics = value_and_gradient(batch, **choices)
     assert loss == pytest.approx(-gain) and gradient == pytest.approx([-slope])
     assert metrics["clipped"] == (slope == 0)
+
+
+def one_token(advantage: float, ratio: float, **choices) -> tuple[float, float]:
+    """Gain and its slope in log π for one token whose ratio to the anchor is ``ratio``."""
+    loss, gradient, _ = value_and_gradient(
+        bundle([math.log(ratio)], [0.0], [0], [advantage]), **choices
+    )
+    return -loss, -gradient[0]
+
+
+def test_the_ends_of_the_clip_are_apart_and_either_may_be_absent():
+    both = {"name": "dapo", "clip_low": 0.3, "clip_high": 0.2}
+    assert one_token(1, 1.21, **both) == pytest.approx((1.2, 0))
+    assert one_token(-1, 0.71, **both) == pytest.approx((-0.71, -0.71))
+    assert one_token(-1, 0.69, **both) == pytest.approx((-0.7, 0))
+    lower = both | {"clip_high": None}
+    assert one_token(1, 3.0, **lower) == pytest.approx((3, 3))
+    assert one_token(-1, 0.69, **lower) == pytest.approx((-0.7, 0))
+    assert one_token(1, 0.69, **lower) == pytest.approx((0.69, 0.69))
+    upper = both | {"clip_low": None}
+    assert one_token(1, 1.21, **upper) == pytest.approx((1.2, 0))
+    assert one_token(-1, 0.01, **upper) == pytest.approx((-0.01, -0.01))
+    for name in ("sat", "gspo", "grpo"):
+        for advantage in (1, -1):
+            for ratio in (0.01, 3.0):
+                expected = pytest.approx((advantage * ratio, advantage * ratio))
+                assert one_token(advantage, ratio, name=name, clip=None) == expected
+
+
+def test_cispo_bounds_a_tokens_weight_and_never_its_gradient():
+    # Gain sg(min(r, 2)) A log π, log π = log r here: the slope is min(r, 2) A also beyond the
+    # clip, where dapo has none.
+    choices = {"name": "cispo", "clip_high": 1.0}
+    assert one_token(1, 1.5, **choices) == pytest.approx((1.5 * math.log(1.5), 1.5))
+    assert one_token(1, 3.0, **choices) == pytest.approx((2 * math.log(3), 2))
+    assert one_token(-1, 3.0, **choices) == pytest.approx((-2 * math.log(3), -2))
+    # Without a lower clip, as its authors run it, a small ratio counts for what it is.
+    assert one_token(1, 0.1, **choices) == pytest.approx((0.1 * math.log(0.1), 0.1))
+    assert one_token(1, 0.1, **choices, clip_low=0.2)[1] == pytest.approx(0.8)
+
+
+def test_cispo_hand_computed():
+    # Each token counts w A r log π / 4: .5·2·(e^.1·(-.9) + e^-.3·(-1.3) + e^.05·(-.95)) and
+    # 3·(-1)·e^.4·(-.6), with r held at 1.25 for the last (e^.4 = 1.49).
+    loss, gradient, metrics = value_and_gradient(two_episodes(), name="cispo", clip_high=0.25)
+    ratios = [math.exp(0.1), math.exp(-0.3), math.exp(0.05), 1.25]
+    slopes = [ratio * weight / 4 for ratio, weight in zip(ratios, [1, 1, 1, -3], strict=True)]
+    values = zip(slopes, [-0.9, -1.3, -0.95, -0.6], strict=True)
+    assert loss == pytest.approx(-sum(slope * logprob for slope, logprob in values))
+    assert gradient == pytest.approx([-slope for slope in slopes])
+    assert metrics["clipped"] == 1 and metrics["clippable"] == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), low=st.sampled_from([None, 0.2]), high=st.floats(0.1, 5))
+def test_cispos_gradient_is_that_of_its_definition(seed, low, high):
+    """d/dθ of -1/T Σ w A sg(clip(r)) log π, written token by token from the definition."""
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, anchor = (-2 * torch.rand(6, dtype=torch.float64, generator=generator) for _ in "ab")
+    batch = bundle(logprobs, anchor, [0, 0, 1, 1, 1, 2], [1.5, -0.5, 2.0], [1.0, 2.0, 0.5])
+    _, gradient, _ = value_and_gradient(batch, name="cispo", clip_low=low, clip_high=high)
+    new, old = batch.logprobs_T.tolist(), anchor.tolist()
+    expected = []
+    for token, episode in enumerate(batch.episode_T.tolist()):
+        ratio = math.exp(new[token] - old[token])
+        held = min(max(ratio, 0.0 if low is None else 1 - low), 1 + high)
+        weight = float(batch.weights_E[episode] * batch.advantages_E[episode])
+        expected.append(-weight * held / 6)
+    assert gradient == pytest.approx(expected)
 
 
 def test_gspo_hand_computed():
@@ -133,7 +218,7 @@ def test_reinforce_hand_computed():
 
 def test_gradients_at_the_anchor():
     # All ratios are 1, nothing is clipped: sat and reinforce have -w A/E at every token of the
-    # episode, gspo and grpo -w A/(E |y|), dapo -w A/T.
+    # episode, gspo and grpo -w A/(E |y|), dapo and cispo -w A/T.
     batch = bundle([-1.0] * 5, [-1.0] * 5, [0, 0, 1, 1, 1], [0.5, -2.0], [1.0, 0.25])
     weighted = [0.5, 0.5, -0.5, -0.5, -0.5]
     length = [2, 2, 3, 3, 3]
@@ -143,6 +228,7 @@ def test_gradients_at_the_anchor():
         "gspo": [-each / (2 * size) for each, size in zip(weighted, length, strict=True)],
         "grpo": [-each / (2 * size) for each, size in zip(weighted, length, strict=True)],
         "dapo": [-each / 5 for each in weighted],
+        "cispo": [-each / 5 for each in weighted],
     }
     for name in NAMES:
         _, gradient, _ = value_and_gradient(batch, name=name)
@@ -224,9 +310,12 @@ def test_huge_ratios_stay_finite(name, advantage, dtype, u):
     )
     loss, gradient, _ = value_and_gradient(batch, name=name)
     assert math.isfinite(loss) and all(map(math.isfinite, gradient))
-    if name != "reinforce":
+    if name in PESSIMISTIC:
         # What the clip holds has no pull; a ratio that ran away with A < 0 is pulled back.
         assert (gradient[0] > 0) if (u > 0 and advantage < 0) else (gradient[0] == 0)
+    elif u > 0:
+        # The others pull every token in the direction of its advantage.
+        assert gradient[0] * advantage < 0
     assert gradient[1] != 0
 
 
@@ -339,9 +428,56 @@ def test_bad_input():
         objective_loss(replace(batch, kl_T=torch.zeros(3)), ObjectiveSettings(name="sat"))
     with pytest.raises(ValueError, match="one weight"):
         objective_loss(replace(batch, weights_E=torch.ones(3)), ObjectiveSettings(name="sat"))
-    with pytest.raises(ValueError, match="choose one of sat, gspo, grpo, dapo, reinforce"):
-        ObjectiveSettings(name="ppo")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="clip_low"):
-        ObjectiveSettings(name="sat", clip_low=1.0)
-    with pytest.raises(ValueError, match="clip_high"):
-        ObjectiveSettings(name="sat", clip_high=-0.1)
+    with pytest.raises(ValueError, match=f"choose one of {', '.join(OBJECTIVES)}"):
+        ObjectiveSettings(name="ppo")
+    with pytest.raises(ValueError, match=r"objective\.clip 1\.0: give a number below 1"):
+        ObjectiveSettings("sat", {"clip": 1.0})
+    with pytest.raises(ValueError, match=r"objective\.clip_high -0\.1: give a number above 0"):
+        ObjectiveSettings("dapo", {"clip_high": -0.1})
+    with pytest.raises(ValueError, match=r"objective\.entropy -1: give a number of at least 0"):
+        ObjectiveSettings("sat", entropy=-1)
+
+
+# The user's own, and derivatives by the values alone
+
+
+def test_an_objective_of_the_users_own_has_its_options_and_the_terms_beside_it():
+    def squares(batch: ObjectiveBatch, *, scale: float = 1.0):
+        """A least-squares pull of each token to its anchor: nothing that a ratio could do."""
+        gap_T = batch.logprobs_T - batch.anchor_logprobs_T
+        return scale * (batch.weights_E[batch.episode_T] * gap_T**2).sum() / batch.token_total, {}
+
+    own = ObjectiveSettings("mine.py:squares", {"scale": 3.0}, beta=0.5, loss=squares)
+    batch = bundle(
+        [1.0, -1.0], [0.0, 0.0], [0, 1], [1.0, 1.0], kl_T=torch.tensor([2.0, 4.0]).double()
+    )
+    loss, metrics = objective_loss(batch, own)
+    # 3·(1 + 1)/2 + .5·(2 + 4)/2
+    assert loss.item() == 4.5 and metrics["policy_loss"] == 3.0 and "clipped" not in metrics
+    assert torch.autograd.grad(loss, batch.logprobs_T)[0].tolist() == [3.0, -3.0]
+    vector = replace(own, loss=lambda batch: (batch.logprobs_T, {}), options={})
+    with pytest.raises(ValueError, match=r"mine\.py:squares: its loss has the shape \(2,\)"):
+        objective_loss(batch, vector)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_derivative_by_the_values_alone_is_that_through_the_model(name):
+    """θ -> values -> loss in one graph, against c = ∂loss/∂values on leaves of their own and then
+    the gradient of Σ c·value: the chain rule, so that a step may be taken in two passes."""
+    generator = torch.Generator().manual_seed(3)
+    parameters = torch.randn(4, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    values = (-parameters[0].exp(), parameters[1] ** 2, parameters[2].exp(), parameters[3].cos())
+    names = ("logprobs_T", "kl_T", "reference_kl_T", "entropy_T")
+    fixed = bundle([0.0] * 6, [-1.0] * 6, [0, 0, 1, 1, 1, 2], [1.5, -0.5, 2.0], [1.0, 2.0, 0.0])
+    terms = chosen(name, beta=0.3, reference_kl=0.2, entropy=0.1)
+    loss, _ = objective_loss(replace(fixed, **dict(zip(names, values, strict=True))), terms)
+    (whole,) = torch.autograd.grad(loss, parameters, retain_graph=True)
+    leaves = [value.detach().requires_grad_() for value in values]
+    apart, _ = objective_loss(replace(fixed, **dict(zip(names, leaves, strict=True))), terms)
+    by_value = torch.autograd.grad(apart, leaves)
+    surrogate = sum((c * value).sum() for c, value in zip(by_value, values, strict=True))
+    (passed,) = torch.autograd.grad(surrogate, parameters)
+    torch.testing.assert_close(passed, whole, rtol=1e-12, atol=1e-14)
+    # The clip holds some of the tokens' ratios and not all; the episode of weight 0 has no pull.
+    assert bool((whole[1:, :5] != 0).all()) and bool(whole[0].any())
+    assert whole[:, 5].tolist() == [0.0] * 4

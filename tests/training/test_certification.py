@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tiny_world
-from satune.commands.train import training_settings
+from satune.commands.train import declared_decisions, training_settings
 from satune.config.load import load_recipe
 from satune.core import confidence
 from satune.core.certificates import StatisticalCertificate
@@ -628,7 +628,7 @@ def test_the_tests_left_are_those_declared_at_every_step(
         due = number < 6 and (uncertified >= every or number == 5)
         if due and (schedule == "fresh" or number % 2):
             used, uncertified = used + 2, 0
-    declared = settings.certify.decisions
+    declared = declared_decisions(loaded)
     assert declared is not None and said[0] == (0, declared) and said[-1][1] == 0
     for before, left in said:
         assert used - before <= left <= declared - before

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 
 import tiny_world
-from satune.training.ordering import DAMPING, predicted_gain, sweep_order
+from satune.agents.ports import Learner
+from satune.core.confidence import Spending
+from satune.training.ordering import DAMPING, ORDERS, predicted_gain
 from satune.training.run import Training
+from satune.training.settings import TrainingSettings
+from satune.training.state import Batch, State
+from satune.training.sweep import sweep_order
 from satune.training.update import own_turns
 from satune.types import Episode, Grade, Key, Problem, Turn
 
 AGENTS = ("ann", "bob", "cat")
+
+
+def swept(
+    settings: TrainingSettings,
+    learners: Mapping[str, Learner],
+    episodes: list[Episode],
+    stage: int,
+) -> tuple[list[str], dict[str, float]]:
+    """The order of a stage of a run whose first rollout was ``episodes``."""
+    state = State.beginning(list(learners), 0.0, Spending(0.05))
+    state.batch = Batch(episodes, [0.0] * len(episodes), 1, 0.0)
+    return sweep_order(settings, learners, state, stage)
+
+
 KEY = Key(0, "train", 1)
 
 
@@ -47,29 +67,29 @@ def informative(agent: str, count: int = 8) -> list[Episode]:
 
 
 def test_static_is_the_teams_order_without_the_frozen(run: Training) -> None:
-    assert sweep_order(run.settings, run.learners, [], 1) == (list(AGENTS), {})
+    assert swept(run.settings, run.learners, [], 1) == (list(AGENTS), {})
     run.learners["bob"].frozen = True
     try:
-        assert sweep_order(run.settings, run.learners, [], 1) == (["ann", "cat"], {})
+        assert swept(run.settings, run.learners, [], 1) == (["ann", "cat"], {})
     finally:
         run.learners["bob"].frozen = False
 
 
 def test_random_orders_follow_the_seed_and_the_stage(run: Training) -> None:
-    settings = replace(run.settings, order="random")
-    orders = [tuple(sweep_order(settings, run.learners, [], stage)[0]) for stage in range(1, 61)]
-    again = [tuple(sweep_order(settings, run.learners, [], stage)[0]) for stage in range(1, 61)]
+    settings = replace(run.settings, order=ORDERS["random"])
+    orders = [tuple(swept(settings, run.learners, [], stage)[0]) for stage in range(1, 61)]
+    again = [tuple(swept(settings, run.learners, [], stage)[0]) for stage in range(1, 61)]
     assert orders == again
     # All six orders of three agents: one is missing from 60 draws with chance 6·(5/6)^60 = 1e-4.
     assert len(set(orders)) == 6
     other = replace(settings, seed=1)
-    assert orders != [tuple(sweep_order(other, run.learners, [], s)[0]) for s in range(1, 61)]
+    assert orders != [tuple(swept(other, run.learners, [], s)[0]) for s in range(1, 61)]
 
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_greedy_takes_the_agent_that_the_reward_depends_on_first(run: Training, agent: str) -> None:
-    settings = replace(run.settings, order="greedy")
-    order, scores = sweep_order(settings, run.learners, informative(agent), 1)
+    settings = replace(run.settings, order=ORDERS["greedy"])
+    order, scores = swept(settings, run.learners, informative(agent), 1)
     assert order[0] == agent and scores[agent] > 0
     # The others write the same whatever the reward: with opposite advantages their two half
     # gradients are opposite as well (or both 0), and no gain is predicted.
@@ -77,9 +97,9 @@ def test_greedy_takes_the_agent_that_the_reward_depends_on_first(run: Training, 
 
 
 def test_predicted_gain_grows_with_the_root_of_delta(run: Training) -> None:
-    settings = replace(run.settings, order="greedy", deltas={"ann": 0.2})
-    scores = sweep_order(settings, run.learners, informative("ann"), 1)[1]
-    base = sweep_order(replace(settings, deltas={}), run.learners, informative("ann"), 1)[1]
+    settings = replace(run.settings, order=ORDERS["greedy"], deltas={"ann": 0.2})
+    scores = swept(settings, run.learners, informative("ann"), 1)[1]
+    base = swept(replace(settings, deltas={}), run.learners, informative("ann"), 1)[1]
     assert scores["ann"] == pytest.approx(base["ann"] * math.sqrt(0.2 / 0.05))
 
 
@@ -144,6 +164,6 @@ def test_no_gain_is_predicted_for_an_agent_that_was_silent(run: Training) -> Non
 
 def test_predicting_leaves_no_trace(run: Training) -> None:
     before = run.learners["ann"].export()
-    sweep_order(replace(run.settings, order="greedy"), run.learners, informative("ann"), 1)
+    swept(replace(run.settings, order=ORDERS["greedy"]), run.learners, informative("ann"), 1)
     assert tiny_world.same(run.learners["ann"].export(), before)
     assert all(p.grad is None for p in run.learners["ann"].policy.trainable().values())

@@ -12,15 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_world
-from satune.training.schedules import MAX_DRAWS, Batch, Supply, experience_for, needs_rollout
+from satune.training.schedules import SCHEDULES, Batch, Hybrid, experience_for, needs_rollout
 from satune.training.self_check import Tolerance
-from satune.training.settings import (
-    AdvantageSettings,
-    ScheduleName,
-    ScheduleSettings,
-    TrainingSettings,
-    UpdateSettings,
-)
+from satune.training.settings import TrainingSettings, UpdateSettings
+from satune.training.supply import MAX_DRAWS, Supply
 from satune.training.trainer import train
 from satune.types import Episode, Grade, Key, Problem
 
@@ -49,8 +44,8 @@ def batch(log_weights: list[float], drawn_before: int = 1) -> Batch:
     ("name", "wanted"),
     [("fresh", True), ("reuse", False), ("stale", False), ("simultaneous", False)],
 )
-def test_only_fresh_rolls_out_before_each_agent(name: ScheduleName, wanted: bool) -> None:
-    settings = ScheduleSettings(name)
+def test_only_fresh_rolls_out_before_each_agent(name: str, wanted: bool) -> None:
+    settings = SCHEDULES[name]()
     assert needs_rollout(settings, batch([0.0, -9.0]), step=2) is wanted
     assert needs_rollout(settings, batch([0.0, -9.0], drawn_before=2), step=2) is False
 
@@ -68,8 +63,8 @@ def test_only_fresh_rolls_out_before_each_agent(name: ScheduleName, wanted: bool
 def test_hybrid_renews_below_its_share_of_effective_samples(
     log_weights: list[float], wanted: bool
 ) -> None:
-    assert needs_rollout(ScheduleSettings("hybrid"), batch(log_weights), step=2) is wanted
-    lax = ScheduleSettings("hybrid", ess=0.25)
+    assert needs_rollout(Hybrid(), batch(log_weights), step=2) is wanted
+    lax = Hybrid(ess=0.25)
     assert needs_rollout(lax, batch(log_weights), step=2) is math.isnan(sum(log_weights))
 
 
@@ -81,20 +76,20 @@ def test_hybrid_does_not_mind_a_common_factor(log_weights: list[float], shift: f
     if abs(share - 0.5) < 1e-6:
         return
     shifted = batch([value + shift for value in log_weights])
-    assert needs_rollout(ScheduleSettings("hybrid"), shifted, step=2) is (share < 0.5)
+    assert needs_rollout(Hybrid(), shifted, step=2) is (share < 0.5)
 
 
 @pytest.mark.parametrize("name", ["fresh", "hybrid", "reuse"])
-def test_weighted_schedules_hand_on_w(name: ScheduleName) -> None:
+def test_weighted_schedules_hand_on_w(name: str) -> None:
     held = batch([0.0, 0.5])
     held.reweight(torch.tensor([0.25, -1.0]))
-    assert experience_for(name, held).log_weights == (0.25, -0.5)
+    assert experience_for(SCHEDULES[name](), held).log_weights == (0.25, -0.5)
 
 
 @pytest.mark.parametrize("name", ["stale", "simultaneous"])
-def test_naive_schedules_do_not(name: ScheduleName) -> None:
+def test_naive_schedules_do_not(name: str) -> None:
     held = batch([0.0, 0.5])
-    assert experience_for(name, held).log_weights == (0.0, 0.0)
+    assert experience_for(SCHEDULES[name](), held).log_weights == (0.0, 0.0)
 
 
 # Drawing
@@ -114,8 +109,9 @@ def supply(rewards: list[list[list[float]]], dynamic: bool) -> tuple[Supply, lis
             for sample, reward in enumerate(group)
         ]
 
-    update = UpdateSettings(advantage=AdvantageSettings(dynamic_sampling=dynamic))
-    settings = TrainingSettings(seed=0, stages=1, problems=2, samples=2, update=update)
+    settings = TrainingSettings(
+        seed=0, stages=1, problems=2, samples=2, update=UpdateSettings(), dynamic_sampling=dynamic
+    )
     return Supply(draw, settings), calls
 
 
@@ -205,17 +201,17 @@ def test_reuse_weighs_by_the_agents_before(recipe: Path, tmp_path: Path) -> None
     for name in run.learners:
         run.publish(name)
     held = run.supply.batch(1, 1)
-    total = torch.zeros(len(held.episodes), dtype=torch.float64)
+    total, reuse = torch.zeros(len(held.episodes), dtype=torch.float64), SCHEDULES["reuse"]()
     for step, agent in enumerate(("ann", "bob"), start=1):
         outcome = improve(
-            run.learners[agent], agent, experience_for("reuse", held), run.settings.update,
+            run.learners[agent], agent, experience_for(reuse, held), run.settings.update,
             beta=0.0, cap=None, key=Key(0, "train", 1, step),
         )  # fmt: skip
         held.reweight(outcome.log_ratio_E)
         total += outcome.log_ratio_E
     w = total.exp()
     outcome = improve(
-        run.learners["cat"], "cat", experience_for("reuse", held),
+        run.learners["cat"], "cat", experience_for(reuse, held),
         replace(run.settings.update), beta=0.0, cap=None, key=Key(0, "train", 1, 3),
     )  # fmt: skip
     assert outcome.event["ess"] == pytest.approx(float(w.sum() ** 2 / w.square().sum()))

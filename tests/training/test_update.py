@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import tiny_world
 from satune.core.trust_region import TrustRegionSettings
 from satune.training.run import Training
-from satune.training.settings import AdvantageSettings, UpdateSettings
-from satune.training.update import Outcome, advantages, groups, improve
-from satune.types import Episode, Experience, Grade, Key, Problem, Turn
+from satune.training.settings import UpdateSettings
+from satune.training.update import Outcome, improve
+from satune.types import Experience, Failure, Grade, Key, Turn
 
 KEY = Key(0, "train", 1, 1)
 
@@ -223,34 +223,6 @@ def test_an_agent_that_said_nothing_is_left_alone(recipe: Path, tmp_path: Path) 
     assert tiny_world.same(run.learners["ann"].export(), before)
 
 
-# Advantages of a team's episodes
-
-
-def episode(problem: str, reward: float, length: int = 0) -> Episode:
-    turn = Turn("s", "ann", 0, 0, "", "stop", 0, completion_tokens=length)
-    return Episode(Problem.of(problem, "?"), 0, (turn,), None, Grade(reward))
-
-
-def test_advantages_compare_the_episodes_of_one_problem() -> None:
-    episodes = [episode("p", 1.0), episode("q", 0.5), episode("p", 0.0), episode("q", 0.5)]
-    assert groups(episodes).tolist() == [0, 1, 0, 1]
-    # p: mean .5, deviation .5; q: constant.
-    found = advantages(episodes, AdvantageSettings(), agent="", max_new_tokens=0)
-    torch.testing.assert_close(
-        found, torch.tensor([1.0, 0.0, -1.0, 0.0]).double(), atol=1e-5, rtol=0
-    )
-
-
-def test_overlong_turns_are_charged_to_their_agent() -> None:
-    episodes = [episode("p", 1.0, 10), episode("p", 1.0, 8)]
-    settings = AdvantageSettings(normalise=False, overlong_buffer=4)
-    # Limit 10, buffer 4: free up to 6 tokens, then a quarter a token. 10 costs 1, 8 costs .5.
-    found = advantages(episodes, settings, agent="ann", max_new_tokens=10)
-    assert found.tolist() == pytest.approx([-0.25, 0.25])
-    other = advantages(episodes, settings, agent="bob", max_new_tokens=10)
-    assert other.tolist() == [0.0, 0.0]
-
-
 def test_settings_default_to_the_paper() -> None:
     assert UpdateSettings().trust_region == TrustRegionSettings(delta=0.05, quantile=0.99)
 
@@ -274,3 +246,62 @@ def test_a_batch_without_a_difference_in_reward_changes_nothing(
     assert not outcome.accepted and outcome.event["reason"] == "no group's rewards differ"
     assert all(torch.equal(before[name], now) for name, now in learner.export().items())
     assert learner.steps == 0
+
+
+LOST = Failure("the server is gone", policy=False)
+
+
+def test_what_the_world_ended_has_no_part_in_a_step(recipe: Path, tmp_path: Path) -> None:
+    """With whole groups lost, the step is to the last bit the step without them."""
+    steps = {}
+    for kind in ("lost", "absent"):
+        run, experience = fresh(recipe, tmp_path / kind)
+        gone = {experience.episodes[0].problem.id}
+        marked = tuple(
+            replace(e, failure=LOST, grade=Grade(math.nan)) if e.problem.id in gone else e
+            for e in experience.episodes
+        )
+        if kind == "absent":
+            marked = tuple(e for e in marked if not e.masked)
+        weighted = Experience(marked, tuple(5.0 * e.masked for e in marked))
+        outcome = step(run, weighted)
+        steps[kind] = outcome, run.learners["ann"].export()
+    (lost, weights), (absent, expected) = steps["lost"], steps["absent"]
+    assert lost.accepted and tiny_world.same(weights, expected)
+    assert lost.event.pop("masked") == 4 and "masked" not in absent.event
+    for outcome in (lost, absent):
+        outcome.event.pop("seconds")
+    assert lost.event == absent.event and lost.event["ess"] == 8
+    # Their weight in the batch does not move.
+    assert lost.log_ratio_E[:4].tolist() == [0.0] * 4
+    assert torch.equal(lost.log_ratio_E[4:], absent.log_ratio_E)
+
+
+def test_with_everything_lost_nothing_is_tried(recipe: Path, tmp_path: Path) -> None:
+    run, experience = fresh(recipe, tmp_path / "run")
+    lost = tuple(replace(e, failure=LOST) for e in experience.episodes)
+    before = run.learners["ann"].export()
+    outcome = step(run, replace(experience, episodes=lost))
+    assert not outcome.accepted and outcome.event["masked"] == 12
+    assert tiny_world.same(run.learners["ann"].export(), before)
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.01])
+def test_a_mini_batch_without_any_advantage_takes_no_optimiser_step(
+    recipe: Path, tmp_path: Path, entropy: float
+) -> None:
+    """Twelve mini-batches of one episode; only one problem's four episodes differ in reward."""
+    run, experience = fresh(recipe, tmp_path / "run", f"objective.entropy={entropy}")
+    first = experience.episodes[0].problem.id
+    episodes = tuple(
+        replace(e, grade=Grade(float(e.sample % 2) if e.problem.id == first else 0.5))
+        for e in experience.episodes
+    )
+    settings = replace(run.settings.update, mini_batches=12)
+    outcome = improve(
+        run.learners["ann"], "ann", replace(experience, episodes=episodes), settings,
+        beta=0.1, cap=None, key=KEY,
+    )  # fmt: skip
+    # An entropy bonus teaches at every episode.
+    expected = 12 if entropy else 4
+    assert outcome.event["optimizer_steps"] == run.learners["ann"].steps == expected

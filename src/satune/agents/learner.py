@@ -16,23 +16,9 @@ from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.packing import MicroBatch, PackedTurns, micro_batches, padded_budget
 from satune.agents.policy import Policy
 from satune.agents.prefixes import states_of
+from satune.agents.specs import OptimizerSettings
 from satune.core.logprobs import Reference, TokenScores, score_tokens
 from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, objective_loss
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerSettings:
-    """AdamW and how a step's mini-batches are cut. ``micro_batch_tokens`` counts padded tokens."""
-
-    lr: float = 1e-5
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 16384
-    gradient_checkpointing: bool = False
-    offload: str = "cpu"
 
 
 class NonFinite(ArithmeticError):

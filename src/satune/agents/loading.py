@@ -24,18 +24,10 @@ from satune.agents.sources import (
     saved_adapter,
     source_of,
 )
+from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.types import UserError
 
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSpec:
-    """A LoRA adapter. ``targets`` None takes every linear layer but the head."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +144,8 @@ def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: SavedAdapter | None) ->
         return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=0.0,
-            target_modules=list(lora.targets) if lora.targets else "all-linear",
+            lora_dropout=lora.dropout,
+            target_modules="all-linear" if lora.targets == ALL_LINEAR else list(lora.targets),
             task_type="CAUSAL_LM",
         )
     if saved.config.get("peft_type") != "LORA":

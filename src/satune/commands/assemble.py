@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from satune.agents.loading import AgentSpec, LoraSpec, Precision
+from satune.agents.loading import AgentSpec, Precision
 from satune.agents.policy import Policy
-from satune.agents.rendering import TemplateSettings
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.local import LocalEngine
 from satune.engines.roles import SCRIPTED, with_roles
@@ -23,7 +22,6 @@ from satune.tasks.catalog import load_task, take
 from satune.tasks.contamination import Without, note, training_overlaps
 from satune.team import Team, build_team
 from satune.tiny.demonstrations import demonstrate
-from satune.tiny.training import TinySettings
 from satune.tiny.zoo import is_tiny, tiny_directory
 from satune.types import Engine, Key, Problem, Task, TeamProtocol
 
@@ -155,17 +153,12 @@ def local_engine(
 
 def agent_spec(name: str, section: AgentSection, model: str) -> AgentSpec:
     """A recipe's agent as the team is built of it, from the model at ``model``."""
-    lora = None
-    if section.lora is not None:
-        targets = section.lora.targets
-        every = targets == ("all-linear",)
-        lora = LoraSpec(section.lora.rank, section.lora.alpha, None if every else targets)
     return AgentSpec(
         name=name,
         model=model,
         temperature=section.temperature,
-        template=TemplateSettings(**section.template.model_dump()),
-        lora=lora,
+        template=section.template,
+        lora=section.lora,
         delta=section.delta,
         trust_remote_code=section.trust_remote_code,
         attention=section.attention,
@@ -187,12 +180,11 @@ def model_path(
     """
     if not is_tiny(agent.model):
         return agent.model
-    template = TemplateSettings(**agent.template.model_dump())
-    settings = TinySettings(**recipe.tiny.model_dump())
+    template, settings = agent.template, recipe.tiny
     section = recipe.task
     task = load_task(section.name, section.data, settings.seed, None, **section.options)
     held_out = (task, "eval" if recipe.evaluate.data is None else "train")
-    evaluation = recipe.evaluate.model_copy(update={"problems": GATE_PROBLEMS})
+    evaluation = replace(recipe.evaluate, problems=GATE_PROBLEMS)
     taught = recipe.model_copy(update={"evaluate": evaluation})
     cache = Path(recipe.team.cache) if recipe.team.cache else None
 

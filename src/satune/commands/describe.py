@@ -13,6 +13,7 @@ from rich.table import Table
 from satune.agents.architectures import cached_numbers, configuration, skeleton
 from satune.cli.common import open_console
 from satune.commands.assemble import load_tasks, overlap_note
+from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
 from satune.config.schema import AgentSection, Recipe
 from satune.loading import served
@@ -43,7 +44,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "model": section.model,
             "seats": [seat for seat, agent in resolved.seats.items() if agent == name],
             "temperature": section.temperature,
-            "delta": section.delta or recipe.trust_region.delta,
+            "delta": recipe.trust_region.of(section.delta).delta,
             "trained": not section.frozen and recipe.stages > 0,
         }
         if served(section.model) is not None:
@@ -82,7 +83,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     )
     # Sizes of models on the hub are not known here, and a sum without them would be too small.
     known = all("memory" in agent for agent in agents.values())
-    rollouts = {"fresh": (steps, steps), "hybrid": (1, steps)}.get(recipe.schedule.name, (1, 1))
+    rollouts = schedule_of(recipe).rollouts(steps)
     episodes = recipe.rollout.problems * recipe.rollout.samples
     memory = (
         {"all_weights": total, "largest_step": updates, "together": total + updates}
@@ -108,7 +109,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 def _certify_episodes(recipe: Recipe, steps: int) -> list[int]:
     """The fewest and most episodes that a stage's certificates draw."""
     certify = recipe.certify
-    windows = 1 if recipe.schedule.name == "simultaneous" else -(-steps // certify.every)
+    windows = 1 if schedule_of(recipe).together else -(-steps // certify.every)
     sides = 1 if certify.evidence == "pessimistic" else 2
     one = certify.problems * certify.samples * sides * windows
     return [one, one * (1 + certify.backtracks * (certify.accept == "certified"))]

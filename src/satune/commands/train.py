@@ -3,100 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from satune.agents.learner import LocalLearner, OptimizerSettings
+from satune.agents.learner import LocalLearner
+from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast
 from satune.config.checks import decisions
+from satune.config.derive import may_change
 from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
 from satune.core.objectives import ObjectiveSettings
-from satune.core.trust_region import TrustRegionSettings
-from satune.loading import served
+from satune.loading import check_options, load_object
 from satune.play.evaluation import mean_estimate
 from satune.play.rollout import rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.tasks.catalog import draw, take
 from satune.training.checkpoint import Checkpoints
+from satune.training.credit import load_credit
+from satune.training.ordering import load_order
 from satune.training.ports import Watcher
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
-from satune.training.schedules import Supply
+from satune.training.schedules import load_schedule
 from satune.training.self_check import Tolerance
-from satune.training.settings import (
-    AdvantageSettings,
-    CertifySettings,
-    ScheduleSettings,
-    TrainingSettings,
-    UpdateSettings,
-)
+from satune.training.settings import TrainingSettings, UpdateSettings
 from satune.training.state import State
+from satune.training.supply import Supply
 from satune.types import Episode, Key, Problem, Task, UserError
 
 
 def training_settings(recipe: Recipe) -> TrainingSettings:
-    """The recipe's training sections in the loop's own terms."""
-    objective, region = recipe.objective, recipe.trust_region
-    low, high = objective.clips or (0.2, 0.2)
-    update = UpdateSettings(
-        objective=ObjectiveSettings(
-            objective.name,
-            clip_low=low,
-            clip_high=high,
-            reference_kl=objective.reference_kl,
-            entropy=objective.entropy,
-        ),
-        advantage=AdvantageSettings(
-            baseline=objective.baseline,
-            normalise=objective.normalise,
-            clip=objective.advantage_clip,
-            dynamic_sampling=getattr(objective, "dynamic_sampling", False),
-            overlong_buffer=getattr(objective, "overlong_buffer", 0),
-        ),
-        trust_region=TrustRegionSettings(**region.model_dump()),
-        epochs=recipe.optimizer.epochs,
-        mini_batches=recipe.optimizer.mini_batches,
-        max_new_tokens=recipe.rollout.max_new_tokens,
-    )
-    agents = recipe.team.resolved().agents
+    """The recipe's training sections for the loop, with what the user wrote loaded.
+
+    Raises UserError for an objective, schedule, order or credit rule that cannot be loaded.
+    """
+    agents, rollout = recipe.team.resolved().agents, recipe.rollout
     return TrainingSettings(
         seed=recipe.seed,
         stages=recipe.stages,
-        problems=recipe.rollout.problems,
-        samples=recipe.rollout.samples,
-        update=update,
-        schedule=ScheduleSettings(**recipe.schedule.model_dump()),
-        order=recipe.order,
-        certify=certify_settings(recipe),
+        problems=rollout.problems,
+        samples=rollout.samples,
+        dynamic_sampling=rollout.dynamic_sampling,
+        update=UpdateSettings(
+            objective=load_objective(recipe.objective),
+            credit=load_credit(recipe.credit.name, recipe.credit.options),
+            trust_region=recipe.trust_region,
+            epochs=recipe.optimizer.epochs,
+            mini_batches=recipe.optimizer.mini_batches,
+            max_new_tokens=rollout.max_new_tokens,
+        ),
+        schedule=load_schedule(recipe.schedule.name, recipe.schedule.options),
+        order=load_order(recipe.order.name, recipe.order.options),
+        certify=recipe.certify,
         deltas={name: a.delta for name, a in agents.items() if a.delta is not None},
         evaluate_every=recipe.evaluate.every,
         checkpoint_steps=recipe.checkpoint.every == "step",
-        keep_checkpoints=recipe.checkpoint.keep,
     )
 
 
-def certify_settings(recipe: Recipe) -> CertifySettings:
+def load_objective(settings: ObjectiveSettings) -> ObjectiveSettings:
+    """The settings with the function that they name, where that is the user's own."""
+    if ":" not in settings.name:
+        return settings
+    loss = load_object(settings.name)
+    check_options(f"objective {settings.name}", loss, settings.options, skip=1)
+    return replace(settings, loss=loss)
+
+
+def declared_decisions(recipe: Recipe) -> int | None:
+    """Over how many tests the run splits its confidence; None: without end."""
     declared = recipe.certify.decisions
-    count = {"open": None, "auto": decisions(recipe)}.get(str(declared), declared)
-    return CertifySettings(**{**recipe.certify.model_dump(), "decisions": count})
+    if declared == "open":
+        return None
+    return decisions(recipe) if declared == "auto" else declared
 
 
 def optimizer_settings(recipe: Recipe, agent: AgentSection) -> OptimizerSettings:
-    section = recipe.optimizer
-    return OptimizerSettings(
-        lr=agent.learning_rate or section.lr,
-        weight_decay=section.weight_decay,
-        betas=section.betas,
-        eps=section.eps,
-        warmup_steps=section.warmup_steps,
-        max_grad_norm=section.max_grad_norm,
-        micro_batch_tokens=section.micro_batch_tokens,
-        gradient_checkpointing=section.gradient_checkpointing,
-        offload=section.offload,
-    )
+    """The recipe's optimiser with the agent's own rate, if it has one."""
+    return replace(recipe.optimizer, lr=agent.learning_rate or recipe.optimizer.lr)
 
 
 class LocalWorld:
@@ -197,7 +185,7 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         state=State.beginning(
             list(learners),
             recipe.trust_region.beta,
-            Spending(settings.certify.confidence, settings.certify.decisions),
+            Spending(recipe.certify.confidence, declared_decisions(recipe)),
         ),
         watch=watch,
         evaluates_greedy=recipe.evaluate.greedy,
@@ -226,9 +214,8 @@ def check_held_out(task: Task) -> None:
         )
 
 
-RESUMABLE = ("stages", "team.agents.NAME.server", "team.agents.NAME.model")
-"""The keys that may be changed when a run is resumed; of the last the address of a served model
-alone."""
+RESUMABLE = dict(may_change(Recipe))
+"""The keys that may be changed when a run is resumed, each with what allows it."""
 
 
 def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
@@ -242,20 +229,28 @@ def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
     changed = [key for key in differences(held, recipe) if not _may_change(key, held, recipe)]
     if changed:
         raise UserError(
-            f"{directory.recipe}: the run was started with another recipe ({changed[0]}); resume "
-            "with the same recipe and overrides, or with this file; only stages and where and how "
-            "served models are asked may change"
+            f"{directory.recipe}: the run was started with another recipe ({changed[0]}), and "
+            "that decides what comes out; resume with the same recipe and overrides, or with this "
+            "file (docs/recipe.md lists what may change)"
         )
 
 
 def _may_change(key: str, held: Recipe, now: Recipe) -> bool:
-    match key.split("."):
-        case ["stages"] | ["team", "agents", _, "server", *_]:
-            return True
-        case ["team", "agents", name, "model"]:
-            before, after = (served(each.team.agents[name].model) for each in (held, now))
-            return before is not None and after is not None and before[1] == after[1]
+    parts = key.split(".")
+    for pattern, mark in RESUMABLE.items():
+        named = pattern.split(".")
+        if len(parts) < len(named):
+            continue
+        if all(a in (b, "NAME") for a, b in zip(named, parts, strict=False)):
+            return mark.allows(*(_value(each, parts[: len(named)]) for each in (held, now)))
     return False
+
+
+def _value(recipe: Recipe, parts: Sequence[str]) -> Any:
+    value: Any = recipe
+    for part in parts:
+        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+    return value
 
 
 def tolerance_of(recipe: Recipe) -> Tolerance:

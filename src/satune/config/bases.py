@@ -13,7 +13,7 @@ from typing import Any
 from satune.config.checks import nearest
 from satune.types import UserError
 
-NAMED = ("task", "protocol", "schedule", "objective")
+NAMED = ("task", "protocol", "schedule", "order", "objective", "credit")
 """Sections that may be given by their name alone."""
 
 Layer = tuple[Path, dict[str, Any]]

@@ -10,9 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from satune.config.schema import AgentSection, Recipe, ServerSection
 from satune.loading import served
+from satune.training.credit import CREDIT
+from satune.training.schedules import SCHEDULES, Schedule
 from satune.types import UserError
 
 Fault = tuple[str, str]
+
+STILL_OR_FREE = (
+    "to leave an agent as it is set its frozen to true, to train without a bound set "
+    "trust_region.enabled to false"
+)
+"""What is meant by a δ of 0."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -64,7 +72,7 @@ def _agents_are_sound(recipe: Recipe) -> Iterator[Fault]:
                 " for evaluation (evaluate.greedy)",
             )
         if agent.delta is not None and agent.delta <= 0:
-            yield f"{path}.delta", _delta(agent.delta)
+            yield f"{path}.delta", f"must be above 0, got {agent.delta:g}; {STILL_OR_FREE}"
         if agent.lora is not None and agent.lora.dropout != 0:
             yield (
                 f"{path}.lora.dropout",
@@ -113,18 +121,6 @@ def _servers_are_asked_one_way(recipe: Recipe) -> Iterator[Fault]:
                 f"'{other}' and '{name}' are at one address, which is asked in one way; give both"
                 " the same server section",
             )
-
-
-def _delta(value: float) -> str:
-    return (
-        f"must be above 0, got {value:g}; to leave an agent as it is set its frozen to true,"
-        " to train without a bound set trust_region.enabled to false"
-    )
-
-
-def _trust_region_is_sound(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.trust_region.delta <= 0:
-        yield "trust_region.delta", _delta(recipe.trust_region.delta)
 
 
 def _somebody_learns(recipe: Recipe) -> Iterator[Fault]:
@@ -189,11 +185,12 @@ def _batches_are_not_empty(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _overlong_buffer_fits(recipe: Recipe) -> Iterator[Fault]:
-    buffer = getattr(recipe.objective, "overlong_buffer", 0)
-    limit = recipe.rollout.max_new_tokens
+    if recipe.credit.name not in CREDIT:
+        return
+    buffer, limit = recipe.credit.options["overlong_buffer"], recipe.rollout.max_new_tokens
     if buffer >= limit:
         yield (
-            "objective.overlong_buffer",
+            "credit.overlong_buffer",
             f"must be below rollout.max_new_tokens ({limit}), got {buffer}",
         )
 
@@ -222,15 +219,18 @@ def _certificates_are_sound(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def schedule_of(recipe: Recipe) -> type[Schedule]:
+    """The class of the recipe's schedule; of the user's own, which is not loaded here, what every
+    schedule does."""
+    return SCHEDULES.get(recipe.schedule.name, Schedule)
+
+
 def decisions(recipe: Recipe) -> int:
     """The most tests that a run of the recipe can come to."""
     certify = recipe.certify
     agents = recipe.team.resolved().agents.values()
     steps = recipe.stages * sum(not agent.frozen for agent in agents)
-    if recipe.schedule.name == "simultaneous":
-        windows = recipe.stages
-    else:
-        windows = -(-steps // certify.every)
+    windows = recipe.stages if schedule_of(recipe).together else -(-steps // certify.every)
     return max(1, windows) * (1 + certify.backtracks * (certify.accept == "certified"))
 
 
@@ -251,7 +251,6 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _served_agents_are_still,
     _servers_are_asked_one_way,
     _somebody_learns,
-    _trust_region_is_sound,
     _groups_can_be_compared,
     _sampling_is_the_policy,
     _batches_are_not_empty,

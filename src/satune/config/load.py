@@ -9,15 +9,17 @@ Paths inside a recipe are relative to the working directory, like those on the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from satune.config import yaml12
 from satune.config.bases import NAMED, merge, origin, read_layers
-from satune.config.checks import Fault, faults, nearest, no_such
+from satune.config.checks import STILL_OR_FREE, Fault, faults, nearest, no_such
+from satune.config.derive import models_in, sections_of
 from satune.config.schema import Recipe
 from satune.files.writing import write_atomically
 from satune.types import UserError
@@ -178,7 +180,7 @@ def _with_templates(recipe: Recipe) -> Recipe:
             chat = file.read_text(encoding="utf-8")
             if "{" not in chat:
                 raise UserError(f"{where}: the file {file} holds no Jinja template")
-            template = agent.template.model_copy(update={"chat": chat})
+            template = replace(agent.template, chat=chat)
             agent = agent.model_copy(update={"template": template})
         agents[name] = agent
     team = recipe.team.model_copy(update={"agents": agents})
@@ -210,9 +212,11 @@ def _fault(error: Any) -> Fault:
     expected = _EXPECTED.get(kind)
     if expected is None:
         return path, f"{error['msg'].lower()}, got {_show(given)}"
-    return path, f"expected {expected.format(**context)}, got {_show(given)}"
+    mend = _MENDS.get(path, "") if kind == "greater_than" else ""
+    return path, f"expected {expected.format(**context)}, got {_show(given)}{mend}"
 
 
+_MENDS = {"trust_region.delta": f"; {STILL_OR_FREE}"}
 _EXPECTED = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -263,39 +267,27 @@ def _place(location: Sequence[int | str]) -> tuple[list[str], list[str]]:
     Pydantic puts the tag of a union and the marker of a dictionary's key into the location; a
     person's recipe has neither.
     """
-    current: Any = Recipe
+    models: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
+    values: Any = None  # of a mapping, the type of its values
     keys: list[str] = []
     known: list[str] = []
     for element in location:
         if element == "[key]":
             continue
-        members = _members(current)
-        tagged = {_tag(model): model for model in members} if len(members) > 1 else {}
-        if element in tagged:
-            current = tagged[element]
+        tagged = dict(models)
+        if element in tagged and "" not in tagged:
+            models = [("", tagged[element])]  # type: ignore[index]
             continue
-        if len(members) == 1 and isinstance(element, str):
-            fields = members[0].model_fields
-            known = list(fields)
-            current = fields[element].annotation if element in fields else None
-        elif get_origin(current) is dict:
-            current = get_args(current)[1]
+        info = None
+        if len(models) == 1 and isinstance(element, str):
+            fields = models[0][1].model_fields
+            known, info = list(fields), fields.get(element)
+        inner, values = values, None
+        if info is not None:
+            models = sections_of(info)
+            if get_origin(info.annotation) is dict:
+                values = get_args(info.annotation)[1]
         else:
-            current = None
+            models = models_in(inner)
         keys.append(f"[{element}]" if isinstance(element, int) and keys else str(element))
     return keys, known
-
-
-def _members(annotation: Any) -> list[type[BaseModel]]:
-    """The models an annotation names; the annotation of a mapping or a scalar names none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (dict, tuple, Literal):
-        return []
-    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else None
-    arguments = get_args(annotation) if inner is None else inner
-    return [model for argument in arguments for model in _members(argument)]
-
-
-def _tag(model: type[BaseModel]) -> str:
-    return str(get_args(model.model_fields["name"].annotation)[0])

@@ -1,23 +1,25 @@
 """The training objectives as pure functions from one bundle of tensors to a loss and its metrics.
 
-Every term is divided by totals of the whole mini-batch that the caller passes in, so that the
-losses of micro-batches add up to the loss of one large batch. Shape suffixes: ``T`` own tokens,
-``E`` episodes of the micro-batch.
+An objective is ``f(batch: ObjectiveBatch, **options) -> (loss, metrics)``. Its options are its
+keyword parameters, with their ranges and defaults: a recipe's keys are derived from them. Every
+term is divided by totals of the whole mini-batch that the caller passes in, so that the losses of
+micro-batches add up to the loss of one large batch. The per-token values of a batch may be leaves
+of their own: nothing but autograd on them is needed for the loss's derivative by each value.
+Shape suffixes: ``T`` own tokens, ``E`` episodes of the micro-batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from satune.core.ratios import sequence_log_ratio, sum_by, token_log_ratio
-
-ObjectiveName = Literal["sat", "gspo", "grpo", "dapo", "reinforce"]
+from satune.ranges import Fraction, NotNegative, Positive, check, check_call
 
 LINEAR_ABOVE = 20.0
 """Log-ratio above which e^u goes on as its tangent, so that neither it nor its gradient overflows.
@@ -56,32 +58,46 @@ class ObjectiveBatch:
         return self.advantages_E.numel()
 
 
+Metrics = dict[str, Tensor]
+Objective = Callable[..., tuple[Tensor, Metrics]]
+"""``f(batch, **options)`` -> the policy loss of the batch (scalar, with its gradient) and metrics,
+which are sums that add up over micro-batches. The batch's episodes of weight 0 hold zeros only.
+"""
+
+
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Which objective, its clip range [1 - clip_low, 1 + clip_high] of the ratio, and the weights
-    of the terms beside it: ``beta`` of ``kl_T``, ``reference_kl`` and ``entropy``.
+    """Which objective with which ``options``, and the weights of the terms beside it: ``beta`` of
+    ``kl_T``, ``reference_kl`` and ``entropy``.
 
-    Raises: ValueError on an unknown name or a value outside its range.
+    ``name`` is one of OBJECTIVES, or names ``loss``, the user's own function of the same form.
+    Raises: ValueError on an unknown name or option, or a value outside its range.
     """
 
-    name: ObjectiveName
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.0
-    reference_kl: float = 0.0
-    entropy: float = 0.0
+    name: str = "sat"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    beta: NotNegative = 0.0
+    reference_kl: NotNegative = 0.0
+    entropy: NotNegative = 0.0
+    loss: Objective | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in OBJECTIVES:
-            raise ValueError(f"objective.name {self.name!r}: choose one of {', '.join(OBJECTIVES)}")
-        if not 0 <= self.clip_low < 1:
-            raise ValueError(f"objective.clip_low {self.clip_low}: give a value in [0, 1)")
-        if not 0 <= self.clip_high < math.inf:
-            raise ValueError(f"objective.clip_high {self.clip_high}: give a number, at least 0")
+        check(self, "objective")
+        if self.loss is None and ":" not in self.name:
+            if self.name not in OBJECTIVES:
+                known = ", ".join(OBJECTIVES)
+                raise ValueError(f"objective.name {self.name!r}: choose one of {known}")
+            check_call(OBJECTIVES[self.name], self.options, "objective")
 
-
-Metrics = dict[str, Tensor]
-Objective = Callable[[ObjectiveBatch, ObjectiveSettings], tuple[Tensor, Metrics]]
+    def policy_loss(self, batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
+        """The objective itself, without the terms beside it."""
+        loss, metrics = (self.loss or OBJECTIVES[self.name])(batch, **self.options)
+        if loss.dim() != 0:
+            raise ValueError(
+                f"objective {self.name}: its loss has the shape {tuple(loss.shape)}; "
+                "return one number for the whole batch"
+            )
+        return loss, metrics
 
 
 def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
@@ -92,12 +108,13 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
     Metrics are sums, to be added over micro-batches: ``clipped`` of ``clippable`` ratios were held
     by the clip, ``log_ratio`` and ``log_ratio_square`` sum over the same ratios, ``kl``,
     ``reference_kl`` and ``entropy`` are weighted token sums to be divided by ``token_weight``;
-    ``loss`` and ``policy_loss`` add up to the mini-batch's.
+    ``loss`` and ``policy_loss`` add up to the mini-batch's. An objective of the user's own may give
+    others, or none.
     Raises: ValueError if a term with a coefficient was not given, or a total is not positive.
     """
     _check_batch(batch)
     batch, weights_T = _without_weightless(batch)
-    policy_loss, metrics = OBJECTIVES[settings.name](batch, settings)
+    policy_loss, metrics = settings.policy_loss(batch)
     loss = policy_loss
     for name, coefficient, values_T in (
         ("kl", settings.beta, batch.kl_T),
@@ -119,51 +136,63 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def _sat(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+def sat(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
     """Clipped sequence ratio of the summed log-ratio: E3 of THEORY §4 (b) when A = R - b."""
     u_E = sequence_log_ratio(
         batch.logprobs_T, batch.anchor_logprobs_T, batch.episode_T, batch.episodes
     )
-    return _clipped_episodes(u_E, batch, settings)
+    return _clipped_episodes(u_E, batch, clip)
 
 
-def _gspo(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+def gspo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
     """As sat with the log-ratio averaged over the episode's own tokens."""
     u_E = sequence_log_ratio(
         batch.logprobs_T, batch.anchor_logprobs_T, batch.episode_T, batch.episodes
     )
-    return _clipped_episodes(u_E / _own_tokens(batch), batch, settings)
+    return _clipped_episodes(u_E / _own_tokens(batch), batch, clip)
 
 
 def _clipped_episodes(
-    u_E: Tensor, batch: ObjectiveBatch, settings: ObjectiveSettings
+    u_E: Tensor, batch: ObjectiveBatch, clip: float | None
 ) -> tuple[Tensor, Metrics]:
-    gain_E, clipped_E = _clipped_gain(u_E, batch.advantages_E, settings)
+    gain_E, clipped_E = _clipped_gain(u_E, batch.advantages_E, clip, clip)
     loss = -(batch.weights_E * gain_E).sum() / batch.episode_total
     return loss, _ratio_metrics(u_E, clipped_E, batch.weights_E != 0)
 
 
-def _grpo(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+def grpo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over each episode's own tokens, then over episodes."""
-    gain_T, metrics = _clipped_tokens(batch, settings)
+    gain_T, metrics = _clipped_tokens(batch, clip, clip)
     gain_E = sum_by(gain_T, batch.episode_T, batch.episodes) / _own_tokens(batch)
     return -(batch.weights_E * gain_E).sum() / batch.episode_total, metrics
 
 
-def _dapo(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+def dapo(
+    batch: ObjectiveBatch, *, clip_low: Fraction | None = 0.2, clip_high: Positive | None = 0.28
+) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over all tokens: every token of a long episode counts."""
-    gain_T, metrics = _clipped_tokens(batch, settings)
+    gain_T, metrics = _clipped_tokens(batch, clip_low, clip_high)
     gain_T = batch.weights_E[batch.episode_T] * gain_T
     return -gain_T.sum() / batch.token_total, metrics
 
 
-def _clipped_tokens(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+def cispo(
+    batch: ObjectiveBatch, *, clip_low: Fraction | None = None, clip_high: Positive | None = 4.0
+) -> tuple[Tensor, Metrics]:
+    """log π times the clipped token ratio, which is a constant: no token loses its gradient to the
+    clip, the clip only bounds how much it counts. Averaged over all tokens.
+
+    Source: MiniMax-M1 (arXiv 2506.13585), equations 4 and 5; it runs without a lower clip.
+    """
     u_T = token_log_ratio(batch.logprobs_T, batch.anchor_logprobs_T)
-    gain_T, clipped_T = _clipped_gain(u_T, batch.advantages_E[batch.episode_T], settings)
-    return gain_T, _ratio_metrics(u_T, clipped_T, (batch.weights_E != 0)[batch.episode_T])
+    low, high = _log_range(clip_low, clip_high)
+    held_T = u_T.detach().clamp(low, min(high, LINEAR_ABOVE))
+    weights_T = batch.weights_E[batch.episode_T]
+    gain_T = weights_T * held_T.exp() * batch.advantages_E[batch.episode_T] * batch.logprobs_T
+    return -gain_T.sum() / batch.token_total, _ratio_metrics(u_T, held_T != u_T, weights_T != 0)
 
 
-def _reinforce(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+def reinforce(batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
     """The score function: at the anchor its gradient is the policy gradient for A = R - b."""
     logprobs_E = sum_by(batch.logprobs_T, batch.episode_T, batch.episodes)
     u_E = logprobs_E - sum_by(batch.anchor_logprobs_T, batch.episode_T, batch.episodes)
@@ -172,22 +201,44 @@ def _reinforce(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tens
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "sat": _sat,
-    "gspo": _gspo,
-    "grpo": _grpo,
-    "dapo": _dapo,
-    "reinforce": _reinforce,
+    "sat": sat,
+    "gspo": gspo,
+    "grpo": grpo,
+    "dapo": dapo,
+    "cispo": cispo,
+    "reinforce": reinforce,
 }
 
 
+def _clipped_tokens(
+    batch: ObjectiveBatch, clip_low: float | None, clip_high: float | None
+) -> tuple[Tensor, Metrics]:
+    u_T = token_log_ratio(batch.logprobs_T, batch.anchor_logprobs_T)
+    advantages_T = batch.advantages_E[batch.episode_T]
+    gain_T, clipped_T = _clipped_gain(u_T, advantages_T, clip_low, clip_high)
+    return gain_T, _ratio_metrics(u_T, clipped_T, (batch.weights_E != 0)[batch.episode_T])
+
+
+def _log_range(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
+    """Least and largest log-ratio inside [1 - clip_low, 1 + clip_high]; None: no such end."""
+    low = -math.inf if clip_low is None else math.log1p(-clip_low)
+    return low, math.inf if clip_high is None else math.log1p(clip_high)
+
+
 def _clipped_gain(
-    log_ratio: Tensor, advantages: Tensor, settings: ObjectiveSettings
+    log_ratio: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Tensor]:
     """min(r A, clip(r) A), and where the clip decided."""
-    low, high = math.log1p(-settings.clip_low), math.log1p(settings.clip_high)
+    low, high = _log_range(clip_low, clip_high)
     excess = torch.relu(log_ratio - LINEAR_ABOVE)
     free = log_ratio.clamp(max=LINEAR_ABOVE).exp() * (1 + excess) * advantages
-    held = log_ratio.clamp(low, high).exp() * advantages
+    if math.isinf(low) and math.isinf(high):
+        return free, torch.zeros_like(free, dtype=torch.bool)
+    if math.isinf(high):
+        # Below the lower end the clip is a constant, above it the ratio itself.
+        held = torch.where(log_ratio < low, math.exp(low) * advantages, free)
+    else:
+        held = log_ratio.clamp(low, high).exp() * advantages
     return torch.minimum(free, held), held < free
 
 

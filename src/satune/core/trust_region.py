@@ -7,8 +7,10 @@ scale s of theta_anchor + s (theta_proposal - theta_anchor) to measure next.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from satune.ranges import NotNegative, Part, Positive, Whole, check
 
 Unit = Literal["token", "turn", "trajectory"]
 Decision = Literal["accept", "shrink", "revert"]
@@ -26,25 +28,20 @@ class TrustRegionSettings:
     Raises: ValueError if a value lies outside its range.
     """
 
-    delta: float = 0.05
-    quantile: float = 0.99
-    unit: Unit = "token"
-    beta: float = 0.001
-    backtracks: int = 5
-    adapt: bool = True
     enabled: bool = True
+    delta: Positive = 0.05
+    quantile: Part = 0.99
+    unit: Unit = "token"
+    beta: NotNegative = 0.001
+    adapt: bool = True
+    backtracks: Whole = 5
 
     def __post_init__(self) -> None:
-        if not self.delta > 0:
-            raise ValueError(f"trust_region.delta {self.delta}: give a positive number of nats")
-        if not 0 < self.quantile <= 1:
-            raise ValueError(f"trust_region.quantile {self.quantile}: give a value in (0, 1]")
-        if self.unit not in ("token", "turn", "trajectory"):
-            raise ValueError(f"trust_region.unit {self.unit!r}: choose token, turn or trajectory")
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"trust_region.beta {self.beta}: give a finite number, at least 0")
-        if self.backtracks < 0:
-            raise ValueError(f"trust_region.backtracks {self.backtracks}: give at least 0")
+        check(self, "trust_region")
+
+    def of(self, delta: float | None) -> TrustRegionSettings:
+        """The region of an agent: its own ``delta`` if it has one, else the common one."""
+        return self if delta is None else replace(self, delta=delta)
 
 
 class LineSearch:

@@ -88,7 +88,8 @@ class UpdateEvent(TypedDict):
     """One agent's step. What only a measured proposal has is absent where none was made.
 
     ``version`` is the number of the agent's weights after the step, ``scale`` how much of the
-    proposal was taken, ``seconds`` has rollout, update and measure at least.
+    proposal was taken, ``seconds`` has rollout, update and measure at least. ``masked`` counts the
+    episodes that the world ended, which the step did not learn from.
     """
 
     event: Literal["update"]
@@ -117,6 +118,7 @@ class UpdateEvent(TypedDict):
     optimizer_steps: NotRequired[int]
     mismatch: NotRequired[dict[str, float]]
     capped_mass: NotRequired[float]
+    masked: NotRequired[int]
     certificate: NotRequired[Certificate]
     gate: NotRequired[Gate]
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from satune.loading import check_options, load_object, nearest
+from satune.loading import check_options, nearest, pick
 from satune.protocols.discussion import debate, judge, role_play
 from satune.protocols.independent import solo, vote
 from satune.protocols.sequential import chain, random_routing, round_robin
@@ -35,13 +35,7 @@ def load_protocol(
     The options ``judge`` (a seat) and ``roles`` (a mapping from seats) are held against ``seats``.
     Raises UserError for an unknown protocol, option or seat, and for a function that is not async.
     """
-    if ":" in name_or_path:
-        function = load_object(name_or_path, base)
-    elif name_or_path in PROTOCOLS:
-        function = PROTOCOLS[name_or_path]
-    else:
-        hint = nearest(name_or_path, PROTOCOLS)
-        raise UserError(f"unknown protocol {name_or_path!r}{hint}; or give path/to/file.py:name")
+    function = pick("protocol", name_or_path, PROTOCOLS, base)
     if not inspect.iscoroutinefunction(function):
         raise UserError(f"protocol {name_or_path}: not an async function; write `async def`")
     check_options(f"protocol {name_or_path}", function, options, skip=1)

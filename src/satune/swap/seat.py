@@ -160,7 +160,7 @@ def _fitting(found: Found, team: Team) -> Recipe:
     room = min(limits, default=rollout.max_new_tokens)
     if found.room_said or rollout.max_new_tokens <= room:
         return found.recipe
-    shorter = rollout.model_copy(update={"max_new_tokens": max(1, room)})
+    shorter = replace(rollout, max_new_tokens=max(1, room))
     return found.recipe.model_copy(update={"rollout": shorter})
 
 
@@ -248,7 +248,7 @@ def with_newcomer(
         }
     )
     if loaded is None:
-        taught = recipe.model_copy(update={"tiny": recipe.tiny.model_copy(update=tiny or {})})
+        taught = recipe.model_copy(update={"tiny": replace(recipe.tiny, **(tiny or {}))})
         model = model_path(section, taught, cast.protocol, team.seats, cast.progress)
     section = section.model_copy(update={"model": model})
     sections, name = reseated(recipe.team, seat, section)
@@ -257,7 +257,7 @@ def with_newcomer(
     if section.template.chat is not None and not _same_tokenizer(
         team.policies.get(incumbent), policy
     ):
-        plain = section.template.model_copy(update={"chat": None})
+        plain = replace(section.template, chat=None)
         section = section.model_copy(update={"template": plain})
         sections = sections.model_copy(update={"agents": {**sections.agents, name: section}})
     resolved = sections.resolved()

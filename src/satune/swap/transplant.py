@@ -80,6 +80,7 @@ def transplant(
     state |= {
         "step": 0,
         "order": list(agents),
+        "accepted": {},
         "opening": {},
         "betas": {name: state["betas"][name] if name in kept else beta for name in agents},
         "versions": _of(state["versions"], kept, agents) | fresh,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from satune.agents.rendering import ChatRenderer
+from satune.tiny.settings import TinySettings
 from satune.types import Completion, Entry, ids_of
 
 CHECK_EVERY = 200
@@ -20,27 +21,6 @@ CHECK_EVERY = 200
 MATRIX_RATE = 20 / 3
 """Learning rate of the weight matrices as a multiple of ``tiny.lr``."""
 _BUCKET = 16
-
-
-@dataclass(frozen=True, slots=True)
-class TinySettings:
-    """How a tiny base model is taught.
-
-    ``error`` is the share of an expert's messages that are wrong on purpose and ``examples`` the
-    number of demonstrated conversations of one seat each; whoever plays the demonstrations keeps to
-    both. After ``steps`` updates of ``batch`` conversations, training goes on until the model's
-    greedy success reaches ``greedy_target``, to at most ``max_steps``. ``lr`` is the peak rate of
-    embeddings and norms; the weight matrices' is MATRIX_RATE times that.
-    """
-
-    error: float = 0.3
-    steps: int = 1000
-    batch: int = 64
-    lr: float = 3e-3
-    greedy_target: float = 0.98
-    examples: int = 24000
-    seed: int = 0
-    max_steps: int = 2000
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def tests_left(
     """The most tests that may come after ``stage`` whole stages and ``step`` steps of the next one,
     ``uncertified`` steps of which no certificate covers yet."""
     certify = settings.certify
-    if settings.schedule.name == "simultaneous":
+    if settings.schedule.together:
         windows = settings.stages - stage
     else:
         steps = (settings.stages - stage) * agents - step
@@ -206,7 +206,7 @@ def decisions_missing(settings: TrainingSettings, agents: int, state: State) -> 
 def _due(settings: TrainingSettings, order: Sequence[str], steps: int, key: Key) -> bool:
     """Whether ``steps`` steps without a certificate get one after the step that ``key`` names."""
     last = key.step == len(order)
-    if settings.schedule.name == "simultaneous" and not last:
+    if settings.schedule.together and not last:
         # All agents learn from what the team wrote before the sweep, and are judged together.
         return False
     finished = last and key.stage == settings.stages
@@ -335,7 +335,7 @@ def _altered(
     # What was not kept made its weights, or, which spoils it for every schedule, its episodes.
     drawn = (state.stage + 1, state.batch.drawn_before)
     played = any(before.since < drawn for before in held.values())
-    weighted = settings.schedule.name in ("reuse", "hybrid")
+    weighted = settings.schedule.weighted
     verdict = replace(verdict, spent=played or (weighted and (not reverted or earlier > 0)))
     if not outcome.accepted:
         return verdict

@@ -40,7 +40,7 @@ from satune.training.ports import Saved, World
 from satune.training.state import Batch, CertifyState, Held, State
 from satune.types import Episode, UserError
 
-FORMAT = 4
+FORMAT = 5
 EXPERIENCE = "experience.jsonl"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
@@ -293,6 +293,7 @@ _PLAIN = (
     "stage",
     "step",
     "order",
+    "accepted",
     "betas",
     "versions",
     "issued",

@@ -18,9 +18,10 @@ from satune.files.interrupts import uninterrupted
 from satune.training.certification import Verdict
 from satune.training.ports import Saved, Store, Watcher, World
 from satune.training.run_directory import RunDirectory
-from satune.training.schedules import Supply, needs_rollout
+from satune.training.schedules import needs_rollout
 from satune.training.settings import TrainingSettings
 from satune.training.state import Batch, State
+from satune.training.supply import Supply
 from satune.types import Episode
 
 
@@ -86,7 +87,7 @@ class Training:
         """Note the order of the sweep, and the scores that it was chosen by where it was."""
         state = self.state
         assert state.batch is not None
-        state.order = list(order)
+        state.order, state.accepted = list(order), {}
         state.opening = {"reward": state.batch.reward, "order": state.order}
         if scores:
             state.opening["order_scores"] = dict(scores)
@@ -97,6 +98,7 @@ class Training:
         state = self.state
         assert state.batch is not None
         state.betas[agent] = verdict.beta
+        state.accepted[agent] = verdict.accepted
         state.batch.reweight(verdict.log_ratio_E)
         state.batch.spent |= verdict.spent
         state.certify, state.issued = verdict.certify, verdict.issued

@@ -1,72 +1,106 @@
-"""What the training loop is told, apart from any file format."""
+"""What the training loop is told. The recipe's sections are derived from these classes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+from satune.agents.specs import OptimizerSettings
 from satune.core.certificates import Evidence
 from satune.core.confidence import Method
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
-
-ScheduleName = Literal["fresh", "reuse", "hybrid", "stale", "simultaneous"]
-OrderName = Literal["static", "random", "greedy"]
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleSettings:
-    """Where a step's experience comes from (THEORY §6). ``ess`` is hybrid's limit of ESS/N, ``cap``
-    an upper bound on training weights w."""
-
-    name: ScheduleName = "hybrid"
-    ess: float = 0.5
-    cap: float | None = None
+from satune.ranges import Count, Fraction, MayChange, NotNegative, Part, Range, Whole, check
+from satune.training.credit import Credit, GroupCredit
+from satune.training.ordering import Order, static
+from satune.training.schedules import Hybrid, Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class AdvantageSettings:
-    """Group-relative advantages (THEORY §6) and DAPO's shaping of them."""
+class RolloutSettings:
+    """What is sampled a rollout: ``problems`` × ``samples`` episodes. ``top_p`` and ``top_k`` must
+    stay off. With ``dynamic_sampling`` problems whose rewards are all equal are left out, and
+    others drawn in their place (DAPO)."""
 
-    baseline: Literal["mean", "leave_one_out", "max"] = "mean"
-    normalise: bool = True
-    clip: float = 5.0
+    problems: Count = 96
+    samples: Count = 4
+    max_new_tokens: Count = 512
+    top_p: Part = 1.0
+    top_k: Whole = 0
     dynamic_sampling: bool = False
-    overlong_buffer: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateSettings:
-    """One agent's step: objective, passes over the experience, trust region."""
+@dataclass(frozen=True)
+class PassSettings:
+    """How often a step goes over its experience, and in how many mini-batches each time."""
 
-    objective: ObjectiveSettings = field(default_factory=lambda: ObjectiveSettings("sat"))
-    advantage: AdvantageSettings = field(default_factory=AdvantageSettings)
+    epochs: Count = 1
+    mini_batches: Count = 4
+
+
+@dataclass(frozen=True)
+class UpdateSettings(PassSettings):
+    """One agent's step: objective, credit, passes over the experience, trust region."""
+
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    credit: Credit = field(default_factory=GroupCredit)
     trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
-    epochs: int = 1
-    mini_batches: int = 4
     max_new_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class StepSettings(PassSettings, OptimizerSettings):
+    """The recipe's ``optimizer``: AdamW, the passes over the experience, and the type in which a
+    pass computes (None: that of the weights)."""
+
+    autocast: Literal["bfloat16"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CertifySettings:
     """Certificates and the gate (THEORY §5). ``problems`` 0: none. ``samples`` episodes a problem
     and side; ``every`` how many steps a certificate covers; ``confidence`` the run's probability of
-    a false claim, split over ``decisions`` (None: an open sequence); ``clip`` pessimistic
-    evidence's c. With ``accept`` "certified" a change stays only if its lower bound is at least
-    -``tolerance``; else it is shrunk up to ``backtracks`` times, then reverted."""
+    a false claim, split over ``decisions`` ("auto": the most the run can come to, "open": without
+    end); ``clip`` pessimistic evidence's c. With ``accept`` "certified" a change stays only if its
+    lower bound is at least -``tolerance``; else it is shrunk up to ``backtracks`` times, then
+    reverted."""
 
-    problems: int = 0
-    samples: int = 8
-    every: int = 1
+    problems: Whole = 0
+    samples: Count = 8
+    every: Count = 1
     evidence: Evidence = "fresh"
     method: Method = "betting"
-    clip: float = 1.2
-    confidence: float = 0.05
-    decisions: int | None = None
+    clip: Annotated[float, Range(gt=1)] = 1.2
+    confidence: Fraction = 0.05
+    decisions: Count | Literal["auto", "open"] = "auto"
     theory: bool = True
     accept: Literal["trust_region", "certified"] = "trust_region"
-    tolerance: float = 0.02
-    backtracks: int = 2
+    tolerance: NotNegative = 0.02
+    backtracks: Whole = 2
+
+    def __post_init__(self) -> None:
+        check(self, "certify")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateSettings:
+    """When and on how many held-out problems the team is evaluated while it trains. ``every`` 0:
+    before and after only."""
+
+    problems: Count = 128
+    samples: Count = 1
+    every: Whole = 0
+    data: str | None = None
+    drop_overlap: bool = False
+    greedy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSettings:
+    """How often a run is saved and how many checkpoints stay on disk."""
+
+    keep: Annotated[Count, MayChange()] = 2
+    every: Annotated[Literal["step", "stage"], MayChange()] = "step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +113,17 @@ class TrainingSettings:
     problems: int
     samples: int
     update: UpdateSettings
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    order: OrderName = "static"
+    dynamic_sampling: bool = False
+    schedule: Schedule = field(default_factory=Hybrid)
+    order: Order = static
     certify: CertifySettings = field(default_factory=CertifySettings)
     deltas: dict[str, float] = field(default_factory=dict)
     evaluate_every: int = 0
     checkpoint_steps: bool = True
-    keep_checkpoints: int = 2
-    tensorboard: bool = False
 
     def region(self, agent: str) -> TrustRegionSettings:
-        """The trust region of an agent: the common one, with the agent's own delta."""
-        common = self.update.trust_region
-        return replace(common, delta=self.deltas.get(agent, common.delta))
+        """The trust region that holds the agent's steps."""
+        return self.update.trust_region.of(self.deltas.get(agent))
 
     def update_of(self, agent: str) -> UpdateSettings:
         """The settings of an agent's step, its own trust region among them."""

@@ -6,9 +6,9 @@ THEORY §6, line by line. Whatever changes the run's state is called from here.
 from __future__ import annotations
 
 from satune.training.certification import judge
-from satune.training.ordering import sweep_order
 from satune.training.run import Training
 from satune.training.schedules import experience_for, needs_rollout
+from satune.training.sweep import sweep_order
 from satune.training.update import improve
 from satune.types import Key
 
@@ -20,14 +20,14 @@ def run_stage(training: Training) -> None:
 
     if state.step == 0:
         state.batch = training.roll_out(stage, step=1)
-        training.open_stage(*sweep_order(settings, learners, state.batch.episodes, stage))
+        training.open_stage(*sweep_order(settings, learners, state, stage))
 
     for step in range(state.step + 1, len(state.order) + 1):
         agent = state.order[step - 1]
 
         if state.batch is None or needs_rollout(settings.schedule, state.batch, step):
             state.batch = training.roll_out(stage, step)
-        experience = experience_for(settings.schedule.name, state.batch)
+        experience = experience_for(settings.schedule, state.batch)
 
         outcome = improve(
             learners[agent],

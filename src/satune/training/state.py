@@ -27,6 +27,12 @@ class Batch:
     reward: float
     spent: bool = False
 
+    @property
+    def heard(self) -> list[float]:
+        """Log w of the episodes that an update learns from: the world's failures left out."""
+        pairs = zip(self.episodes, self.log_weights, strict=True)
+        return [log_weight for episode, log_weight in pairs if not episode.masked]
+
     def reweight(self, log_ratio_E: Tensor) -> None:
         """w ← w · r of the agent just updated."""
         self.log_weights = [
@@ -71,6 +77,7 @@ class State:
     ``stage`` counts finished stages and ``step`` finished steps of the next one. ``versions`` has
     the number of each agent's weights in the team, ``issued`` the highest number that any weights
     of the agent ever had: candidates that were refused keep theirs, so the next one is higher.
+    ``accepted`` tells which steps of ``order`` the team took.
     ``batch`` is None where the next step rolls out anyway. ``opening`` collects what the stage
     event will say, ``totals`` what the run cost and, under ``updates``, how many steps the team
     took and still has.
@@ -83,6 +90,7 @@ class State:
     stage: int = 0
     step: int = 0
     order: list[str] = field(default_factory=list)
+    accepted: dict[str, bool] = field(default_factory=dict)
     batch: Batch | None = None
     opening: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=_nothing_yet)

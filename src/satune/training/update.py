@@ -20,11 +20,12 @@ from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.learner import NonFinite
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.ports import Learner
-from satune.core.advantages import group_advantages, overlong_penalty
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
+from satune.core.objectives import ObjectiveSettings
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
-from satune.training.settings import AdvantageSettings, UpdateSettings
+from satune.training.credit import advantages, groups
+from satune.training.settings import UpdateSettings
 from satune.types import Episode, Experience, Key
 
 
@@ -46,44 +47,6 @@ def own_turns(agent: str, episodes: Sequence[Episode]) -> PackedTurns:
     return pack([[turn for turn in e.turns if turn.agent == agent] for e in episodes])
 
 
-def groups(episodes: Sequence[Episode]) -> Tensor:
-    """The problem of each episode as a label [E], counted in order of first appearance."""
-    label: dict[str, int] = {}
-    return torch.tensor([label.setdefault(e.problem.id, len(label)) for e in episodes])
-
-
-def advantages(
-    episodes: Sequence[Episode],
-    settings: AdvantageSettings,
-    *,
-    agent: str,
-    max_new_tokens: int,
-) -> Tensor:
-    """Group-relative advantages [E] of the team's rewards, in float64.
-
-    With ``overlong_buffer`` the agent's longest turn is charged as it nears ``max_new_tokens``.
-    """
-    rewards_E = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
-    if settings.overlong_buffer > 0:
-        longest_E = torch.tensor(
-            [
-                max((t.completion_tokens for t in e.turns if t.agent == agent), default=0)
-                for e in episodes
-            ]
-        )
-        penalty_E = overlong_penalty(
-            longest_E, limit=max_new_tokens, buffer=settings.overlong_buffer
-        )
-        rewards_E = rewards_E + penalty_E.double()
-    return group_advantages(
-        rewards_E,
-        groups(episodes),
-        baseline=settings.baseline,
-        normalise=settings.normalise,
-        clip=settings.clip,
-    )
-
-
 def improve(
     learner: Learner,
     agent: str,
@@ -95,11 +58,15 @@ def improve(
     key: Key,
 ) -> Outcome:
     """Make a proposal for ``agent`` from ``experience``, measure it, keep what the trust region
-    allows. ``beta`` weighs KL(proposal‖anchor) in the objective; the outcome has its next value."""
+    allows. ``beta`` weighs KL(proposal‖anchor) in the objective; the outcome has its next value.
+
+    Episodes that the world ended take no part in anything here; their log r is 0."""
     started = time.perf_counter()
-    episodes = experience.episodes
+    heard = [index for index, e in enumerate(experience.episodes) if not e.masked]
+    episodes = [experience.episodes[index] for index in heard]
+    nothing_E = torch.zeros(len(experience.episodes), dtype=torch.float64)
     packed = own_turns(agent, episodes)
-    log_weights_E = torch.tensor(experience.log_weights, dtype=torch.float64)
+    log_weights_E = torch.tensor([experience.log_weights[i] for i in heard], dtype=torch.float64)
     weights_E, capped_mass = capped_weights(log_weights_E, cap)
     event: dict[str, Any] = {
         "episodes": len(episodes),
@@ -108,25 +75,27 @@ def improve(
         "beta": beta,
         "tokens": {"own": packed.tokens},
     }
+    if len(heard) < len(nothing_E):
+        event["masked"] = len(nothing_E) - len(heard)
     if cap is not None:
         event["capped_mass"] = capped_mass
     if packed.tokens == 0:
         event |= {"accepted": False, "scale": 0.0, "reason": "the agent wrote nothing"}
-        return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
+        return Outcome(False, beta, nothing_E, event)
 
-    advantages_E = advantages(
-        episodes, settings.advantage, agent=agent, max_new_tokens=settings.max_new_tokens
-    )
-    regularised = settings.objective.entropy or settings.objective.reference_kl
-    if not regularised and not bool((advantages_E != 0).any()):
+    advantages_E = advantages(settings.credit, episodes, agent, settings.max_new_tokens)
+    teaches_E = _teaching(packed, advantages_E, weights_E, settings)
+    if not bool(teaches_E.any()):
         # A zero gradient would still move the weights: by old momentum and weight decay.
         event |= {"accepted": False, "scale": 0.0, "reason": "no group's rewards differ"}
-        return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
+        return Outcome(False, beta, nothing_E, event)
     learner.wake()
     anchor = learner.anchor(packed, reference=settings.objective.reference_kl > 0)
     objective = replace(settings.objective, beta=beta)
     try:
-        learning = _ascend(learner, anchor, advantages_E, weights_E, settings, objective, key)
+        learning = _ascend(
+            learner, anchor, advantages_E, weights_E, teaches_E, settings, objective, key
+        )
     except NonFinite as error:
         learner.drop_gradients()
         learner.restore(anchor.snapshot)
@@ -134,7 +103,7 @@ def improve(
         event |= {"accepted": False, "scale": 0.0, "reason": str(error)}
         event["seconds"] = {"update": time.perf_counter() - started}
         beta = _next_beta(beta, math.inf, settings.trust_region)
-        return Outcome(False, beta, torch.zeros(len(episodes), dtype=torch.float64), event)
+        return Outcome(False, beta, nothing_E, event)
     event["mismatch"] = _mismatch(agent, episodes, anchor)
     scoring = learning.pop("scoring")
     event["seconds"] = {"score": scoring, "update": time.perf_counter() - started - scoring}
@@ -145,9 +114,9 @@ def improve(
     learner.rest()
     event["seconds"]["measure"] = time.perf_counter() - started
     accepted = search.decision == "accept"
-    log_ratio_E = torch.zeros(len(episodes), dtype=torch.float64)
+    log_ratio_E = nothing_E
     if accepted:
-        log_ratio_E = sequence_log_ratio(
+        log_ratio_E[heard] = sequence_log_ratio(
             measured.logprobs_T.double(),
             anchor.logprobs_T.double(),
             packed.episode_T,
@@ -173,16 +142,31 @@ def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings)
     return adapt_beta(beta, region.beta, first_statistic, region.delta)
 
 
+def _teaching(
+    packed: PackedTurns, advantages_E: Tensor, weights_E: Tensor, settings: UpdateSettings
+) -> Tensor:
+    """True [E] for the episodes that have a gradient of their own: own tokens, a weight, and an
+    advantage or else a regulariser. KL(proposal‖anchor) alone gives no step a direction."""
+    spoke_E = torch.zeros(len(advantages_E), dtype=torch.bool)
+    spoke_E[packed.episode_T] = True
+    teaches_E = spoke_E & (weights_E != 0)
+    if settings.objective.entropy or settings.objective.reference_kl:
+        return teaches_E
+    return teaches_E & (advantages_E != 0)
+
+
 def _ascend(
     learner: Learner,
     anchor: Anchor,
     advantages_E: Tensor,
     weights_E: Tensor,
+    teaches_E: Tensor,
     settings: UpdateSettings,
-    objective: Any,
+    objective: ObjectiveSettings,
     key: Key,
 ) -> dict[str, Any]:
-    """The epochs and mini-batches of one step; returns what the event says of them."""
+    """The epochs and mini-batches of one step; returns what the event says of them. A mini-batch in
+    which no episode teaches anything takes no step: momentum and decay alone would move it."""
     totals: dict[str, float] = {}
     norms: list[float] = []
     scoring = 0.0
@@ -191,6 +175,8 @@ def _ascend(
         order = list(range(count))
         key.rng("mini-batches", epoch).shuffle(order)
         for mini in _split(order, settings.mini_batches):
+            if not bool(teaches_E[mini].any()):
+                continue
             metrics = learner.accumulate(anchor, mini, advantages_E, weights_E, objective)
             before = time.perf_counter()
             learner.complete(anchor)
@@ -198,9 +184,12 @@ def _ascend(
             norms.append(learner.step())
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
+    clipped = {}
+    if "clippable" in totals:  # an objective of the user's own need not say
+        clipped["clip_fraction"] = totals["clipped"] / max(totals["clippable"], 1.0)
     return {
         "objective": -totals["policy_loss"] / len(norms),
-        "clip_fraction": totals["clipped"] / max(totals["clippable"], 1.0),
+        **clipped,
         "grad_norm": max(norms),
         "optimizer_steps": len(norms),
         "scoring": scoring,

@@ -1,0 +1,136 @@
+"""From episodes to advantages: a credit rule says how much better than expected each episode was
+for one agent.
+
+A rule is a callable ``rule(episodes, agent, max_new_tokens) -> Tensor [E]`` whose options are what
+its class (or, beyond these three, its function) takes:
+
+    episodes        those of one experience that tell something about the policy: whole groups of at
+                    least two, the world's failures left out
+    agent           the agent that is about to learn
+    max_new_tokens  the most tokens that a message may have
+    result          one advantage an episode, in the order of ``episodes``; 0 teaches nothing
+
+A recipe names one of CREDIT or the user's own, ``credit: path/to/file.py:name``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from satune.core.advantages import Baseline, group_advantages, overlong_penalty
+from satune.loading import load_named
+from satune.ranges import Positive, Whole, check
+from satune.types import Episode, UserError
+
+Credit = Callable[[Sequence[Episode], str, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCredit:
+    """The team's reward compared with those of the same problem's other episodes (THEORY §6).
+
+    ``baseline`` is what a reward is compared with, ``normalise`` divides by the group's standard
+    deviation, ``clip`` bounds the absolute advantage. With ``overlong_buffer`` the agent's longest
+    message of an episode is charged as it nears the limit (DAPO).
+    """
+
+    baseline: Baseline = "mean"
+    normalise: bool = True
+    clip: Positive = 5.0
+    overlong_buffer: Whole = 0
+
+    def __post_init__(self) -> None:
+        check(self, "credit")
+
+    def __call__(self, episodes: Sequence[Episode], agent: str, max_new_tokens: int) -> Tensor:
+        rewards = [self.reward(episode, agent) for episode in episodes]
+        rewards_E = torch.tensor(rewards, dtype=torch.float64)
+        if self.overlong_buffer > 0:
+            longest_E = torch.tensor([_longest(episode, agent) for episode in episodes])
+            rewards_E = (
+                rewards_E
+                + overlong_penalty(
+                    longest_E, limit=max_new_tokens, buffer=self.overlong_buffer
+                ).double()
+            )
+        return group_advantages(
+            rewards_E,
+            groups(episodes),
+            baseline=self.baseline,
+            normalise=self.normalise,
+            clip=self.clip,
+        )
+
+    def reward(self, episode: Episode, agent: str) -> float:
+        """What the episode was worth to the agent."""
+        return episode.reward
+
+
+@dataclass(frozen=True, slots=True)
+class SeatCredit(GroupCredit):
+    """As ``group``, with the reward that the grade gives to the agent's own seats.
+
+    An episode is worth the mean of ``Grade.seats`` over the seats in which the agent spoke. Seats
+    that the grade does not name are left out; where it names none of them, as after the policy's
+    own failure, the episode is worth the team's reward.
+    """
+
+    def reward(self, episode: Episode, agent: str) -> float:
+        given = episode.grade.seats or {}
+        own = {turn.seat: given[turn.seat] for turn in episode.turns
+               if turn.agent == agent and turn.seat in given}  # fmt: skip
+        return sum(own.values()) / len(own) if own else episode.reward
+
+
+CREDIT: dict[str, Callable[..., Any]] = {"group": GroupCredit, "seats": SeatCredit}
+
+
+def load_credit(
+    name: str, options: Mapping[str, Any] | None = None, base: Path | None = None
+) -> Credit:
+    """The rule of that name, or the user's own, with its options filled in. Raises UserError."""
+    return load_named("credit", name, CREDIT, options or {}, skip=3, base=base)
+
+
+def advantages(
+    rule: Credit, episodes: Sequence[Episode], agent: str, max_new_tokens: int
+) -> Tensor:
+    """Advantages [E] of an experience in float64, by a rule that sees only what may be judged.
+
+    Episodes that the world ended get 0 and play no part in their group; a group with fewer than
+    two others has nothing to compare and gets 0.
+    Raises: UserError if the rule does not give one number an episode.
+    """
+    heard = Counter(episode.problem.id for episode in episodes if not episode.masked)
+    judged = [
+        index
+        for index, episode in enumerate(episodes)
+        if not episode.masked and heard[episode.problem.id] >= 2
+    ]
+    advantages_E = torch.zeros(len(episodes), dtype=torch.float64)
+    if judged:
+        found = torch.as_tensor(rule([episodes[i] for i in judged], agent, max_new_tokens))
+        if found.shape != (len(judged),):
+            raise UserError(
+                f"credit: the rule gave the shape {tuple(found.shape)} for {len(judged)} episodes; "
+                "return one advantage an episode"
+            )
+        advantages_E[judged] = found.detach().double()
+    return advantages_E
+
+
+def groups(episodes: Sequence[Episode]) -> Tensor:
+    """The problem of each episode as a label [E], counted in order of first appearance."""
+    label: dict[str, int] = {}
+    return torch.tensor([label.setdefault(e.problem.id, len(label)) for e in episodes])
+
+
+def _longest(episode: Episode, agent: str) -> int:
+    return max((t.completion_tokens for t in episode.turns if t.agent == agent), default=0)
