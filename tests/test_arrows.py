@@ -17,12 +17,13 @@ PACKAGE = ROOT / "src" / "satune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 400
 
-GROUND = {"types", "loading", "ranges"}
+GROUND = {"types", "loading", "thoughts", "ranges"}
 TRAINING = GROUND | {"files", "core", "agents", "team"}
 ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
     "loading": {"types"},
+    "thoughts": set(),
     "ranges": set(),
     "files": {"types"},
     "core": {"ranges"},
@@ -46,6 +47,7 @@ OUTSIDE: dict[str, set[str]] = {
     # rooms that hold to few packages beside the standard library
     "types": set(),
     "loading": set(),
+    "thoughts": set(),
     "ranges": set(),
     "core": {"torch", "scipy"},
     "lab": {"numpy", "scipy", "torch"},

@@ -37,6 +37,16 @@ class UserError(ValueError):
     """Bad input from the person at the keyboard: one line saying where, what and the mend."""
 
 
+def printable(text: str) -> str:
+    """``text`` for one line of a terminal: each line end or other blank becomes a space, whatever
+    could steer the terminal or cannot be written (control and direction characters, half a
+    surrogate pair) U+FFFD. Joiners stay, scripts and emoji need them."""
+    return "".join(
+        c if c.isprintable() or c in "\u200c\u200d" else " " if c.isspace() else "\ufffd"
+        for c in text
+    )
+
+
 def text_part(text: str) -> Part:
     """One text part of a message's content, in the form chat templates take."""
     return {"type": "text", "text": text}
@@ -119,12 +129,15 @@ class Sampling:
 class Prompt:
     """What an engine is given: the messages, and the ids where a tokenizer is known.
 
-    ``dropped`` counts foreign messages left out because the context was full.
+    ``dropped`` counts foreign messages left out because the context was full. ``opening`` is the
+    thought that the template opens at the prompt's end ("<think>" and what follows it), which the
+    message's text then begins with; empty where it opens none, or where nobody here knows.
     """
 
     messages: tuple[Message, ...]
     ids: Ids | None = None
     dropped: int = 0
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +162,7 @@ class Turn:
     """One message of one seat. Turns that are active together share ``moment``.
 
     ``own_index`` counts the seat's own turns from 0. ``prompt_ids`` are exactly what was fed.
+    ``text`` is the completion's, after the thought that the prompt opened for it, if any.
     """
 
     seat: str
@@ -190,6 +204,7 @@ class EpisodeFailure(Exception):
 
     ``policy`` tells whose failure it is: the policy's own (what it wrote led to it: the context is
     full, the server's filter refused the text) or the world's (a connection, a server, a worker).
+    ``reason`` is one line; a server's begins with the kind of failure, up to a colon.
     """
 
     def __init__(self, reason: str, *, policy: bool) -> None:

@@ -340,3 +340,36 @@ def test_a_template_that_trims_is_rendered_anew_where_there_is_something_to_trim
         entries = [problem(start), own(text), Entry("observation", reply)]
         second = view.prompt(entries, 4)
         assert renderer.tokenizer.decode(second.ids) == renderer.render(second.messages)
+
+
+# As reasoning models' templates do it: the prompt ends inside a thought.
+OPENS = FORGETFUL.replace("<think></think>", "").replace(
+    "assistant\n' }}", "assistant\n<think>\n' }}"
+)
+KEEPS = OPENS.replace(".split('</think>')[-1]", "")
+
+
+@pytest.mark.parametrize("template", [OPENS, KEEPS], ids=["forgets thoughts", "keeps them"])
+def test_a_thought_that_the_template_opens_begins_the_message(template):
+    renderer = renderer_with(TemplateSettings(chat=template))
+    view = renderer.view("b")
+    first = view.prompt([problem("p")], 9)
+    assert first.opening == "<think>\n"
+    wrote = completion(renderer, "hm</think>7")
+    view.wrote(wrote)
+    # The message holds what the prompt began; a cut one of another seat is not shown.
+    said = first.opening + wrote.text
+    seen = [problem("p"), own(said), foreign("<think>\nis it 8, or 9", "a")]
+    second = view.prompt(seen, 9)
+    assert second.messages[1]["content"] == "<think>\nhm</think>7"
+    assert second.messages[2]["content"] == "a: "
+    assert renderer.tokenizer.decode(second.ids) == renderer.render(second.messages)
+    assert second.opening == "<think>\n"
+    if template == KEEPS:  # then the prompt grows by what was sampled
+        grown = [*first.ids, *wrote.ids]
+        assert list(second.ids[: len(grown)]) == grown
+
+
+def test_a_template_that_opens_no_thought_adds_nothing():
+    for renderer in (*RENDERERS.values(), renderer_with(TemplateSettings(chat=FORGETFUL))):
+        assert renderer.view("b").prompt([problem("say <think>")], 9).opening == ""

@@ -256,6 +256,11 @@ def test_maths_inside_the_workers(tmp_path):
         ),
         (['{"id": "q0", '], "line 1: damaged row"),
         (["[" * 100_000], "line 1: damaged row"),
+        (["[" * 500 + "]" * 500], r"line 1: damaged row \(nested too deeply\); mend or delete it"),
+        (
+            ['{"id": ' + "7" * 5000 + "}"],
+            r"line 1: damaged row \(an integer of more than 4300 digits",
+        ),
         (["[1]"], "line 1: the row is no object"),
         ([], "it holds no responses"),
         ([{"id": "q9", "response": "1"}], "line 1: no problem 'q9' in the data .nearest: q"),
@@ -318,6 +323,34 @@ def test_the_command(satune, tmp_path, data):
 
     code, out, err = satune("grade", "rows", responses, "--data", data)
     assert code == 0 and "0.5000" in out and "95% interval" in out
+
+
+def test_responses_that_go_on_from_an_opened_thought(satune, tmp_path, data):
+    """The prompt ended with <think>: up to </think> nothing is an answer, and q1's thought was
+    cut. Read as it stands, q1's response says 3 and is right."""
+    rows = [
+        {"id": "q0", "response": "maybe 1? no.</think> The answer is 0"},
+        {"id": "q1", "response": "maybe 2, or 3. Wait, I should check: 3"},
+    ]
+    responses = write(tmp_path / "r.jsonl", rows)
+    cut = grade_file("rows", responses, data, options={"reward": "numeric"}, thinking="open")
+    assert [(row["score"], row["extracted"]) for row in cut["per_row"]] == [(1.0, "0"), (0.0, None)]
+    told = ["grade", "rows", responses, "reward=numeric", "thinking=open", "--data", data, "--json"]
+    code, out, _ = satune(*told)
+    assert code == 0 and json.loads(out)["score"] == 0.5
+    whole = grade_file("rows", responses, data, options={"reward": "numeric"})
+    assert [row["extracted"] for row in whole["per_row"]] == ["0", "3"]
+    code, out, err = satune(*told[:4], "thinking=shut", "--data", data)
+    assert (code, out) == (2, "") and "thinking is 'shut'; give open" in err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path, data):
+    responses = tmp_path / "r.jsonl"
+    responses.write_bytes(b"\xef\xbb\xbf" + b'{"id": "q0", "response": "0"}\n')
+    listed = tmp_path / "listed.json"
+    listed.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
+    for source in (data, listed):
+        assert grade_file("rows", responses, source)["score"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import errno
+import io
 import socket
 import threading
 import time
@@ -17,9 +18,10 @@ import faulty_server
 from faulty_server import FAULTS, KINDS, Server
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.packing import pack
-from satune.engines.openai import OpenAIEngine, ServerSettings
+from satune.engines.client import ServerSettings
+from satune.engines.openai import OpenAIEngine
 from satune.engines.pace import Pace
-from satune.engines.replies import Unreadable, read_reply, read_stream, retry_after
+from satune.files.lines import JsonLines
 from satune.play.rollout import rollout_sync
 from satune.protocols.discussion import debate
 from satune.protocols.sequential import chain
@@ -30,6 +32,7 @@ from satune.types import Completion, Entry, Episode, Key, Prompt, Sampling, Seat
 KEY = Key(0, "evaluate", problem="p")
 SAMPLING = Sampling(16, temperature=0.8)
 QUICK = ServerSettings(retries=8, first_delay=0.05, timeout=0.5)
+PATIENT = ServerSettings()
 MODELS = {"ann": "good", "bob": "poor", "eve": "good"}
 PROMPT = Prompt(({"role": "user", "content": "3+4-2"},))
 
@@ -256,7 +259,7 @@ def test_what_was_answered_is_not_asked_again(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     file = tmp_path / "deep" / "answers.jsonl"
-    plain = play(OpenAIEngine(server.url, MODELS, QUICK, answers=file))
+    plain = play(OpenAIEngine(server.url, MODELS, PATIENT, answers=file))
     total = server.seen()["requests"]
     assert total == 6 * 4 * 3
     lines = file.read_bytes().splitlines(keepends=True)
@@ -264,7 +267,7 @@ def test_what_was_answered_is_not_asked_again(
     # A crash: 50 answers are whole, the next is torn.
     file.write_bytes(b"".join(lines[:50]) + lines[50][:-9])
     server.fresh()
-    engine = OpenAIEngine(server.url, MODELS, QUICK, answers=file)
+    engine = OpenAIEngine(server.url, MODELS, PATIENT, answers=file)
     assert play(engine) == plain
     assert server.seen()["requests"] == total - 50 == engine.requests
     assert sorted(file.read_bytes().splitlines(keepends=True)) == sorted(lines)
@@ -276,7 +279,7 @@ def test_what_was_answered_is_not_asked_again(
     ask(engine, KEY, seat="bob")
     ask(engine, KEY.at(sample=1))
     assert server.seen()["requests"] == 4
-    away = OpenAIEngine("http://127.0.0.1:9/v1", MODELS, QUICK, answers=file)
+    away = OpenAIEngine("http://127.0.0.1:9/v1", MODELS, PATIENT, answers=file)
     assert ask(away, KEY) == [first]
 
 
@@ -285,9 +288,36 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     file.write_text('{"request": 1\n')
     with pytest.raises(UserError, match=r"answers.jsonl, line 1: not JSON"):
         OpenAIEngine("http://localhost/v1", MODELS, answers=file)
+    for line in ("[" * 100_000, "1" * 5000, "nonsense"):
+        file.write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"answers.jsonl, line 1: not JSON"):
+            OpenAIEngine("http://localhost/v1", MODELS, answers=file)
+    for line in ("7", "{}", '{"request": "r", "completion": {"words": "a"}}'):
+        file.write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"answers.jsonl, line 1: not (an answer|JSON)"):
+            OpenAIEngine("http://localhost/v1", MODELS, answers=file)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         OpenAIEngine("http://localhost/v1", MODELS, answers=tmp_path / "file" / "answers.jsonl")
+
+
+def test_a_full_disk_leaves_no_half_line_for_the_next_to_be_glued_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:9])
+
+    lines = JsonLines(tmp_path / "answers.jsonl")
+    lines.append({"a": 1})
+    with monkeypatch.context() as disk:
+        disk.setattr("builtins.open", lambda path, mode, buffering: Full(path, "ab"))
+        with pytest.raises(UserError, match="the disk is full"):
+            lines.append({"much": "b" * 99})
+    lines.append({"c": 3})
+    assert lines.read() == [{"a": 1}, {"c": 3}]
 
 
 # Pace
@@ -334,58 +364,18 @@ def test_tokens_are_held_to_their_rate() -> None:
     assert starts(pace, clock, [700, 0]) == pytest.approx([1025.0, 1035.0])
 
 
-def test_a_rate_limit_is_kept_with_a_real_server(server: Server) -> None:
-    settings = ServerSettings(requests_per_minute=1200, concurrency=2)
-    begun = time.monotonic()
-    ask(OpenAIEngine(server.url, MODELS, settings), *keys(11))
-    assert time.monotonic() - begun >= 10 * 0.05
-    assert server.seen()["most"] <= 2
+def test_no_count_and_no_pause_holds_everyone_up_for_ever() -> None:
+    clock = Clock()
+    pace = Pace(tokens=600, clock=clock, sleep=clock.sleep)
+    # Ten minutes are the most that is ever owed, and a negative count earns nothing.
+    assert starts(pace, clock, [10**30, -(10**30), 0]) == pytest.approx([0.0, 600.0, 600.0])
+    pace.pause(float("inf"))
+    assert starts(pace, clock, [0]) == pytest.approx([1200.0])
+    free = Pace(clock=clock, sleep=clock.sleep)
+    assert starts(free, clock, [10**30, 0]) == pytest.approx([1200.0, 1200.0])
 
 
-# Replies
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "", "[]", "{}", '{"choices": []}', '{"choices": [{}]}', '{"choices": {"a": 1}}',
-        '{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}',
-        '{"choices": [{"message": {"content": "a"}}]}', '{"error": {"message": "x"}}',
-    ],
-)  # fmt: skip
-def test_bodies_that_are_no_reply(body: str) -> None:
-    with pytest.raises(Unreadable):
-        read_reply(body.encode())
-
-
-def test_a_message_cut_inside_its_thoughts_has_no_text() -> None:
-    choice = {"message": {"content": None, "reasoning_content": "hm"}, "finish_reason": "length"}
-    reply = read_reply(json.dumps({"choices": [choice]}).encode())
-    assert (reply.text, reply.finish_reason, reply.completion_tokens) == ("", "length", 0)
-
-
-def test_a_stream_is_whole_once_its_finish_reason_came() -> None:
-    def read(*events: str) -> Any:
-        async def lines() -> Any:
-            for event in events:
-                yield event
-
-        return asyncio.run(read_stream(lines()))
-
-    a = 'data: {"choices": [{"delta": {"role": "assistant", "content": "a"}}]}'
-    end = 'data:{"choices": [{"delta": {}, "finish_reason": "stop"}]}'
-    usage = 'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}'
-    whole = read(": ping", "", a, "event: x", a, end, usage, "data: [DONE]", "data: nonsense")
-    assert (whole.text, whole.prompt_tokens, whole.completion_tokens) == ("aa", 5, 2)
-    assert read(a, end).text == "a"
-    for broken in ([], [a], [a, "data: [DONE]"], [a, "data: {", end]):
-        with pytest.raises(Unreadable):
-            read(*broken)
-
-
-def test_retry_after_is_seconds_or_a_date() -> None:
-    assert retry_after("2.5") == 2.5 and retry_after("-1") == 0.0
-    assert retry_after(None) is None and retry_after("soon") is None
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    ahead = retry_after("Wed, 21 Oct 2099 07:28:00 GMT")
-    assert ahead is not None and ahead > 1e9
+def test_no_more_requests_at_a_time_than_are_allowed(server: Server) -> None:
+    server.fresh(delay=0.02)
+    ask(OpenAIEngine(server.url, MODELS, ServerSettings(concurrency=2)), *keys(11))
+    assert server.seen()["most"] == 2

@@ -8,9 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from satune.cli.main import app
 from satune.tasks import sandbox
 from satune.tasks.sandbox import check, guards, screen
+from satune.tasks.workers import Workers
+from satune.types import UserError
 
 LINUX = sys.platform == "linux"
 FORMAT = "def inputs_check(inputs):\n    return True\n"
@@ -182,7 +186,7 @@ def test_the_screen_alone_refuses_all_that_reaches_out(name):
         ("__builtins__", "line 1: use of __builtins__"),
         ("getattr(1, 'real')", "line 1: use of getattr"),
         ("e = eval", "line 1: use of eval"),
-        ("'{0.__class__}'.format(1)", "line 1: text with a double underscore"),
+        ("'{0.__class__}'.format(1)", "line 1: attribute __class__"),
         ("f'{1}__'", "line 1: text with a double underscore"),
         ("def g(): yield\ng().gi_frame", "line 2: attribute gi_frame"),
         ("class A:\n    def __del__(self): pass", "line 2: use of __del__"),
@@ -195,10 +199,81 @@ def test_the_screen_alone_refuses_all_that_reaches_out(name):
         ("match 1:\n    case object(__class__=c): pass", "line 2: attribute __class__"),
         ("global __builtins__", "line 1: use of __builtins__"),
         ("class A:\n  __slots__ = ()", "line 2: use of __slots__"),
+        # attributes whose names stand nowhere in the source
+        ("match 1:\n    case Made(found): pass", "line 2: a class pattern with positions"),
+        ("match 1:\n    case int(found): pass", "line 2: a class pattern with positions"),
+        ("match 1:\n    case [object(gi_frame=f)]: pass", "line 2: attribute gi_frame"),
+        ("type('A', (), {})", "line 1: use of type beside type(x)"),
+        ("type(*parts)", "line 1: use of type beside type(x)"),
+        ("make = type", "line 1: use of type beside type(x)"),
+        ("list(map(type, a, b, c))", "line 1: use of type beside type(x)"),
+        ("class M(type): pass", "line 1: use of type beside type(x)"),
+        ("class A(metaclass=M): pass", "line 1: a metaclass"),
+        ("class A(**given): pass", "line 1: a metaclass"),
+        ("int.mro()", "line 1: attribute mro"),
+        ("collections.UserList.register(A)", "line 1: attribute register"),
+        ("form = '{0._' + 'x}'\nform.format(1)", "line 2: format of something else than a text"),
+        ("str.format('{0}', 1)", "line 1: format of something else than a text"),
+        ("'{a}'.format_map({})", "line 1: format_map of something else"),
+        ("'{0.gi_frame.f_globals}'.format(g)", "line 1: attribute gi_frame"),
+        ("'{0:{1[a].gi_code}}'.format(1, g)", "line 1: attribute gi_code"),
+        ("f'{1:{g.gi_frame}}'", "line 1: attribute gi_frame"),
+        ("[g.gi_frame for g in a]", "line 1: attribute gi_frame"),
+        ("x = '_' '_'", "line 1: text with a double underscore"),
+        ("x.\U0001d4f0\U0001d4f2_frame", "line 1: attribute gi_frame"),  # letters that are g and i
     ],
 )
 def test_the_screen_names_line_and_cause(code, fault):
     assert (screen(code) or "").startswith(fault)
+
+
+# A function's globals and a generator's frame, reached through patterns of a class made at run
+# time. The names are put together, so that no text of the source holds them.
+MADE = """
+U = "_" + "_"
+M = type("M", (type,), {U + "instancecheck" + U: lambda c, o: True})
+A = M("A", (), {U + "match_args" + U: (U + "globals" + U,)})
+def inputs_check(inputs):
+    match inputs_check:
+        case A(found):
+            return U + "builtins" + U in found
+constraint_list = []
+"""
+NAMED = """
+import collections
+names = collections.namedtuple("names", "gi_frame")
+class A(collections.UserList, names):
+    pass
+def two():
+    yield 1
+A.register(type(two()))
+def inputs_check(inputs):
+    match two():
+        case A(found):
+            return str(found).startswith("<frame")
+constraint_list = []
+"""
+
+
+@pytest.mark.parametrize("code", [MADE, NAMED], ids=["made by type", "a named tuple's child"])
+def test_patterns_that_reach_attributes_work_without_the_screen_and_are_refused_by_it(code):
+    verdict = check(code, "[1]")
+    assert verdict.holds, verdict  # it is a hole, or the test would show nothing
+    assert screen(code) is not None
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "type(x) is int or type(x) == type(y) or type(x)(y)",
+        "isinstance(x, type) or issubclass(x, (int, type))",
+        "'{} of {:>{w}}'.format(1, 2, w=3) + '{0.real}'.format(1) + format(1.0, '.2f')",
+        "match x:\n    case [a, {'k': b}, *c] | (int() as a, b, c): pass\n    case A(left=b): pass",
+        "class A(Exception): pass",
+    ],
+)
+def test_the_screen_lets_pass_what_checks_use(code):
+    assert screen(code) is None
 
 
 USUAL = """
@@ -264,3 +339,60 @@ def test_the_guards_are_reported():
         assert "system calls" in held
     if os.geteuid() == 0:
         assert "user nobody" in held
+
+
+NO_FILTER = "\nSYSTEM_CALLS = {}\n\n\nclass Instruction("
+
+
+@pytest.fixture
+def unfiltered(monkeypatch, tmp_path):
+    """A sandbox on a machine whose system calls cannot be filtered."""
+    source = sandbox.WORKER.read_text(encoding="utf-8")
+    changed = source.replace("\n\n\nclass Instruction(", f"\n{NO_FILTER}")
+    assert changed != source
+    worker = tmp_path / "sandbox_worker.py"
+    worker.write_text(changed, encoding="utf-8")
+    monkeypatch.setattr(sandbox, "WORKER", worker)
+    sandbox.demand.cache_clear()
+    yield
+    sandbox.allow_unsafe(False)
+    sandbox.demand.cache_clear()
+
+
+@pytest.mark.skipif(not LINUX, reason="elsewhere nothing is filtered anyway")
+def test_without_a_filter_nothing_runs_unless_the_user_says_so(unfiltered):
+    code = FORMAT + "constraint_list = []"
+    for asked in (sandbox.demand, sandbox.guards, lambda: check(code, "1")):
+        with pytest.raises(UserError, match=r"no filter of system calls.*--unsafe-checks runs"):
+            asked()
+    sandbox.allow_unsafe()
+    # The worker of a superuser has become "nobody" by then, whom the limits bind.
+    verdict = check(code, "1")
+    assert verdict.holds and "system calls" not in verdict.guards
+    sandbox.demand()
+
+
+def said_unsafe():
+    return sandbox.unsafe_allowed
+
+
+def test_worker_processes_know_what_the_user_allowed():
+    for allowed in (True, False):
+        sandbox.allow_unsafe(allowed)
+        try:
+            with Workers(said_unsafe, 1, 30.0) as pool:
+                assert pool.call() is allowed
+        finally:
+            sandbox.allow_unsafe(False)
+
+
+def test_commands_that_grade_take_the_users_word():
+    runner = CliRunner()
+    for command in ("grade", "eval", "train", "swap"):
+        shown = runner.invoke(app, [command, "--help"], terminal_width=200)
+        assert "--unsafe-checks" in shown.output, command
+    try:
+        runner.invoke(app, ["grade", "relay", "nowhere.jsonl", "--unsafe-checks"])
+        assert sandbox.unsafe_allowed()
+    finally:
+        sandbox.allow_unsafe(False)

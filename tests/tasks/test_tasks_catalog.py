@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from satune.tasks.catalog import TASKS, load_task, take
+from satune.tasks.catalog import TASKS, draw, load_task, take
 from satune.types import Problem, UserError
 from scripted import Letters
 
@@ -76,3 +76,20 @@ def test_a_finite_split_is_cycled_in_shuffled_epochs():
     assert len(set(again)) == 12
     assert [i.partition("#")[0] for i in again] == one_by_one[:12]
     assert sum(i.endswith("#3") for i in again) == 2
+
+
+class Marked(Five):
+    """Ids that look like those of repetitions."""
+
+    def problems(self, split):
+        return [Problem.of(name, "?", "a") for name in ("p", "p#2", "p#2#2", "p#4")]
+
+
+def test_repetitions_take_no_id_that_a_row_has():
+    task = Marked()
+    for problems in (take(task, "train", 20), draw(task, "train", 60)):
+        ids = [problem.id for problem in problems]
+        assert len(set(ids)) == len(ids)
+    # Five epochs: p comes up five times, and #2 and #4 are rows of their own.
+    ids = {problem.id for problem in take(task, "train", 20)}
+    assert {"p", "p#3", "p#5", "p#6", "p#7", "p#2", "p#2#3"} <= ids

@@ -6,18 +6,16 @@ Standard library only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from satune.thoughts import without_thoughts
 from satune.types import Completion, Entry, Message, Prompt, text_part
 
 CONTINUE = "continue"
 """What a seat is told between two messages of its own, since chat templates want roles to
 alternate and an empty message is shown differently by each of them."""
-
-_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +32,6 @@ class TemplateSettings:
     chat: str | None = None
     show_thoughts: bool = False
     names: bool = True
-
-
-def without_thoughts(text: str) -> str:
-    """``text`` without ``<think>`` blocks.
-
-    A block that never closes was cut by the length limit and is thought to its end; one that never
-    opens was opened by the template and is thought from the start.
-    """
-    if "<think>" not in text and "</think>" not in text:
-        return text
-    text = _THOUGHT.sub("", text)
-    return text.rsplit("</think>", 1)[-1].split("<think>", 1)[0].strip()
 
 
 class MessageBuilder:

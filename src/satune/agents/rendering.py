@@ -21,6 +21,7 @@ from satune.agents.messages import (
     own_message,
     user_message,
 )
+from satune.thoughts import opened_by
 from satune.types import Completion, Entry, Ids, Message, Prompt, UserError, ids_of
 
 _HISTORIES = (("3+4",), ("a b", "c", "d"), ("1", "x y.", "22", "z", "3\n4", "w", "v"))
@@ -157,6 +158,7 @@ class ChatView:
         self._dropped: set[int] = set()
         self._messages: list[Message] = []
         self._text = ""
+        self._opening = ""
         self._ids = ids_of()
         self._completion: Completion | None = None
 
@@ -183,7 +185,8 @@ class ChatView:
         while len(self._ids) + max_new_tokens > self._renderer.context_limit:
             self._drop_oldest(max_new_tokens)
         self._completion = None
-        return Prompt(tuple(self._messages), self._ids, len(self._dropped))
+        self._opening = opened_by(self._text)
+        return Prompt(tuple(self._messages), self._ids, len(self._dropped), self._opening)
 
     def _extend(self, new: list[Entry]) -> bool:
         """Appends to the last prompt and its completion, if the template's text allows it."""
@@ -191,11 +194,12 @@ class ChatView:
         if completion is None or completion.ids is None or not new:
             return False
         own, rest = new[0], new[1:]
-        if own.kind != "own" or own.text != completion.text or any(e.kind == "own" for e in rest):
+        written = self._opening + completion.text
+        if own.kind != "own" or own.text != written or any(e.kind == "own" for e in rest):
             return False
         content = renderer.content(rest)
         messages = [*self._messages, own_message(own.text), user_message(content)]
-        start = self._text + own.text
+        start = self._text + completion.text
         if renderer.append_only and _is_plain(own.text):
             suffix = renderer.tail(content)
         else:

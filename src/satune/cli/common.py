@@ -13,13 +13,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from satune.types import UserError
+from satune.types import UserError, printable
 
 RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value")
 ]
 Out = Annotated[Path | None, typer.Option(help="the run's directory")]
+UnsafeChecks = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-checks",
+        help="run a benchmark's code even where no system calls can be filtered",
+        callback=lambda value: _allow_unsafe() if value else value,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
 _UNBOUNDED = 1_000_000
@@ -28,6 +36,13 @@ _UNBOUNDED = 1_000_000
 
 class Interrupted(Exception):
     """Ctrl-C, with the command that goes on."""
+
+
+def _allow_unsafe() -> bool:
+    from satune.tasks.sandbox import allow_unsafe
+
+    allow_unsafe()
+    return True
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -40,7 +55,7 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 def say(line: str) -> None:
-    print(" ".join(line.split("\n")), file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def show_result(

@@ -17,6 +17,7 @@ from satune.cli.common import (
     AsJson,
     Interrupted,
     Overrides,
+    UnsafeChecks,
     find_recipe,
     open_console,
     quiet_libraries,
@@ -155,6 +156,7 @@ def evaluate(
             show_default=f"{ENVIRONMENT_KEY} beside --base-url, {KEY_VARIABLE} without it",
         ),
     ] = None,
+    unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
@@ -242,10 +244,16 @@ def evaluate(
                 sum(getattr(engine, name) for engine in servers.engines)
                 for name in ("requests", "repeated", "reused")
             )
+            silent = sum(engine.silent for engine in servers.engines)
             if repeated or reused:
                 display.note(
                     f"{requests} requests, {repeated} of them repetitions; "
                     f"{reused} answers were on file"
+                )
+            if silent:
+                display.note(
+                    f"{silent} replies held reasoning and no content, and count as empty; see the "
+                    "server's reasoning parser, or raise max_new_tokens"
                 )
     except KeyboardInterrupt:
         raise Interrupted(shlex.join(command) if directory.is_dir() else "") from None

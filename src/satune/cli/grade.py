@@ -9,14 +9,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from satune.cli.common import AsJson, open_console, say, show_result
+from satune.cli.common import AsJson, UnsafeChecks, open_console, say, show_result
 
 
 def grade(
     name: Annotated[str, typer.Argument(help="a task by name, or path/to/file.py:Task")],
     responses: Annotated[Path, typer.Argument(help='JSONL rows {"id", "response" or "responses"}')],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="options of the task")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="options of the task; thinking=open: the prompt ended inside a thought",
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="the problems: a file or a hub id")] = None,
     workers: Annotated[
@@ -25,12 +29,15 @@ def grade(
     seconds: Annotated[float, typer.Option(min=0.1, help="limit for grading one response")] = 30.0,
     seed: Annotated[int, typer.Option(min=0, help="of generated problems")] = 0,
     out: Annotated[Path | None, typer.Option(help="also write the grades here, a row each")] = None,
+    unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
     """Grade responses that were written elsewhere."""
     from satune.cli.progress import Display
     from satune.commands.grade import grade_file
 
+    given = _options(options or [])
+    thinking = given.pop("thinking", None)
     count = workers or min(len(os.sched_getaffinity(0)), 8)
     with Display(open_console(stderr=True)) as display:
         result = grade_file(
@@ -38,7 +45,8 @@ def grade(
             responses,
             data,
             seed=seed,
-            options=_options(options or []),
+            options=given,
+            thinking=thinking,
             workers=count,
             seconds=seconds,
             progress=lambda done, total: display.progress(done, total, "grading"),

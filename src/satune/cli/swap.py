@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from satune.cli.common import AsJson, Out, open_console, quiet_libraries, show_result
+from satune.cli.common import (
+    AsJson,
+    Out,
+    UnsafeChecks,
+    open_console,
+    quiet_libraries,
+    show_result,
+)
 
 
 def swap(
@@ -55,6 +62,7 @@ def swap(
         Path | None, typer.Option(help="rollout settings and task for a team directory")
     ] = None,
     out: Out = None,
+    unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
     """Give seats of a trained team to other models."""

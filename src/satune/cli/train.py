@@ -18,6 +18,7 @@ from satune.cli.common import (
     Interrupted,
     Overrides,
     RecipeFile,
+    UnsafeChecks,
     open_console,
     quiet_libraries,
     say,
@@ -39,6 +40,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
     resume_from: Annotated[str | None, typer.Option(help="go on from this checkpoint")] = None,
+    unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the team of a recipe."""
@@ -49,6 +51,7 @@ def train(
     resume = resume or resume_from is not None
     directory = out or (resume and _own_run(path)) or Path("runs") / path.stem
     command = ["satune", "train", recipe, *(overrides or []), "--out", str(directory), "--resume"]
+    command += ["--unsafe-checks"] if unsafe_checks else []
     summary = run_training(
         loaded, directory, resume=resume, checkpoint=resume_from, command=shlex.join(command)
     )

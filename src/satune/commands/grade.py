@@ -8,12 +8,11 @@ is sound at the edges (all right, all wrong, one problem); else the normal appro
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +21,9 @@ from satune.loading import missing_file, nearest
 from satune.play.conversation import plurality
 from satune.play.evaluation import Z_95, mean_estimate, pass_at_k
 from satune.tasks.catalog import load_task
+from satune.tasks.sources import read_bytes, read_json
 from satune.tasks.workers import Failure, Workers
+from satune.thoughts import opened
 from satune.types import Grade, Problem, Task, UserError
 
 Progress = Callable[[int, int], None]
@@ -58,7 +59,7 @@ def read_responses(path: str | Path) -> list[Responses]:
         raise missing_file(file)
     rows: list[Responses] = []
     first: dict[str, str] = {}
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_bytes(file).split(b"\n"), 1):
         if not line.strip():
             continue
         row = _responses(f"{path}, line {number}", line)
@@ -75,13 +76,7 @@ def read_responses(path: str | Path) -> list[Responses]:
 
 
 def _responses(place: str, line: bytes) -> Responses:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-        raise UserError(f"{place}: damaged row ({reason}); mend or delete it") from error
-    except RecursionError:
-        raise UserError(f"{place}: damaged row (nested too deeply); mend or delete it") from None
+    row = read_json(place, line)
     if not isinstance(row, dict):
         raise UserError(f'{place}: the row is no object; write {{"id": ..., "response": ...}}')
     identity = row.get("id")
@@ -179,6 +174,7 @@ def grade_file(
     *,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    thinking: str | None = None,
     workers: int = 1,
     seconds: float = 30.0,
     progress: Progress | None = None,
@@ -188,13 +184,19 @@ def grade_file(
     Returns {"benchmark", "rows", "responses", "score", "interval", "missing", "failed",
     "components", "per_row"}; rows with several responses add "pass_at" (by k) and "majority". A row
     scores the mean over its responses. ``missing`` counts problems of the data without a row; they
-    are in no figure but ``score_with_missing``, where each counts 0. A response whose grading takes
+    are in no figure but ``score_with_missing``, where each counts 0. ``thinking`` "open" says that
+    the responses go on from a prompt that ends inside a thought: up to "</think>" they are thought,
+    and one without it was cut and holds no answer. A response whose grading takes
     longer than ``seconds``, raises or ends its process scores 0 and is counted in ``failed``.
 
     Raises UserError for bad input, naming file and line.
     """
     given = dict(options or {})
+    if thinking not in (None, "open"):
+        raise UserError(f"thinking is {thinking!r}; give open, or leave it out")
     rows = read_responses(path)
+    if thinking == "open":
+        rows = [replace(row, texts=tuple(map(opened, row.texts))) for row in rows]
     task = load_task(name, data, seed, None, **given)
     problems, missing = match(task, rows)
     jobs: list[tuple[Problem, tuple[str, ...], bool]] = [

@@ -12,88 +12,31 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 
-from satune.engines.pace import Pace
-from satune.engines.replies import (
-    Reply,
-    Unreadable,
-    error_text,
-    read_reply,
-    read_stream,
-    retry_after,
+from satune.engines.answers import Answers
+from satune.engines.client import Client, ServerSettings, Session
+from satune.engines.failures import (
+    DOWN,
+    OVERFLOW,
+    REJECTED,
+    Failed,
+    Refused,
+    is_mistake,
+    kind_of,
+    out_of_quota,
 )
-from satune.files.lines import JsonLines
+from satune.engines.replies import Reply
 from satune.loading import KEY_VARIABLE
-from satune.types import Completion, Key, Prompt, Sampling, UserError
+from satune.types import Completion, EpisodeFailure, Key, Prompt, Sampling, UserError
 
-_RETRIED = {408, 409, 425, 429}
 _LONGEST_DELAY = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """How a server is asked.
-
-    ``retries`` is how often a request is repeated after a failure that may pass, the delay doubling
-    from ``first_delay`` seconds to a minute, drawn between half and whole. ``timeout`` is what one
-    request may take, in seconds; with ``stream`` what may pass between two pieces of its answer.
-    ``requests_per_minute`` and ``tokens_per_minute`` set no limit when None. ``seed`` sends a seed
-    made from each request's key, so that a server that heeds it answers the same again.
-    """
-
-    concurrency: int = 32
-    retries: int = 8
-    first_delay: float = 0.5
-    timeout: float = 1200.0
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    stream: bool = False
-    seed: bool = True
-
-    def __post_init__(self) -> None:
-        lowest = {"concurrency": 1, "retries": 0}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise UserError(f"server: {name} is {getattr(self, name)}; give at least {least}")
-        for name in ("timeout", "first_delay", "requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"server: {name} is {value}; give a number above 0")
-
-
-class Answers:
-    """What servers answered, by request, on file (None: it is not kept). Engines may share one, if
-    each is told apart by its ``place``."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = JsonLines(path) if path is not None else None
-        rows = self._file.read() if self._file is not None else []
-        self._held = {row["request"]: Completion(**row["completion"]) for row in rows}
-
-    def get(self, request: str) -> Completion | None:
-        return self._held.get(request)
-
-    def keep(self, request: str, key: Key, completion: Completion) -> None:
-        if self._file is not None:
-            self._file.append(
-                {"request": request, "key": asdict(key), "completion": asdict(completion)}
-            )
-            self._held[request] = completion
-
-
-@dataclass(slots=True)
-class _Session:
-    """What belongs to one event loop."""
-
-    loop: asyncio.AbstractEventLoop
-    client: httpx.AsyncClient
-    gate: asyncio.Semaphore
+_PLAIN = [{"role": "user", "content": "Hello"}]
 
 
 class OpenAIEngine:
@@ -102,8 +45,9 @@ class OpenAIEngine:
     The key is read from the environment variable ``key_variable`` and goes nowhere but into the
     request. ``answers`` is the file of what was answered, or one that several engines share (None:
     nothing is written). Completions have no ids, so that training refuses their turns.
-    ``requests``, ``repeated`` and ``reused`` count requests sent, those of them that were
-    repetitions, and answers that were held already.
+    ``reused`` counts answers that were held already, ``silent`` replies that held reasoning and no
+    content. ``transport`` carries the requests and ``clock`` gives seconds, where neither the
+    network nor the machine's time is meant.
 
     Raises UserError for an address that is none or holds a key.
     """
@@ -116,32 +60,38 @@ class OpenAIEngine:
         *,
         key_variable: str = KEY_VARIABLE,
         answers: Answers | Path | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        address = address_of(base_url)
-        if address.username or address.password or address.query:
-            raise UserError(
-                f"base URL of {address.host}: it holds a key or a query; give the key in the "
-                f"environment variable {key_variable}"
-            )
-        self.base_url = base_url.rstrip("/")
-        self.models = dict(models)
         self.settings = settings or ServerSettings()
-        self.requests = self.repeated = self.reused = 0
-        self._url = f"{self.base_url}/chat/completions"
-        self._local = address.host in ("localhost", "127.0.0.1", "::1")
+        self.models = dict(models)
         self.key_variable = key_variable
-        self._session: _Session | None = None
-        self._pace = Pace(self.settings.requests_per_minute, self.settings.tokens_per_minute)
-        self._limit_field = "max_tokens"
+        self.reused = self.silent = 0
+        self._client = Client(base_url, self.settings, key_variable, transport, clock)
+        self.base_url = self._client.base_url
+        self._clock = clock
+        self._accepted: set[str] = set()  # requests, but for their prompts, that were answered
         self._answers = answers if isinstance(answers, Answers) else Answers(answers)
+
+    @property
+    def requests(self) -> int:
+        """Requests sent."""
+        return self._client.requests
+
+    @property
+    def repeated(self) -> int:
+        """Those of the requests that were repetitions."""
+        return self._client.repeated
 
     # -- what rollouts call ----------------------------------------------------------------------
 
     async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
         """The seat's completion, from the file where it was answered before.
 
-        Raises UserError for a seat without a model, for what the server refuses (no such model, no
-        right, a bad request) and when it stays away.
+        A failure that may pass is asked again. Raises EpisodeFailure where that did not help, or
+        cannot: the kinds are those of ``engines.failures``. Raises UserError for what every request
+        would meet: a seat without a model; an address, a key or a model that is refused; options
+        that are refused whatever the prompt; a server that was never there.
         """
         if seat not in self.models:
             raise UserError(f"no model for the seat {seat!r}; there are: {', '.join(self.models)}")
@@ -165,9 +115,10 @@ class OpenAIEngine:
         if held is not None:
             self.reused += 1
             return held
-        session = self._open()
+        session = self._client.session()
         async with session.gate:
             reply = await self._ask(session, body)
+        self.silent += bool(reply.note)
         completion = Completion(
             reply.text,
             reply.finish_reason,
@@ -175,7 +126,7 @@ class OpenAIEngine:
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,
         )
-        self._answers.keep(identity, key, completion)
+        self._answers.keep(identity, key, completion, reply.note)
         return completion
 
     def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
@@ -190,37 +141,9 @@ class OpenAIEngine:
 
     async def close(self) -> None:
         """Close the connections. An engine that is used again opens new ones."""
-        if self._session is not None and self._session.loop is asyncio.get_running_loop():
-            await self._session.client.aclose()
-        self._session = None
+        await self._client.close()
 
     # -- one request -----------------------------------------------------------------------------
-
-    def _open(self) -> _Session:
-        loop = asyncio.get_running_loop()
-        if self._session is None or self._session.loop is not loop:
-            settings = self.settings
-            self._session = _Session(
-                loop,
-                httpx.AsyncClient(
-                    headers=self._headers(),
-                    # The whole request has its own limit; here only what a stream waits for.
-                    timeout=httpx.Timeout(settings.timeout, connect=min(30.0, settings.timeout)),
-                    limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-                    # A proxy from the environment does not know this machine's own servers.
-                    trust_env=not self._local,
-                    # Reading the certificates takes longer than many an answer.
-                    verify=not (self._local and self.base_url.startswith("http:")),
-                ),
-                asyncio.Semaphore(settings.concurrency),
-            )
-        return self._session
-
-    def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key.isascii() or not key.isprintable():
-            raise UserError(f"${self.key_variable}: holds characters that no key has; set it anew")
-        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _body(self, model: str, prompt: Prompt, sampling: Sampling, key: Key) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -237,112 +160,113 @@ class OpenAIEngine:
             body["seed"] = key.rng("server").getrandbits(31)
         return body
 
-    async def _ask(self, session: _Session, body: Mapping[str, Any]) -> Reply:
-        """Ask until there is an answer. Raises UserError as ``generate`` does."""
-        settings = self.settings
-        begun = time.monotonic()
-        for attempt in range(settings.retries + 1):
-            await self._pace.turn()
-            self.requests += 1
-            self.repeated += attempt > 0
-            field = self._limit_field
+    async def _ask(self, session: Session, body: Mapping[str, Any]) -> Reply:
+        """Ask until there is an answer. Raises as ``generate`` does."""
+        settings, begun = self.settings, self._clock()
+        form = _form(body)
+        attempt = 0
+        while True:
+            limit_field = self._client.limit_field
             try:
-                async with asyncio.timeout(None if settings.stream else settings.timeout):
-                    response, reply = await self._send(session.client, body)
-            except TimeoutError:
-                trouble = f"no answer within {settings.timeout:g} s"
-            except (httpx.TransportError, Unreadable, httpx.DecodingError) as error:
-                trouble = self._short(_one_line(error))
+                reply = await self._client.send(body, again=attempt > 0)
+            except Failed as error:
+                failed = error
+                if failed.kind.policy and failed.kind is not OVERFLOW:
+                    self._accepted.add(form)
+            except Refused as refused:
+                # Newer models of one vendor know the limit by another name only.
+                if self._renamed(refused, limit_field):
+                    continue
+                last = attempt >= settings.retries
+                failed = await self._judge(refused, session, body, form, last=last)
             else:
-                if reply is not None:
-                    self._pace.spent(reply.prompt_tokens + reply.completion_tokens)
-                    return reply
-                trouble = self._passing(response, str(body["model"]), field)
-                wanted = retry_after(response.headers.get("retry-after"))
-                if wanted is not None:
-                    self._pace.pause(min(wanted, 10 * _LONGEST_DELAY))
-            if attempt < settings.retries:
-                longest = min(_LONGEST_DELAY, settings.first_delay * 2.0**attempt)
-                # Requests that failed together must not come back together.
-                await asyncio.sleep(longest * random.uniform(0.5, 1.0))
-        raise UserError(
-            f"{self.base_url}: no answer after {settings.retries + 1} attempts in "
-            f"{time.monotonic() - begun:.0f} s (last: {self._clean(trouble)}); see that the server "
-            "runs and can be reached, then give the same command again"
-        )
+                self._accepted.add(form)
+                return reply
+            attempt += 1
+            if attempt > settings.retries or not failed.kind.again:
+                break
+            longest = min(_LONGEST_DELAY, settings.first_delay * 2.0 ** min(attempt - 1, 99))
+            # Requests that failed together must not come back together.
+            await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+        said = self._client.short(failed.said)
+        if not failed.kind.policy and not self._client.met:
+            raise UserError(
+                f"{self.base_url}: no answer after {attempt} attempts in "
+                f"{self._clock() - begun:.0f} s (last: {said}); see that the server runs and can "
+                "be reached, then give the same command again"
+            )
+        attempts = f" ({attempt} attempts)" if attempt > 1 else ""
+        raise EpisodeFailure(f"{failed.kind.name}: {said}{attempts}", policy=failed.kind.policy)
 
-    async def _send(
-        self, client: httpx.AsyncClient, body: Mapping[str, Any]
-    ) -> tuple[httpx.Response, Reply | None]:
-        """The response, and the reply in it unless its status is an error."""
-        sent = {self._limit_field if k == "max_tokens" else k: v for k, v in body.items()}
-        if self.settings.stream:
-            sent |= {"stream": True, "stream_options": {"include_usage": True}}
-        async with client.stream("POST", self._url, json=sent) as response:
-            if response.status_code != 200:
-                await response.aread()
-                return response, None
-            # A server that knows no streams answers with the whole.
-            kind = response.headers.get("content-type", "")
-            if kind.startswith("text/event-stream"):
-                return response, await read_stream(response.aiter_lines())
-            return response, read_reply(await response.aread())
+    # -- what a refusal means --------------------------------------------------------------------
 
-    def _passing(self, response: httpx.Response, model: str, field: str) -> str:
-        """What is wrong, in words, if it may pass. Raises UserError for what will not. ``field`` is
-        the name under which the request gave its limit of tokens."""
-        status = response.status_code
-        said = self._short(_said(response))
-        # Newer models of one vendor know the limit by another name only.
-        if status == 400 and "max_completion_tokens" in said and field == "max_tokens":
-            self._limit_field = "max_completion_tokens"
-            return said
-        exhausted = status == 429 and "insufficient_quota" in response.text
-        if (status in _RETRIED or status >= 500) and not exhausted:
-            return f"status {status}: {said}"
-        self._refuse(status, said, model, response.headers.get("location", ""))
+    def _renamed(self, refused: Refused, field: str) -> bool:
+        """Whether the server wants the limit of tokens, given as ``field``, under another name."""
+        wanted = field == "max_tokens" and "max_completion_tokens" in refused.said
+        if wanted and refused.status == 400 and kind_of(refused) is not OVERFLOW:
+            self._client.limit_field = "max_completion_tokens"
+            return True
+        return False
 
-    def _refuse(self, status: int, said: str, model: str, location: str) -> NoReturn:
+    async def _judge(
+        self, refused: Refused, session: Session, body: Mapping[str, Any], form: str, *, last: bool
+    ) -> Failed:
+        """The failure of one request by its status. ``last``: it will not be asked again.
+
+        Raises UserError for the user's mistake: what speaks of the address, the key or the model
+        before any such request was answered, and what is refused for the plainest prompt too.
+        """
+        kind, model = kind_of(refused), str(body["model"])
+        said = f"status {refused.status}: {refused.said}"
+        if kind not in (None, OVERFLOW):
+            return Failed(kind, said)
+        mistaken = is_mistake(refused)
+        if out_of_quota(refused) or (mistaken and form not in self._accepted):
+            raise self._mistake(refused, model)
+        if mistaken and not last:
+            return Failed(DOWN, said)  # a server that starts anew, or what stands before it
+        async with session.trying:
+            if mistaken or form not in self._accepted:
+                await self._try_plain(refused, body, form)
+        return Failed(kind or REJECTED, said)
+
+    async def _try_plain(self, refused: Refused, body: Mapping[str, Any], form: str) -> None:
+        """Ask the same for a prompt of one word: is the prompt at fault, or the rest? Raises
+        UserError if that is refused too."""
+        try:
+            await self._client.send({**body, "messages": _PLAIN})
+        except Failed:  # tells nothing
+            return
+        except Refused as plain:
+            if kind_of(plain) in (None, OVERFLOW):
+                raise self._mistake(refused, str(body["model"])) from None
+            return
+        self._accepted.add(form)
+
+    def _mistake(self, refused: Refused, model: str) -> UserError:
+        status, said = refused.status, self._client.short(refused.said)
         if status in (401, 403):
             held = os.environ.get(self.key_variable)
             state = "refuses the key in" if held else "wants a key; set"
             line = f"the server {state} ${self.key_variable} (status {status}: {said})"
-        elif status == 404:
+        elif status in (404, 405):
             line = (
-                f"status 404 for the model {model!r} ({said}); name a model that it serves, or "
-                "mend the base URL (it mostly ends in /v1)"
+                f"status {status} for the model {model!r} ({said}); name a model that it serves, "
+                "or mend the base URL (it mostly ends in /v1)"
             )
-        elif 300 <= status < 400:
-            line = f"it sends on to {location or 'another address'}; give that as the base URL"
-        elif status == 429:
+        elif status < 400:
+            place = refused.location or "another address"
+            line = f"it sends on to {place}; give that as the base URL"
+        elif out_of_quota(refused):
             line = f"the quota is used up ({said}); raise it, then give the same command again"
+        elif kind_of(refused) is OVERFLOW:
+            line = (
+                f"even a prompt of one word does not fit (status {status}: {said}); lower "
+                "max_new_tokens, or serve the model with a longer context"
+            )
         else:
             line = f"it refuses the request to {model!r} (status {status}: {said}); mend that"
-        raise UserError(self._clean(f"{self.base_url}: {line}"))
-
-    def _clean(self, text: str) -> str:
-        """``text`` on one line, without the key should the server have repeated it."""
-        key = os.environ.get(self.key_variable, "").strip()
-        text = " ".join(text.split())
-        return text.replace(key, "***") if key else text
-
-    def _short(self, text: str) -> str:
-        """At most 300 characters of what a server said. Cleaned first: half a key is no key that
-        can be found."""
-        text = self._clean(text)
-        return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def address_of(base_url: str) -> httpx.URL:
-    """``base_url``, read. Raises UserError for what is no address."""
-    try:
-        address = httpx.URL(base_url)
-    except httpx.InvalidURL:
-        address = httpx.URL()
-    if address.scheme not in ("http", "https") or not address.host:
-        # Not shown: what cannot be read may hold a key.
-        raise UserError("base URL: not an address; give one like http://localhost:8000/v1")
-    return address
+        return UserError(self._client.clean(f"{self.base_url}: {line}"))
 
 
 def _identity(body: Mapping[str, Any], key: Key, place: str) -> str:
@@ -351,13 +275,6 @@ def _identity(body: Mapping[str, Any], key: Key, place: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _said(response: httpx.Response) -> str:
-    try:
-        return error_text(response.json())
-    except ValueError:
-        return error_text(response.text or response.reason_phrase)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _form(body: Mapping[str, Any]) -> str:
+    """Names what requests have in common that differ in their prompts."""
+    return json.dumps({k: v for k, v in body.items() if k not in ("messages", "seed")})

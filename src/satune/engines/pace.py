@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+LONGEST_PAUSE = 600.0
+"""Seconds that nobody is kept waiting for longer, whatever a server says."""
+
 
 class Pace:
     """Spaces requests evenly at ``requests`` a minute and holds tokens to ``tokens`` a minute.
 
     What a request costs in tokens is known only when it is answered. So ``spent`` draws on an
     allowance that refills steadily (up to one minute's worth), and requests wait while it is
-    overdrawn. None sets no limit. ``clock`` gives seconds.
+    overdrawn, at most ``LONGEST_PAUSE``. None sets no limit. ``clock`` gives seconds.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class Pace:
 
     def spent(self, tokens: int) -> None:
         """A reply came that cost so many tokens."""
-        self._overdrawn(self._clock())
-        self._allowance -= tokens
+        if self._tokens:
+            self._overdrawn(self._clock())
+            deepest = -self._tokens * LONGEST_PAUSE / 60.0
+            self._allowance = max(deepest, self._allowance - max(0, tokens))
 
     def pause(self, seconds: float) -> None:
-        """The server asked for a pause: nobody starts before it is over."""
-        self._next = max(self._next, self._clock() + seconds)
+        """The server asked for a pause: nobody starts before it is over, or ``LONGEST_PAUSE``."""
+        self._next = max(self._next, self._clock() + min(seconds, LONGEST_PAUSE))
 
     def _overdrawn(self, now: float) -> float:
         """Seconds until the allowance is no longer overdrawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -10,6 +11,7 @@ from jinja2 import TemplateError
 from satune.agents.loading import AgentSpec, Precision, load_policies
 from satune.agents.policy import Policy
 from satune.engines.local import LocalEngine
+from satune.thoughts import opened_by
 from satune.types import (
     Completion,
     Engine,
@@ -109,7 +111,7 @@ class LocalRole:
     async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
         messages = list(prompt.messages)
         room = self._policy.context_limit - sampling.max_new_tokens
-        while len(ids := self._ids(messages)) > room:
+        while len(ids := self._ids(text := self._text(messages))) > room:
             if len(messages) < 4:
                 raise UserError(
                     f"task.host: {len(ids)} tokens of a prompt and {sampling.max_new_tokens} new "
@@ -117,7 +119,8 @@ class LocalRole:
                 )
             del messages[1:3]
         ready = Prompt(tuple(messages), ids)
-        return await self._engine.generate(_ROLE, ready, sampling, key)
+        completion = await self._engine.generate(_ROLE, ready, sampling, key)
+        return replace(completion, text=opened_by(text) + completion.text)
 
     def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         raise AssertionError("a role is not trained")
@@ -128,12 +131,14 @@ class LocalRole:
 
     async def close(self) -> None: ...
 
-    def _ids(self, messages: Sequence[Message]) -> Ids:
+    def _text(self, messages: Sequence[Message]) -> str:
         if not self._takes_system and messages[0]["role"] == "system" and len(messages) > 1:
             led = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages = [{"role": "user", "content": led}, *messages[2:]]
-        encoded = self._policy.tokenizer(self._render(messages), add_special_tokens=False)
-        return ids_of(encoded["input_ids"])
+        return self._render(messages)
+
+    def _ids(self, text: str) -> Ids:
+        return ids_of(self._policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Sequence[Message]) -> str:
         text = self._policy.tokenizer.apply_chat_template(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from satune.agents.loading import AgentSpec
+from satune.engines.answers import Answers
 from satune.engines.routed import RoutedEngine
 from satune.loading import KEY_VARIABLE, served
 from satune.types import Completion, Engine, Key, Prompt, Sampling, UserError
 
 if TYPE_CHECKING:  # httpx is an extra
-    from satune.engines.openai import Answers, OpenAIEngine
+    from satune.engines.openai import OpenAIEngine
 
 
 class Servers:
@@ -50,7 +51,8 @@ class Servers:
         or options were said to be others, and without the package that asks.
         """
         try:
-            from satune.engines.openai import Answers, OpenAIEngine, ServerSettings, address_of
+            from satune.engines.client import ServerSettings, address_of
+            from satune.engines.openai import OpenAIEngine
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{url}: to ask a server needs {error.name}; pip install 'satune[openai]'"

@@ -14,13 +14,18 @@ from satune.types import UserError
 def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add objects, one a line of strict JSON. A killed process leaves a prefix of the lines.
 
-    Raises UserError where the disk refuses.
+    Raises UserError where the disk refuses; the file is then as it was.
     """
     path = Path(path)
     data = "".join(f"{strict_json(row)}\n" for row in rows).encode()
     with disk_errors(path), open(path, "ab", buffering=0) as file:
-        while data:
-            data = data[file.write(data) or 0 :]
+        whole = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) or 0 :]
+        except OSError:
+            file.truncate(whole)  # or the next line would be glued to half of this one
+            raise
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -37,11 +42,14 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
             raise UserError(
-                f"{path}, line {number}: not JSON; remove the line or the run"
-            ) from None
+                f"{path}, line {number}: not JSON, or no object; remove the line or the run"
+            )
+        rows.append(row)
     return rows
 
 

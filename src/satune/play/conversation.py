@@ -143,7 +143,7 @@ class Talk:
             agent=seat.agent,
             moment=moment,
             own_index=own_index,
-            text=completion.text,
+            text=prompt.opening + completion.text,
             finish_reason=completion.finish_reason,
             version=completion.version,
             prompt_ids=prompt.ids,

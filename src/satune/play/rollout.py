@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from satune.files.interrupts import uninterrupted
 from satune.play.conversation import Talk, together
+from satune.thoughts import answer_part
 from satune.types import (
     Completion,
     Engine,
@@ -305,10 +306,9 @@ async def _converse(
 
 def _checked_answer(answer: Any) -> str | None:
     if answer is not None and not isinstance(answer, str):
-        raise UserError(
-            f"protocol: its answer is a {type(answer).__name__}; return a message's text or None"
-        )
-    return answer
+        raise UserError(f"protocol: its answer is a {type(answer).__name__}; return text or None")
+    # A thought that never ended is no answer, whatever the task would read in it.
+    return None if answer is None or answer_part(answer) is None else answer
 
 
 def _check_seats(seats: Sequence[Seat]) -> None:

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from satune.tasks.sources import Row, read_rows
+from satune.tasks.sources import Row, identity, read_rows
 from satune.tasks.splits import RowTask, check_integer
+from satune.thoughts import without_thoughts
 from satune.types import Generate, Grade, Message, Problem, Sampling, StepResult, UserError
 
 MAX_TURNS = 25
@@ -132,7 +133,7 @@ class HostedGame(RowTask, ABC):
         """A row's problem; what its roles alone know goes to ``_secrets``, by its id."""
 
     def _named(self, number: int, row: Row) -> str:
-        return str(row.get("id", f"{self.name}-{row.get('index', number)}"))
+        return identity(row, f"{self.name}-{identity(row, str(number), 'index')}")
 
 
 class Questions(ABC):
@@ -210,18 +211,6 @@ def f1_score(prediction: Sequence[str], reference: Sequence[str]) -> float:
     """
     common = sum((Counter(prediction) & Counter(reference)).values())
     return 2.0 * common / (len(prediction) + len(reference)) if common else 0.0
-
-
-def without_thoughts(text: str) -> str:
-    """A message without ``<think>`` blocks, one that was cut off or has no beginning included."""
-    if "<think>" not in text and "</think>" not in text:
-        return text
-    kept, at = [], 0
-    while (start := text.find("<think>", at)) >= 0 and (end := text.find("</think>", start)) >= 0:
-        kept.append(text[at:start])
-        at = end + len("</think>")
-    said = "".join(kept) + text[at:]
-    return said.rpartition("</think>")[2].partition("<think>")[0].strip()
 
 
 def plain(text: str) -> str:

@@ -21,9 +21,9 @@ from satune.tasks.arbench import (
     Role,
     ScriptedSuspect,
     plain,
-    without_thoughts,
 )
 from satune.tasks.sources import Row, field
+from satune.thoughts import without_thoughts
 from satune.types import Generate, Grade, Problem, UserError
 
 LETTERS = "ABCDE"

@@ -17,9 +17,9 @@ from satune.tasks.arbench import (
     ScriptedHost,
     f1_score,
     plain,
-    without_thoughts,
 )
 from satune.tasks.sources import Row, field
+from satune.thoughts import without_thoughts
 from satune.types import Generate, Grade, Problem, UserError
 
 _LONGEST = 100_000  # characters of an explanation that are counted

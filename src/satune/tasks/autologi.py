@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from satune.tasks.literals import find_literal, read_literal
-from satune.tasks.sandbox import MEMORY, SECONDS, check, screen
-from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.sandbox import MEMORY, SECONDS, check, demand, screen
+from satune.tasks.sources import Row, field, identity, read_rows
 from satune.tasks.splits import RowTask, places_of
+from satune.thoughts import without_thoughts
 from satune.types import Grade, Problem, UserError
 
 _CODE = ("Inputs_Check_code", "Constraint_List_code")
@@ -27,7 +28,8 @@ class AutoLogi(RowTask):
     ``lang`` keeps the rows of one language ("en", "cn"). ``seconds`` (wall time) and ``memory``
     (MiB) bound one check; see ``sandbox``.
 
-    Raises UserError for a bad option or a bad row (file and line).
+    Raises UserError for a bad option or a bad row (file and line), and where checks would run half
+    protected (see ``sandbox.check``).
     """
 
     name = "autologi"
@@ -47,6 +49,7 @@ class AutoLogi(RowTask):
             raise UserError(f"task autologi: seconds is {seconds!r}; give a number above 0")
         if isinstance(memory, bool) or not isinstance(memory, int) or memory < 64:
             raise UserError(f"task autologi: memory is {memory!r}; give MiB, an integer from 64 up")
+        demand()
         self.seed = seed
         self.seconds = float(seconds)
         self.memory = memory
@@ -62,8 +65,9 @@ class AutoLogi(RowTask):
         self._keep(kept, eval_fraction)
 
     def extract(self, text: str) -> str | None:
-        """The message's last literal, written the way Python writes it; None if there is none."""
-        found = find_literal(text)
+        """The message's last literal outside a thought, written the way Python writes it; None if
+        there is none."""
+        found = find_literal(without_thoughts(text))
         if found is None:
             return None
         try:
@@ -122,8 +126,10 @@ def _problem(place: str, row: Row) -> Problem:
         raise UserError(f"{place}: {' and '.join(_CODE)} must be text; write Python source")
     lang = str(row.get("lang", "en"))
     # The two official files count from 1 each, so an idx alone would not be a name.
-    identity = str(row["id"]) if "id" in row else f"{lang}-{field(place, row, 'idx')}"
-    return Problem.of(identity, prompt, row.get("example"), code="\n".join(parts), lang=lang)
+    if row.get("id") is None:
+        field(place, row, "idx")
+    name = identity(row, f"{lang}-{row.get('idx')}")
+    return Problem.of(name, prompt, row.get("example"), code="\n".join(parts), lang=lang)
 
 
 def _value(text: str) -> Any:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from satune.tasks.strips import Fact, Instance, PddlError
+from satune.thoughts import without_thoughts
 
 Below = dict[str, str]
 """What each block stands on, "-" for the table."""
@@ -132,8 +133,8 @@ def after_moves(below: Mapping[str, str], moves: Sequence[str]) -> Below:
 
 def read_moves(text: str) -> list[str] | None:
     """The moves that a message ends with, as in "C-BC=A/CB"; None if it holds none. What stands
-    after "=" is the writer's notion of the state and does not count."""
-    found = _MOVES.findall(re.sub(r"=[A-Z/]*", " ", text))
+    after "=" is the writer's notion of the state and does not count; nor do thoughts."""
+    found = _MOVES.findall(re.sub(r"=[A-Z/]*", " ", without_thoughts(text)))
     return [found[-1][at : at + 2] for at in range(0, len(found[-1]), 2)] if found else None
 
 

@@ -58,11 +58,14 @@ Find actions that lead from the start to the end. Write them in order between [P
 _VERBS = ("pick-up", "put-down", "stack", "unstack")
 _COLOUR = "|".join(LETTERS)
 _VERB = re.compile(r"\b(?:(pick)(?: +|[_-])?up|(put)(?: +|[_-])?down|(stack)|(unstack))\b")
-_BLOCK = re.compile(rf"\b(?:({_COLOUR}) block|block ([a-z]))\b")
+_BLOCK = re.compile(rf"\b(?:({_COLOUR})[ _-]?block|block[ _-]([a-z]))\b")
 _LOOSE = re.compile(rf"\b(?:({_COLOUR})|block ([a-z]))\b")
 _PDDL = re.compile(
-    r"\(\s*(?:(pick-up|put-down)\s+([\w-]+)|(stack|unstack)\s+([\w-]+)\s+([\w-]+))\s*\)"
+    r"\( ?(?:(pick|put)[-_ ]?(?:up|down) ([\w-]+)|(stack|unstack) ([\w-]+) ([\w-]+)) ?\)"
 )
+_COLOURED = re.compile(rf"(?:the[_-])?({_COLOUR})[_-]?block")
+_LETTERED = re.compile(r"(?:the[_-])?block[_-]?([a-z])")
+_ATOMS = {"pick": "pick-up", "put": "put-down"}
 _TAKES = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
 _NAME = rf"(?:the ({_COLOUR}) block|block ([a-z]))"
 _FACTS = re.compile(rf"{_NAME} is (?:(clear)|on the (table)|on top of {_NAME})|the hand is (empty)")
@@ -75,7 +78,8 @@ def read_blocks_plan(text: str) -> list[Fact]:
 
     A line is an action if it holds a verb and as many different blocks as the verb takes, in
     order; other lines are passed over. So the official extraction has it. Beyond it, actions in
-    PDDL, "block m" and, where the blocks named in full do not suit the verb, "red" are understood.
+    PDDL (with the problem's names or the prompt's: c, orange, orange_block), "block m" and, where
+    the blocks named in full do not suit the verb, "red" are understood.
     """
     return read_plan(text, _read_line)
 
@@ -85,7 +89,8 @@ def _read_line(line: str) -> list[Fact]:
     if not verbs:
         return []
     atoms = [
-        (m[1], m[2]) if m[1] else (m[3], m[4], m[5]) for m in _PDDL.finditer(line) if m.lastindex
+        (_ATOMS[m[1]], _bare(m[2])) if m[1] else (m[3], _bare(m[4]), _bare(m[5]))
+        for m in _PDDL.finditer(line)
     ]
     if atoms:
         return atoms
@@ -99,10 +104,18 @@ def _read_line(line: str) -> list[Fact]:
 
 def to_objects(plan: Iterable[Fact], objects: Mapping[str, str]) -> list[Fact]:
     """A plan whose blocks are named as in the problem: a colour that is no object there becomes
-    its letter."""
-    return [
-        (step[0], *(b if b in objects else LETTERS.get(b, b) for b in step[1:])) for step in plan
-    ]
+    its letter, and so does "block_m"."""
+
+    def named(block: str) -> str:
+        lettered = _LETTERED.fullmatch(block)
+        return lettered[1] if lettered else LETTERS.get(block, block)
+
+    return [(step[0], *(b if b in objects else named(b) for b in step[1:])) for step in plan]
+
+
+def _bare(block: str) -> str:
+    coloured = _COLOURED.fullmatch(block)
+    return coloured[1] if coloured else block
 
 
 def block_name(block: str) -> str:

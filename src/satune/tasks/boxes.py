@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from satune.thoughts import without_thoughts
+
 LONGEST_ANSWER = 2000
 """Characters; a longer box holds no answer but prose."""
 
@@ -34,18 +36,15 @@ _BEFORE = re.compile(rf"(?:{_SPACE}|\$)*")
 _BEHIND = re.compile(r"(?:\s|~|[,;:! ]\\(?!\\)|\$(?!\\)|[,;]|\.(?!\.))*")
 _BOLD = re.compile(r"(\*\*?|__)([^*_].*[^*_]|[^*_])\1", re.DOTALL)
 _SIGNS = str.maketrans({"−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
-_THOUGHT_ENDS = "</think>"
-_THOUGHT_BEGINS = "<think>"
 
 
 def last_box(text: str) -> str | None:
     r"""What the last ``\boxed{}`` (or ``\fbox{}``) with balanced braces holds, without outer space.
 
     ``\boxed 2`` without braces holds what follows in its formula. Boxes that hold nothing and boxes
-    inside a thought (up to ``</think>``; all that follows a ``<think>`` that never ends) do not
-    count. Of nested boxes the innermost counts.
+    inside a thought (see ``thoughts``) do not count. Of nested boxes the innermost counts.
     """
-    spoken = text.rpartition(_THOUGHT_ENDS)[2].partition(_THOUGHT_BEGINS)[0]
+    spoken = without_thoughts(text)
     best = (-1, "")
     # For every open brace: where its content begins, and whether it is a box's.
     opened: list[tuple[int, bool]] = []

@@ -92,7 +92,8 @@ def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
 
     A task that generates (``fresh``) gives its endless stream. A finite split is cycled in epochs,
     each in an order shuffled by the task's seed; should a problem come up twice in one take, its
-    later ids get "#2", "#3" and so on. A user's task must have finite splits or ``problem_at``.
+    later ids get "#2", "#3" and so on, as far as no problem of the split has such an id itself. A
+    user's task must have finite splits or ``problem_at``.
     """
     if getattr(task, "fresh", False):
         at = getattr(task, "problem_at", None)
@@ -111,7 +112,7 @@ def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
             seed = getattr(task, "seed", 0)
             Key(seed, "order", problem=split, sample=epoch).rng().shuffle(order)
         chosen.append(rows[order[position % len(rows)]])
-    return _numbered(chosen)
+    return _numbered(chosen, rows)
 
 
 def draw(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
@@ -127,16 +128,24 @@ def draw(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
         raise UserError(f"task {task.name}: the split {split!r} holds no problems")
     seed = getattr(task, "seed", 0)
     keys = (Key(seed, "draw", problem=split, sample=i) for i in range(offset, offset + n))
-    return _numbered([key.rng().choice(rows) for key in keys])
+    return _numbered([key.rng().choice(rows) for key in keys], rows)
 
 
-def _numbered(problems: Sequence[Problem]) -> list[Problem]:
-    """The problems, later ones of an id with "#2", "#3" and so on behind it."""
+def _numbered(problems: Sequence[Problem], rows: Sequence[Problem]) -> list[Problem]:
+    """The problems, later ones of an id with the next of "#2", "#3" and so on behind it that gives
+    no id of ``rows``."""
+    own = {row.id for row in rows}
     taken: list[Problem] = []
     times: dict[str, int] = {}
     for problem in problems:
-        times[problem.id] = times.get(problem.id, 0) + 1
-        if times[problem.id] > 1:
-            problem = replace(problem, id=f"{problem.id}#{times[problem.id]}")
+        name = problem.id
+        if name in times:
+            suffix = times[name] + 1
+            while f"{name}#{suffix}" in own:
+                suffix += 1
+            times[name] = suffix
+            problem = replace(problem, id=f"{name}#{suffix}")
+        else:
+            times[name] = 1
         taken.append(problem)
     return taken

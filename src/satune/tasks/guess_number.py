@@ -19,15 +19,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from satune.tasks.arbench import MAX_TURNS
-from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.sources import Row, field, identity, read_rows
 from satune.tasks.splits import TENTHS, RowTask, check_integer, generator, lies_in
 from satune.tasks.sweep import neighbours, sweep
+from satune.thoughts import without_thoughts
 from satune.types import Entry, Generate, Grade, Problem, StepResult, UserError
 
 DIGITS = 4
 
 _MARKUP = re.compile(r"[\[\](){}*`_$<>\"']")
-_NAMED = re.compile(r"guess(?: is)?[ \t]*[:=]?\s*((?:[0-9][ \t,]*){4})(?![0-9])", re.IGNORECASE)
+# Possessive repeats: no blank is gone over twice.
+_NAMED = re.compile(
+    r"guess(?: is)?[ \t]*+[:=]?\s*+([0-9](?:[ \t,]*+[0-9]){3})(?![0-9])", re.IGNORECASE
+)
 _RUN = re.compile(r"(?<![0-9])[0-9]{4}(?![0-9])")
 _REPEATED = re.compile(r"Guess [0-9]+ was ([0-9]{4}):")
 _FEEDBACK = re.compile(r"([0-4])A([0-4])B")
@@ -111,8 +115,8 @@ class GuessNumber(RowTask):
 
     def extract(self, text: str) -> str | None:
         """The last four digits after the word "guess" (brackets, commas and spaces are allowed),
-        else the last run of exactly four digits; None if there is neither."""
-        cleaned = _MARKUP.sub("", text)
+        else the last run of exactly four digits; None if there is neither outside a thought."""
+        cleaned = _MARKUP.sub("", without_thoughts(text))
         named = _NAMED.findall(cleaned)
         if named:
             return re.sub(r"[^0-9]", "", named[-1])
@@ -191,7 +195,7 @@ class GuessNumber(RowTask):
             raise UserError(f"{place}: secret {secret!r} repeats a digit; all four must differ")
         turns = row.get("max_turns", self.max_turns)
         check_integer(f"{place}: max_turns", turns, 1)
-        return self._problem(str(row.get("id", f"row-{number}")), secret, turns)
+        return self._problem(identity(row, f"row-{number}"), secret, turns)
 
     def _problem(self, identity: str, secret: str, max_turns: int) -> Problem:
         text = "G" if self.prompt == "short" else _FULL_PROMPT.format(max_turns=max_turns)

@@ -60,9 +60,7 @@ _OBJECT = re.compile(
     r"([0-9]+)(?:[_-]([0-9]+))?(?![\w-])"
 )
 _LINE = re.compile(r"[\W\d_]*+(?:step[\W\d_]*+)?(load|unload|drive|fly)\b")
-_PDDL = re.compile(
-    r"\(\s*((?:un)?load-(?:truck|airplane)|drive-truck|fly-airplane)((?:\s+[\w-]+){3,4})\s*\)"
-)
+_PDDL = re.compile(r"\( ?((?:un)?load|drive|fly)(?:[-_ ](truck|airplane))?((?: [\w-]+){3,4}) ?\)")
 _STATEMENT = re.compile(r"initial conditions I have that,?(.*?)My goal is to have that(.*)", re.S)
 _FACTS = re.compile(r"(\w+) is (?:(an airport)|(at) (\w+)|in the city (\w+))")
 
@@ -72,30 +70,37 @@ def read_logistics_plan(text: str) -> list[Fact]:
 
     A line is an action if it starts with a verb (after a number, a bullet or "Step 1:") and names
     objects. One that names the wrong objects stays in the plan, where it cannot be executed. So the
-    official extraction has it; beyond it, bullets, steps, actions in PDDL and short names are
-    understood.
+    official extraction has it; beyond it, bullets, steps, actions in PDDL (with the problem's names
+    or the prompt's) and short names are understood.
     """
     return read_plan(text, _read_line)
 
 
 def _read_line(line: str) -> list[Fact]:
-    atoms = [(m[1], *m[2].split()) for m in _PDDL.finditer(line)]
+    atoms = [_step(m[1], m[2], [_named(n) for n in m[3].split()]) for m in _PDDL.finditer(line)]
     if atoms:
         return atoms
     start = _LINE.match(line)
-    if start is None:
-        return []
-    objects = list(_objects(line))
-    verb = start[1]
-    if not objects:
-        return []
-    carrier = objects[1:2] if verb.endswith("load") else objects[:1]
-    kind = {"a": "-airplane", "t": "-truck"}.get(carrier[0][0], "") if carrier else ""
-    step = (verb + kind, *objects)
-    if step[0] == "drive-truck" and len(objects) == 3:
+    objects = [] if start is None else list(_objects(line))
+    return [_step(start[1], None, objects)] if start is not None and objects else []
+
+
+def _step(verb: str, carrier: str | None, objects: list[str]) -> Fact:
+    """An action; which carrier it takes is read off the objects where the verb does not say so."""
+    if carrier is None:
+        carried = objects[1:2] if verb.endswith("load") else objects[:1]
+        carrier = {"a": "airplane", "t": "truck"}.get(carried[0][0], "") if carried else ""
+    name = f"{verb}-{carrier}" if carrier else verb
+    if name == "drive-truck" and len(objects) == 3:
         # The city may be left out: it is that of the first location.
-        step += ("c" + objects[1][1:].partition("-")[0],)
-    return [step]
+        return name, *objects, "c" + objects[1][1:].partition("-")[0]
+    return name, *objects
+
+
+def _named(word: str) -> str:
+    """An object's name in the problems, however the message has it; another word as it is."""
+    found = _OBJECT.fullmatch(word)
+    return next(iter(_objects(word))) if found else word
 
 
 def _objects(text: str) -> Iterable[str]:

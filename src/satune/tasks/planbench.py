@@ -9,7 +9,6 @@ instead of by VAL.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import ClassVar
 
 from satune.tasks import block_stacks, blocks, logistics
 from satune.tasks.plan_text import write_plan
-from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.sources import Row, field, identity, read_bytes, read_json, read_rows
 from satune.tasks.splits import RowTask
 from satune.tasks.strips import (
     Domain,
@@ -30,6 +29,7 @@ from satune.tasks.strips import (
     parse_plan,
     parse_problem,
 )
+from satune.thoughts import without_thoughts
 from satune.types import Grade, Problem, UserError
 
 
@@ -146,7 +146,7 @@ class PlanBench(RowTask):
         pddl: str = problem.metadata["problem_pddl"]
         ground = grounder(self._words, pddl, problem.metadata.get("domain_pddl"))
         plan = None
-        if answer is not None and answer.strip():
+        if answer is not None and without_thoughts(answer).strip():
             plan = self._plan(ground.instance, answer)
         return grade_plan(problem, ground, plan, problem.metadata.get("plan_length"))
 
@@ -207,9 +207,9 @@ class PlanBench(RowTask):
         length = row.get("plan_length")
         if length is None and answer is not None:
             length = len(parse_plan(answer))
-        identity = row.get("id")
-        if identity is None:
-            identity = f"{row.get('domain', self._words.prefix)}-{field(place, row, 'instance_id')}"
+        if row.get("id") is None:
+            field(place, row, "instance_id")
+        number = f"{row.get('domain', self._words.prefix)}-{row.get('instance_id')}"
         details = {
             "subset": row.get("subset"),
             "objects": len(ground.instance.objects),
@@ -217,7 +217,7 @@ class PlanBench(RowTask):
             "problem_pddl": pddl,
             "domain_pddl": domain,
         }
-        return Problem.of(str(identity), text, answer, **_known(details))
+        return Problem.of(identity(row, number), text, answer, **_known(details))
 
     def _prompt(self, instance: Instance, query: str | None) -> str:
         if self.prompt == "short":
@@ -270,11 +270,10 @@ def plan_rows(data: str | Path, words: Words) -> list[tuple[str, Row]]:
     Raises UserError as ``read_rows``.
     """
     path = Path(data).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        try:
-            whole = json.loads(path.read_bytes())
-        except ValueError:
-            whole = None  # JSON Lines under another name: read_rows says what is wrong with it
+    content = read_bytes(path) if path.suffix == ".json" and path.is_file() else b""
+    # JSON Lines under another name begin like an object, too: read_rows says what is wrong there.
+    if content.lstrip()[:1] == b"{" and b'"instances"' in content:
+        whole = read_json(str(path), content, "not a whole JSON object")
         if isinstance(whole, dict) and isinstance(whole.get("instances"), list):
             rows = [(f"{path}, instance {i}", item) for i, item in enumerate(whole["instances"], 1)]
             for place, row in rows:

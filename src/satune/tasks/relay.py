@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from satune.tasks.splits import TENTHS, check_integer, generator, lies_in
 from satune.tasks.voices import last_said, prompt_of
+from satune.thoughts import without_thoughts
 from satune.types import Entry, Grade, Problem
 
 LARGEST = 99
@@ -92,8 +93,9 @@ class Relay:
         return (self.problem_at(split, index) for index in itertools.count())
 
     def extract(self, text: str) -> str | None:
-        """The integer a message ends with; None if its last expression is not yet reduced."""
-        expression = last_expression(text)
+        """The integer a message ends with, thoughts aside; None if its last expression is not yet
+        reduced."""
+        expression = last_expression(without_thoughts(text))
         if expression is None or operations(expression) > 0:
             return None
         return str(int(expression))

@@ -12,26 +12,33 @@ from satune.tasks.rewards import (
     as_number,
     extract_exact,
     extract_numeric,
+    reference,
     same_number,
 )
-from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.sources import Row, field, identity, read_rows
 from satune.tasks.splits import RowTask
+from satune.thoughts import answer_part, without_thoughts
 from satune.types import Grade, Part, Problem, UserError, text_part
 
+_PROMPT_COLUMNS = ("prompt", "question", "problem")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Rows(RowTask):
     """Problems from the rows of ``data`` (see ``sources.read_rows``).
 
-    ``prompt``: the column with the prompt, a string or a list of chat messages. A chat of one user
-    message is taken as it is; a longer one becomes one prompt, each message after a line with its
-    role (a system message stands first, without one). ``answer``: the column with the reference.
-    ``id``: the column with the row's name; if the rows have none, they are numbered.
+    ``prompt``: the column with the prompt, a string or a list of chat messages (if it is not named:
+    "prompt", else "question" or "problem"). A chat of one user message is taken as it is; a longer
+    one becomes one prompt, each message after a line with its role (a system message stands first,
+    without one). ``answer``: the column with the reference; of a worked solution that ends with
+    "#### ANSWER", as in GSM8K, the answer counts. ``id``: the column with the row's name; rows that
+    have none, or null, are numbered.
 
     ``reward``: "exact" (the last line, or what follows "answer:", equals the reference), "numeric"
     (the last number has the reference's value), or ``file.py:function`` of TRL's signature. The
     values of such a function must lie in ``reward_range``, from which they are rescaled to [0, 1].
+    The function is given whole messages, thoughts included; one that says nothing outside a thought
+    scores 0 without being asked.
 
     Raises UserError naming file and line (or row) for anything that is wrong with a row.
     """
@@ -42,7 +49,7 @@ class Rows(RowTask):
         self,
         data: str | Path | None = None,
         seed: int = 0,
-        prompt: str = "prompt",
+        prompt: str | None = None,
         answer: str = "answer",
         id: str = "id",
         reward: str = "exact",
@@ -53,8 +60,8 @@ class Rows(RowTask):
             raise UserError("task rows: it needs data: a JSONL or Parquet file, or a data set's id")
         self.seed = seed
         self.reward = reward
-        self._prompt_column = prompt
         rows = read_rows(data)
+        self._prompt_column = _prompt_column(rows[0][1]) if prompt is None else prompt
         self._function = None if reward in ("exact", "numeric") else self._load(rows, reward_range)
         if self._function is None and reward_range is not None:
             raise UserError(f"task rows: reward {reward!r} is 0 or 1 already; drop reward_range")
@@ -66,10 +73,12 @@ class Rows(RowTask):
         self._keep(named, eval_fraction)
 
     def extract(self, text: str) -> str | None:
-        """The answer in a message; for a reward function the whole message, without outer space."""
+        """The answer in a message; for a reward function all that is said, without outer space.
+        Thoughts are no part of either."""
+        said = without_thoughts(text)
         if self._function is not None:
-            return text.strip() or None
-        return extract_numeric(text) if self.reward == "numeric" else extract_exact(text)
+            return said.strip() or None
+        return extract_numeric(said) if self.reward == "numeric" else extract_exact(said)
 
     def equal(self, a: str, b: str) -> bool:
         if self.reward == "numeric":
@@ -78,7 +87,7 @@ class Rows(RowTask):
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:
         """0 for no answer, else the reward."""
-        if answer is None:
+        if answer is None or answer_part(answer) is None:
             return Grade(0.0, detail="no answer")
         if self._function is not None:
             row: Mapping[str, Any] = problem.metadata["row"]
@@ -124,15 +133,26 @@ class Rows(RowTask):
         self, number: int, place: str, row: Row, answer: str, id: str, needs_answer: bool
     ) -> Problem:
         parts = _parts(place, self._prompt_column, field(place, row, self._prompt_column))
-        reference = field(place, row, answer) if needs_answer else row.get(answer)
-        if needs_answer and (reference is None or not str(reference).strip()):
+        gold = field(place, row, answer) if needs_answer else row.get(answer)
+        if needs_answer and (gold is None or not str(gold).strip()):
             raise UserError(f"{place}: field {answer!r} is empty; give the reference answer")
-        if self.reward == "numeric" and as_number(str(reference)) is None:
-            raise UserError(f"{place}: field {answer!r} is {reference!r}, which is no number")
+        if needs_answer and isinstance(gold, str):
+            gold = reference(gold)
+        if self.reward == "numeric" and as_number(str(gold)) is None:
+            raise UserError(f"{place}: field {answer!r} is {_short(gold)}, which is no number")
         for column in self._function.needed if self._function else ():
             field(place, row, column)
-        identity = str(row.get(id, f"row-{number}"))
-        return Problem(identity, parts, reference, {"row": row} if self._function else {})
+        name = identity(row, f"row-{number}", id)
+        return Problem(name, parts, gold, {"row": row} if self._function else {})
+
+
+def _prompt_column(row: Row) -> str:
+    return next((name for name in _PROMPT_COLUMNS if name in row), _PROMPT_COLUMNS[0])
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."
 
 
 def _shifted(number: str) -> str:

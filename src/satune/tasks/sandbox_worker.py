@@ -8,10 +8,12 @@ namespace the runner is its first process, and with it the kernel ends whatever 
 No file can be opened and no socket or process made once the code runs, each by more than one means:
 limits of 0 on descriptors, processes and file sizes; and, on Linux for x86-64 and ARM, a filter
 that refuses every system call but those for memory, time and the verdict. On other systems the
-limits alone hold: code that gets past the screen could still make, rename or delete directory
-entries that the user may. The verdict travels by a pipe of its own, each line after a number drawn
-for this one run; code that digs the number out of the interpreter's frames could as well have said
-yes. Standard library only; run as a file by an isolated interpreter, never imported by satune.
+limits alone would hold: code that gets past the screen could still make, rename or delete directory
+entries that the user may. There nothing is run unless the job says ``unsafe``.
+
+The verdict travels by a pipe of its own, each line after a number drawn for this one run; code that
+digs the number out of the interpreter's frames could as well have said yes. Standard library only;
+run as a file by an isolated interpreter, never imported by satune.
 """
 
 # Each import costs every grade its time: only what is needed, re and collections only if asked for.
@@ -95,8 +97,9 @@ def filter_calls(libc):
     return libc.prctl(SECCOMP, 2, ctypes.byref(program), 0, 0) == 0
 
 
-def give_up_rights(libc, seconds, memory, guards):
-    """Everything the runner may not do, in an order in which each step is still allowed."""
+def give_up_rights(libc, job, guards):
+    """Everything the runner may not do, in an order in which each step is still allowed. True if
+    what is in force allows to run the job."""
     if os.geteuid() == 0:
         try:
             os.setgroups([])
@@ -114,8 +117,8 @@ def give_up_rights(libc, seconds, memory, guards):
     limits = {
         "CORE": 0,
         "FSIZE": 0,
-        "CPU": math.ceil(seconds),
-        "AS": memory,
+        "CPU": math.ceil(job["seconds"]),
+        "AS": job["memory"],
         "NPROC": 0,
         "NOFILE": 0,
     }
@@ -128,7 +131,8 @@ def give_up_rights(libc, seconds, memory, guards):
     if libc is not None and filter_calls(libc):
         guards.append("system calls")
     # The superuser is not bound by the limit on processes.
-    return "system calls" in guards or (os.geteuid() != 0 and "limit NPROC" in guards)
+    limited = os.geteuid() != 0 and "limit NPROC" in guards
+    return "system calls" in guards or (job["unsafe"] and limited)
 
 
 def importer(wanted):
@@ -187,7 +191,7 @@ def runner(job, verdicts, nonce, libc, guards):
         import unicodedata  # noqa: F401  as before, for characters written by their names
     write, leave, leading = os.write, os._exit, f"{nonce} ".encode()
     sys.modules.pop("ctypes", None)
-    if not give_up_rights(libc, job["seconds"], job["memory"], guards):
+    if not give_up_rights(libc, job, guards):
         write(verdicts, leading + b"unsafe")
         leave(0)
     write(verdicts, leading + ",".join(guards).encode() + b"\n")

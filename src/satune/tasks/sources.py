@@ -5,9 +5,11 @@ JSONL needs the standard library only; Parquet and `datasets` sources need ``sat
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +20,11 @@ from satune.types import UserError
 
 Row = dict[str, Any]
 
+_TOO_DEEP = "nested too deeply"
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]%-]+){0,2}")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+DEEPEST = 100
+"""Lists and objects inside one another that a row may have; what walks it need not fear more."""
 
 
 def read_rows(source: str | Path, bare: str | None = None) -> list[tuple[str, Row]]:
@@ -42,7 +47,7 @@ def read_rows(source: str | Path, bare: str | None = None) -> list[tuple[str, Ro
         table = _extra("pyarrow.parquet", path).read_table(path)
         rows = [(f"{source}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
     elif path.is_file():
-        content = path.read_bytes()
+        content = read_bytes(path)
         listed = path.suffix == ".json" and content.lstrip()[:1] == b"["
         rows = _from_list(path, content, bare) if listed else _from_jsonl(path, content)
     elif path.suffix not in _SUFFIXES and _HUB.fullmatch(str(source)) and not path.parent.is_dir():
@@ -62,12 +67,58 @@ def field(place: str, row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
-def _from_list(path: Path, content: bytes, bare: str | None) -> list[tuple[str, Row]]:
+def identity(row: Mapping[str, Any], default: str, name: str = "id") -> str:
+    """A row's own name, as text; ``default`` where it has none or null."""
+    value = row.get(name)
+    return default if value is None else str(value)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content without the byte order mark that some editors put before UTF-8."""
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+
+
+def read_json(place: str, content: bytes, what: str = "damaged row") -> Any:
+    """The value of a JSON text.
+
+    Raises UserError "PLACE: WHAT (why); mend or delete it" for one that is damaged, nested deeper
+    than ``DEEPEST`` or holds an integer longer than Python reads.
+    """
     try:
-        items = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path}{line}: not a whole JSON list ({error}); mend the file") from error
+        value = json.loads(content)
+        why = "" if _shallow(content, value) else _TOO_DEEP
+    except json.JSONDecodeError as error:
+        place += f", line {error.lineno}" if b"\n" in content.strip() else ""
+        why = error.msg
+    except UnicodeDecodeError:
+        why = "not UTF-8"
+    except RecursionError:
+        why = _TOO_DEEP
+    except ValueError:
+        why = f"an integer of more than {sys.get_int_max_str_digits()} digits"
+    if why:
+        raise UserError(f"{place}: {what} ({why}); mend or delete it")
+    return value
+
+
+def _shallow(content: bytes, value: Any) -> bool:
+    if content.count(b"[") + content.count(b"{") <= DEEPEST:
+        return True
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, (dict, list))
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def _from_list(path: Path, content: bytes, bare: str | None) -> list[tuple[str, Row]]:
+    items = read_json(str(path), content, "not a whole JSON list")
     rows = []
     for number, item in enumerate(items, 1):
         place = f"{path}, row {number}"
@@ -86,11 +137,7 @@ def _from_jsonl(path: Path, content: bytes) -> list[tuple[str, Row]]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-            raise UserError(f"{place}: damaged row ({reason}); mend or delete it") from error
+        row = read_json(place, line)
         if not isinstance(row, dict):
             raise UserError(f'{place}: the row is no JSON object; write {{"prompt": ...}}')
         rows.append((place, row))

@@ -2,7 +2,8 @@
 
 A worker is a fresh interpreter that imports what its ``build`` needs and nothing else, so that it
 is safe beside torch's threads and does not run the caller's main module again. It talks to its
-owner over a socket; what a grader prints goes to standard error.
+owner over a socket; what a grader prints goes to standard error. What the user allowed the owner's
+checks of code (``sandbox.allow_unsafe``) it allows its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+from satune.tasks import sandbox
 from satune.types import UserError
 
 Served = Callable[..., Any]
@@ -151,9 +153,15 @@ class Workers:
             return Failure("exception", _said(error))
 
     def _start(self) -> _Process:
-        process = _Process(self._build)
+        process = _Process()
+        # Before it builds, which may take long: who ends the living must find this one as well.
         with self._lock:
             self._living.add(process)
+        try:
+            process.build(self._build)
+        except BaseException:
+            self._drop(process)
+            raise
         if self._closed:
             self._drop(process)
             raise RuntimeError("the worker processes are closed")
@@ -168,7 +176,7 @@ class Workers:
 class _Process:
     """One worker process and the socket to it."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {json.dumps(sys.path)}; "
@@ -186,13 +194,12 @@ class _Process:
             )
         self._link = Connection(ours.detach())
         self.ended = False
-        try:
-            answer = self._exchange(pickle.dumps(build), START_SECONDS)
-        except BaseException:
-            self.end()
-            raise
+
+    def build(self, build: Build) -> None:
+        """Raises UserError if the worker cannot be built."""
+        start = pickle.dumps((sandbox.unsafe_allowed(), build))
+        answer = self._exchange(start, START_SECONDS)
         if isinstance(answer, Failure):
-            self.end()
             raise UserError(f"worker process: it cannot be built: {answer.text}")
 
     def call(self, arguments: Sequence[Any], seconds: float) -> Any:
@@ -238,7 +245,9 @@ def serve(descriptor: int) -> None:
     link = Connection(descriptor)
     with open(os.devnull, "w") as nowhere:
         try:
-            served: Served = pickle.loads(link.recv_bytes())()
+            unsafe, build = pickle.loads(link.recv_bytes())
+            sandbox.allow_unsafe(unsafe)
+            served: Served = build()
             link.send_bytes(pickle.dumps(None))
         except Exception as error:
             link.send_bytes(pickle.dumps(Failure("exception", _said(error))))

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from satune.tasks.json_answers import last_object
-from satune.tasks.sources import Row, field, read_rows
+from satune.tasks.sources import Row, field, identity, read_rows
 from satune.tasks.splits import RowTask
+from satune.thoughts import without_thoughts
 from satune.types import Grade, Problem, UserError
 
 Table = dict[str, dict[str, str]]
@@ -43,8 +44,8 @@ def scale(houses: int, attributes: int) -> str:
 
 def read_table(text: str) -> Table | None:
     """The grid of a message, values lowered and stripped; None if its last JSON object has no
-    object under "solution". Cells that are no text are left out."""
-    found = (last_object(text, "solution") or {}).get("solution")
+    object under "solution". Thoughts are not read; cells that are no text are left out."""
+    found = (last_object(without_thoughts(text), "solution") or {}).get("solution")
     if not isinstance(found, dict):
         return None
     table: Table = {}
@@ -58,8 +59,8 @@ def read_table(text: str) -> Table | None:
 
 class ZebraLogic(RowTask):
     """The puzzles of ``data``: rows with ``id``, ``size`` ("houses*attributes"), ``puzzle`` and
-    ``solution`` {header, rows}, as allenai/ZebraLogicBench (grid_mode) has them. A hub id needs
-    configuration and split: ``org/name:grid_mode:test``.
+    ``solution`` {header, rows}, as allenai/ZebraLogicBench (grid_mode) has them; rows without an
+    id are numbered. A hub id needs configuration and split: ``org/name:grid_mode:test``.
 
     A problem's metadata holds ``size``, ``scale``, ``houses`` and ``attributes`` to group by.
     Raises UserError naming file and line for a bad row.
@@ -73,7 +74,7 @@ class ZebraLogic(RowTask):
         if data is None:
             raise UserError("task zebralogic: it needs data: a JSONL or Parquet file, or a hub id")
         self.seed = seed
-        rows = [(place, _problem(place, row)) for place, row in read_rows(data)]
+        rows = [(p, _problem(i, p, row)) for i, (p, row) in enumerate(read_rows(data), 1)]
         self._keep(rows, eval_fraction)
 
     def extract(self, text: str) -> str | None:
@@ -128,8 +129,8 @@ class ZebraLogic(RowTask):
                 )
 
 
-def _problem(place: str, row: Row) -> Problem:
-    identity, puzzle = field(place, row, "id"), field(place, row, "puzzle")
+def _problem(number: int, place: str, row: Row) -> Problem:
+    puzzle = field(place, row, "puzzle")
     if not isinstance(puzzle, str) or not puzzle.strip():
         raise UserError(f"{place}: field 'puzzle' is empty; give the puzzle's text")
     table = _table(place, field(place, row, "solution"))
@@ -140,7 +141,7 @@ def _problem(place: str, row: Row) -> Problem:
     form = {house: dict.fromkeys(cells, "___") for house, cells in table.items()}
     shown = json.dumps({"reasoning": "___", "solution": form}, indent=2)
     return Problem.of(
-        str(identity),
+        identity(row, f"zebralogic-{number}"),
         _PROMPT.format(puzzle=puzzle.strip(), form=shown),
         table,
         size=size,
