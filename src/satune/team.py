@@ -20,10 +20,10 @@ from satune.agents.policy import Policy
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import convert, source_of
 from satune.agents.specs import ALL_LINEAR, LoraSpec
+from satune.files.manifest import FORMAT, MANIFEST, read_manifest
+from satune.files.writing import written_beside
 from satune.loading import served
-from satune.types import Renderer, Sampling, Seat, UserError
-
-FORMAT = 1
+from satune.types import Renderer, Sampling, Seat
 
 
 @dataclass(slots=True)
@@ -78,15 +78,17 @@ class Team:
     def save(self, directory: Path, *, final: Path | None = None) -> None:
         """Write the team: manifest.json and a Hugging Face (or PEFT) directory an agent.
 
-        Written beside and renamed, so that ``directory`` is always whole. ``final``: where it will
-        lie in the end, if elsewhere.
+        Written beside, safely on the disk, and renamed, so that ``directory`` is always whole.
+        ``final``: where it will lie in the end, if elsewhere. Raises UserError where the disk
+        refuses.
         """
-        beside = directory.with_name(directory.name + ".writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        with written_beside(directory) as beside:
+            self._write(beside, final or directory)
+
+    def _write(self, beside: Path, final: Path) -> None:
         bases: dict[str, str] = {}
         for name in self.policies:
-            self.save_agent(name, beside, final or directory, bases)
+            self.save_agent(name, beside, final, bases)
         manifest = {
             "format": FORMAT,
             "seats": self.seats,
@@ -95,9 +97,7 @@ class Team:
             "task": dict(self.task),
             "max_new_tokens": self.max_new_tokens,
         }
-        (beside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        beside.rename(directory)
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an agent."""
@@ -183,20 +183,6 @@ def _plain_generation(policy: Policy) -> None:
         eos_token_id=old.eos_token_id,
         pad_token_id=old.pad_token_id,
     )
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a team directory. Raises UserError where it is none or of another format."""
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{directory}: not a team directory (no manifest.json in it)")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')!r}, this satune reads {FORMAT}")
-    return manifest
 
 
 def load_team(

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from satune.types import UserError, printable
 
@@ -26,6 +27,12 @@ UnsafeChecks = Annotated[
         "--unsafe-checks",
         help="run a benchmark's code even where no system calls can be filtered",
         callback=lambda value: _allow_unsafe() if value else value,
+    ),
+]
+BreakLock = Annotated[
+    bool,
+    typer.Option(
+        "--break-lock", help="take a lock that a process on another machine left on the directory"
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
@@ -45,10 +52,20 @@ def _allow_unsafe() -> bool:
     return True
 
 
+class PlainConsole(Console):
+    """A console that shows every text as it stands: what looks like markup is no markup, and what
+    could steer a terminal is replaced. Names, ids, paths and messages come from anybody; a style
+    is given by a ``rich.text.Text``, whose parts are made ``printable`` where they are not ours."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        plain = "\n".join(map(printable, text.split("\n")))
+        return super().render_str(plain, **{**options, "markup": False, "emoji": False})
+
+
 def open_console(*, stderr: bool = False) -> Console:
     """Where results (or, with ``stderr``, progress and notes) are shown. A terminal's lines are
     wrapped to its width; into a file or a pipe each line and each row of a table stays one line."""
-    made = Console(stderr=stderr)
+    made = PlainConsole(stderr=stderr)
     if not made.file.isatty():
         made.width = _UNBOUNDED
     return made

@@ -15,6 +15,7 @@ import typer
 
 from satune.cli.common import (
     AsJson,
+    BreakLock,
     Interrupted,
     Overrides,
     UnsafeChecks,
@@ -157,6 +158,7 @@ def evaluate(
         ),
     ] = None,
     unsafe_checks: UnsafeChecks = False,
+    break_lock: BreakLock = False,
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
@@ -237,7 +239,7 @@ def evaluate(
             await servers.close()
 
     try:
-        with place(directory), Display(open_console(stderr=True)) as display:
+        with place(directory, break_lock=break_lock), Display(open_console(stderr=True)) as display:
             candidate = candidate_of(display)
             report = asyncio.run(play(candidate, display))
             requests, repeated, reused = (

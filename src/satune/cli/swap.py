@@ -11,6 +11,7 @@ from rich.table import Table
 
 from satune.cli.common import (
     AsJson,
+    BreakLock,
     Out,
     UnsafeChecks,
     open_console,
@@ -62,6 +63,7 @@ def swap(
         Path | None, typer.Option(help="rollout settings and task for a team directory")
     ] = None,
     out: Out = None,
+    break_lock: BreakLock = False,
     unsafe_checks: UnsafeChecks = False,
     as_json: AsJson = False,
 ) -> None:
@@ -87,6 +89,7 @@ def swap(
         server=server,
         recipe=recipe,
         out=out,
+        break_lock=break_lock,
         hand_over=settings,
     )
     result = run_swap(request)

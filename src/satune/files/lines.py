@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from satune.files.writing import disk_errors, strict_json
+from satune.files.writing import disk_errors, strict_json, sync_directory
 from satune.types import UserError
 
 
-def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_lines(
+    path: str | Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = False
+) -> None:
     """Add objects, one a line of strict JSON. A killed process leaves a prefix of the lines.
+    ``sync``: they last through a loss of power when this returns.
 
     Raises UserError where the disk refuses; the file is then as it was.
     """
@@ -23,6 +27,9 @@ def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         try:
             while data:
                 data = data[file.write(data) or 0 :]
+            if sync:
+                os.fsync(file.fileno())
+                sync_directory(path.parent)
         except OSError:
             file.truncate(whole)  # or the next line would be glued to half of this one
             raise
@@ -53,6 +60,13 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that was still being written; nothing where there is no such file."""
+    if path.exists():
+        with disk_errors(path), open(path, "ab") as file:
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+
+
 class JsonLines:
     """An append-only file of objects, one a line, written by one process at a time.
 
@@ -64,8 +78,8 @@ class JsonLines:
         self.path = Path(path)
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+            self.path.touch()
+        cut_torn_line(self.path)
 
     def read(self) -> list[dict[str, Any]]:
         """All objects in order. Raises UserError with file and line for a damaged line."""

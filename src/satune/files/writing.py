@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from satune.types import UserError
 
 WRITING = ".writing"
-"""What the name of a directory ends with while it is being written."""
+"""What the name of a directory ends with while it is being written, or removed."""
+_PARTIAL = ".partial"
 
 _MENDS = {
     errno.ENOSPC: "the disk is full; free some space or give another --out",
@@ -55,7 +56,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     Raises ``UserError`` if the disk is full or the place cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
+    beside = path.with_name(f".{path.name}{_PARTIAL}")
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         with open(beside, "wb") as file:
@@ -64,6 +65,26 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
         sync_directory(path.parent)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file of this name is what ``write_atomically`` left when it was cut off."""
+    return name.startswith(".") and name.endswith(_PARTIAL)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory so that a reader finds all of it or none under its name; what a cut
+    leaves is called as if it were being written. Nothing happens where there is none.
+
+    Raises UserError where the disk refuses.
+    """
+    going = directory.with_name(directory.name + WRITING)
+    with disk_errors(directory):
+        if going.exists():
+            shutil.rmtree(going)
+        if directory.exists():
+            directory.rename(going)
+            shutil.rmtree(going)
 
 
 def sync_directory(path: str | Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from satune.agents.mixture import MixturePolicy
 from satune.config.load import save_recipe
+from satune.files.manifest import FORMAT, read_manifest
 from satune.files.writing import strict_json, write_atomically, written_beside
 from satune.swap.seat import Candidate, Found, weights_of
 from satune.swap.transplant import Newcomer, copy_team, refuse_existing, transplant
-from satune.team import FORMAT, Team, read_manifest
+from satune.team import Team
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError
 
@@ -67,6 +68,8 @@ def _write_run(
     for name, model in newcomers.items():
         where = _save_newcomer(team, name, model, beside / NEWCOMERS, out / NEWCOMERS)
         sections[name] = sections[name].model_copy(update={"model": where})
+    section = recipe.team.model_copy(update={"agents": sections})
+    new = recipe.model_copy(update={"team": section})
     transplant(
         found.run,
         found.checkpoint,
@@ -77,9 +80,9 @@ def _write_run(
         reference=recipe.objective.reference_kl > 0,
         certify_offset=certify_offset,
         event=event,
+        recipe=new.model_dump(mode="json"),
     )
-    section = recipe.team.model_copy(update={"agents": sections})
-    save_recipe(recipe.model_copy(update={"team": section}), target.recipe)
+    save_recipe(new, target.recipe)
     team.save(target.team, final=out / "team")
 
 

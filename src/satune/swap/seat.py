@@ -3,7 +3,6 @@ seats."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,10 +22,13 @@ from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
+from satune.files.manifest import read_manifest
 from satune.loading import nearest, served
-from satune.team import Team, add_mixtures, read_manifest
+from satune.team import Team, add_mixtures
 from satune.training.checkpoint import Checkpoints
+from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
+from satune.training.state_file import read_state
 from satune.types import UserError
 
 
@@ -57,7 +59,10 @@ class Found:
     @property
     def certify_offset(self) -> int:
         """Problems for certificates that training has used up."""
-        return self.state["state"]["certify"]["offset"] if self.state else 0
+        if self.run is None or not self.state:
+            return 0
+        # A run that went back has drawn problems that its checkpoint knows nothing of.
+        return max(self.state["state"]["certify"]["offset"], Ledger(self.run.certify).end)
 
     @property
     def train_offset(self) -> int:
@@ -81,11 +86,11 @@ def find_team(path: Path, recipe: Path | None) -> Found:
     if recipe is not None:
         raise UserError(f"{path}: a run has its own recipe; drop --recipe {recipe}")
     loaded = load_recipe(run.recipe)
-    found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest()
+    found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest(run.intended)
     if found is None:
         raise UserError(f"{path}: the run has no complete checkpoint yet; let it train on")
     name, passed = found
-    state = json.loads((run.checkpoints / name / "state.json").read_text())
+    state = read_state(run.checkpoints / name)
     return Found(path, loaded, run, name, state, passed)
 
 
