@@ -91,7 +91,7 @@ def place(out: Path, *, break_lock: bool = False) -> Iterator[None]:
 
 def _check_place(out: Path) -> None:
     with disk_errors(out):
-        names = {path.name for path in out.iterdir()} if out.exists() else set[str]()
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
     others = [name for name in names - {"answers.jsonl", LOCK} if not is_partial(name)]
     if "settings.json" not in names and others:
         raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")

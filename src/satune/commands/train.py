@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from satune.agents.learner import LocalLearner
@@ -231,7 +232,14 @@ def check_recipe_unchanged(
     file is what there is. Raises UserError naming the first key that differs.
     """
     if recorded is not None:
-        held = Recipe.model_validate(recorded)
+        try:
+            held = Recipe.model_validate(recorded)
+        except ValidationError as error:
+            key = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(
+                f"{directory.path}: another satune trained it (its recipe has {key}); go on with "
+                "that one"
+            ) from None
     elif directory.recipe.is_file():
         held = load_recipe(directory.recipe)
     else:

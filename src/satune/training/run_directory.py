@@ -93,7 +93,7 @@ class RunDirectory:
                 return
             # A start that failed half-way has left no more than this.
             ours = {"episodes", "checkpoints", "tensorboard", "optimizers", _PROBE, LOCK}
-            items = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+            items = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
             if any(name not in ours and not is_partial(name) for name in items):
                 raise UserError(f"{self.path}: is not empty and holds no run; give another --out")
 
