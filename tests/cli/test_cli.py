@@ -22,6 +22,7 @@ import tiny_world
 from satune.cli.common import shipped_recipe
 from satune.cli.main import main
 from satune.config.load import load_recipe
+from satune.files.lock import LOCK, locked
 from satune.training.run_directory import RunDirectory
 
 Run = Callable[..., tuple[int, str, str]]
@@ -182,6 +183,23 @@ def test_nothing_begins_among_other_files(satune: Run, recipe: Path, tmp_path: P
     line = refused(satune("train", recipe, "--out", tmp_path, "--resume"))
     assert line == f"{tmp_path}: is not empty and holds no run; give another --out"
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_at_which_another_process_works(
+    satune: Run, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out / LOCK, str(out)):
+        there = json.loads((out / LOCK).read_text())
+        told = (
+            f"{out}: process {there['pid']} works there since {there['start']} on "
+            f"{there['host']}; wait for it, or give another --out"
+        )
+        for more in ([], ["--resume"], ["--break-lock"]):
+            assert refused(satune("train", recipe, "--out", out, *more)) == told
+        assert refused(satune("eval", recipe, "--out", out)) == told
+        assert [path.name for path in out.iterdir()] == [LOCK]
 
 
 @pytest.fixture

@@ -144,7 +144,10 @@ def test_a_run_that_goes_another_way_spends_anew(
 
 
 def test_a_run_without_tests_left_says_so_before_it_starts(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, eight = tmp_path / "run", ("certify.decisions=8", KEEPING)
     go(recipe, out, *eight)  # one backtrack a step: at most 8 tests

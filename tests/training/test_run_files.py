@@ -15,6 +15,7 @@ import fake_run
 from fake_run import World, go, left
 from satune.config.load import load_recipe
 from satune.report import plots
+from satune.training.run_directory import RunDirectory
 from satune.training.state_file import read_state, write_state
 from satune.types import UserError
 
@@ -160,7 +161,7 @@ def test_damaged_events_cost_the_figures_alone(
     summary = go(recipe, run, "stages=3", resume=True)
     said = capsys.readouterr().err
     assert said.count(f"figures skipped: {run / 'events.jsonl'}, line 3: not JSON") == 1
-    assert summary["stages"] == 3 and left(run)["finished"]
+    assert summary["stages"] == 3 and RunDirectory(run).finished
 
 
 # Two processes
