@@ -39,7 +39,7 @@ CLOSED = 0.15
 SLOW = 1.2
 
 
-SEEN = ("requests", "answered", "bodies", "most", "times", "keys")
+SEEN = ("requests", "answered", "bodies", "most", "times", "keys", "connections")
 
 
 class State:
@@ -52,6 +52,9 @@ class State:
     times: list[float] = []  # noqa: RUF012
     keys: list[str] = []  # noqa: RUF012
     most = open = 0
+    connections = 0
+    limit: int | None = None
+    """Requests after so many are answered only once the limit is taken away."""
     errors: dict[str, float] = {}  # noqa: RUF012
     lock = threading.Lock()
     server: ThreadingHTTPServer
@@ -81,6 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             State.times.append(time.monotonic())
             State.keys.append(self.headers.get("Authorization") or "")
         try:
+            while State.limit is not None and number >= State.limit:
+                time.sleep(0.01)
             fault = State.faults[number % len(State.faults)] if State.faults else ""
             self.answer(body, fault)
         finally:
@@ -198,6 +203,16 @@ def acted(body: dict[str, Any], rng: random.Random) -> str:
 class Listener(ThreadingHTTPServer):
     request_queue_size = 128
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with State.lock:
+            State.connections += 1
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with State.lock:
+            State.connections -= 1
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that gave up are what this server is for."""
 
@@ -206,10 +221,8 @@ def serve() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     port = parser.parse_args().port
-    # A test that dies must not leave its server behind.
-    timer = threading.Timer(300, lambda: os._exit(1))
-    timer.daemon = True
-    timer.start()
+    # A test that dies closes the pipe, and must not leave its server behind.
+    threading.Thread(target=lambda: os._exit(len(sys.stdin.buffer.read()) + 1), daemon=True).start()
     first = True
     while True:
         State.server = Listener(("127.0.0.1", port), Handler)
@@ -230,16 +243,23 @@ class Server:
         self._control = f"http://127.0.0.1:{port}/control"
 
     def set(self, **values: Any) -> None:
-        """Set ``faults``, ``key``, ``delay``, or put back ``requests`` and ``answered``."""
+        """Set ``faults``, ``key``, ``delay``, ``limit``, or put back what was counted."""
         self._call(json.dumps(values).encode())
 
     def fresh(self, faults: Sequence[str] = (), **values: Any) -> None:
-        start = {"requests": 0, "most": 0, "key": "", "delay": 0.0}
+        start = {"requests": 0, "most": 0, "key": "", "delay": 0.0, "limit": None}
         start |= {"answered": [], "bodies": [], "times": [], "keys": []}
         self.set(**{**start, **values}, faults=list(faults))
 
     def seen(self) -> dict[str, Any]:
         return self._call()
+
+    def idle(self) -> None:
+        """Take the limit away and wait until nobody but the caller is connected. Connections are
+        taken in their order, so whatever was sent before this call has been counted then."""
+        self.set(limit=None)
+        while self.seen()["connections"] > 1:
+            time.sleep(0.01)
 
     def _call(self, data: bytes | None = None) -> dict[str, Any]:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -256,15 +276,17 @@ def running(port: int = 0) -> Iterator[Server]:
     root = Path(__file__).resolve().parents[1]
     process = subprocess.Popen(
         [sys.executable, __file__, "--port", str(port)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(root / "src")},
     )
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
     try:
         yield Server(int(process.stdout.readline()))
     finally:
         process.kill()
         process.wait()
+        process.stdin.close()
         process.stdout.close()
 
 

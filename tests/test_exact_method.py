@@ -20,7 +20,7 @@ from torch import Tensor
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.policy import Policy
 from satune.core.divergence import divergence_statistics
-from satune.core.objectives import ObjectiveSettings
+from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.core.ratios import sequence_log_ratio
 from satune.core.trust_region import TrustRegionSettings
 from satune.training.credit import GroupCredit
@@ -37,7 +37,8 @@ COMPLETIONS = (
     *((first, second) for first in range(1, VOCAB) for second in range(VOCAB)),
 )
 BASELINES = (0.3, 0.6)
-CLIP = 0.2  # the default of sat
+CLIP = 0.2  # the default of sat, gspo and grpo
+OPTIONS = {"dapo": {"clip_high": CLIP}, "cispo": {"clip_high": CLIP}}
 
 
 def conversations() -> list[Episode]:
@@ -178,7 +179,8 @@ def learned_gradient(
 ) -> Tensor:
     """Of the objective to be maximised, as the learner accumulates it."""
     learner = team.learners[agent]
-    learner.accumulate(anchor, range(N), advantages_E, weights_E, ObjectiveSettings(name))
+    objective = ObjectiveSettings(name, OPTIONS.get(name, {}))
+    learner.accumulate(anchor, range(N), advantages_E, weights_E, objective)
     parameters = list(team.policies[agent].trainable().values())
     gradient = -flat([p.grad for p in parameters], parameters)
     learner.drop_gradients()
@@ -256,6 +258,9 @@ def defined_objective(
             "gspo": lambda u=u_T, a=advantage: clipped(u.mean().exp(), a) / N,
             "grpo": lambda u=u_T, a=advantage: clipped(u.exp(), a).mean() / N,
             "dapo": lambda u=u_T, a=advantage: clipped(u.exp(), a).sum() / len(new_T),
+            "cispo": lambda u=u_T, n=new_T[own], a=advantage: (
+                (u.exp().clamp(max=1 + CLIP).detach() * a * n).sum() / len(new_T)
+            ),
             "reinforce": lambda u=new_T[own], a=advantage: a * u.sum() / N,
         }[name]()
         total = total + weights_E[e] * value
@@ -266,7 +271,7 @@ def defined_objective(
     ("kind", "away"),
     [("gpt2 and gpt_neox", 0.0), ("gpt2 and gpt_neox", 0.05), ("qwen3 and llama", 0.05)],
 )
-@pytest.mark.parametrize("name", ["sat", "gspo", "grpo", "dapo", "reinforce"])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_every_objective_has_the_gradient_of_its_definition(name, away, kind):
     team = make_team(kind)
     learner = team.learners["a"]

@@ -342,6 +342,38 @@ def test_a_template_that_trims_is_rendered_anew_where_there_is_something_to_trim
         assert renderer.tokenizer.decode(second.ids) == renderer.render(second.messages)
 
 
+def test_only_texts_that_come_again_are_held():
+    renderer = renderer_with(TemplateSettings())
+    encoded = []
+    tokenizer = renderer.tokenizer
+
+    class Counted:
+        apply_chat_template = tokenizer.apply_chat_template
+
+        def __call__(self, text, **options):
+            encoded.append(text)
+            return tokenizer(text, **options)
+
+    renderer.tokenizer = Counted()
+    # Four samples of two problems, one after another: the first prompts are encoded once a problem.
+    for content in ("a long question " * 40, "another one " * 40):
+        for _ in range(4):
+            renderer.view("b").prompt([problem(content)], 4)
+    assert len(encoded) == 2
+    # A hundred long texts that nobody asks for again push one another out.
+    for number in range(100):
+        renderer.encode(f"{number} " * 200)
+    assert renderer._recent.cache_info().currsize == renderer._recent.cache_info().maxsize == 64
+    assert renderer._short.cache_info().maxsize * 256 < 2**21  # letters held at most
+
+
+def test_long_and_short_texts_have_the_same_ids_as_without_a_cache():
+    renderer = RENDERERS["tiny:qwen3-s"]
+    for text in ("x" * 256, "x" * 257, "a: 7"):
+        for _ in range(2):
+            assert list(renderer.encode(text)) == renderer.tokenizer(text)["input_ids"]
+
+
 # As reasoning models' templates do it: the prompt ends inside a thought.
 OPENS = FORGETFUL.replace("<think></think>", "").replace(
     "assistant\n' }}", "assistant\n<think>\n' }}"

@@ -75,7 +75,7 @@ def served(url: str, out: Path, *more: str) -> list[str]:
     return [
         "good,poor,good", "--base-url", url, "--benchmark", "relay", "--protocol", "debate",
         "--protocol-option", "rounds=2", "--limit", "4", "-k", "2", "--max-new-tokens", "16",
-        "--timeout", "0.5", "--concurrency", "8", "--out", str(out), *more, "--json",
+        "--timeout", "600", "--concurrency", "8", "--out", str(out), *more, "--json",
     ]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_a_report_is_the_same_whatever_went_wrong(
     plain = (tmp_path / "plain" / "report.json").read_bytes()
 
     server.fresh(FAULTS)
-    code, _, stderr = satune(*served(server.url, tmp_path / "faults", *few))
+    code, _, stderr = satune(*served(server.url, tmp_path / "faults", *few, "--timeout", "1"))
     assert code == 0 and "of them repetitions" in stderr
     assert (tmp_path / "faults" / "report.json").read_bytes() == plain
     # A second call asks for nothing; more samples ask for what is new.
@@ -128,12 +128,9 @@ def answered(out: Path) -> int:
 
 
 def until(out: Path, count: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(3000):
-        if answered(out) >= count:
-            return
+    while answered(out) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    raise AssertionError("it never came so far")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -144,11 +141,11 @@ def test_what_was_killed_asks_only_for_what_is_missing(
     plain = (tmp_path / "plain" / "report.json").read_bytes()
     total = server.seen()["requests"]
     out = tmp_path / "killed"
-    server.fresh(delay=0.03)
+    server.fresh(limit=20)
     process = command(*served(server.url, out))
     until(out, 15, process)
     process.send_signal(how)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate()
     if how is signal.SIGINT:
         assert process.returncode == 130
         (line,) = [line for line in stderr.splitlines() if "go on with" in line]
@@ -158,8 +155,7 @@ def test_what_was_killed_asks_only_for_what_is_missing(
         assert process.returncode == -9
     held = answered(out)
     assert 15 <= held < total
-    # What was under way is over before the count begins.
-    time.sleep(0.2)
+    server.idle()  # what was under way is over before the count begins
     server.fresh()
     assert satune(*served(server.url, out))[0] == 0
     assert server.seen()["requests"] == total - held
@@ -243,14 +239,14 @@ def test_detectives_question_suspects_at_one_server(
         assert [m["role"] for m in rest] == ["user", *("assistant", "user") * (len(rest) // 2)]
         assert "what did you see" in rest[-1]["content"]
     # Killed on the way and begun anew: no answer that is on file is asked for again.
-    server.fresh(delay=0.02)
+    server.fresh(limit=18)
     process = command(*cases(out))
     until(out, 12, process)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate()
     held = answered(out)
     assert 12 <= held < len(bodies)
-    time.sleep(0.1)
+    server.idle()
     server.fresh()
     assert satune(*cases(out))[0] == 0
     again = server.seen()["bodies"]

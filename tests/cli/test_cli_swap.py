@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import Run, refused, satune  # noqa: F401
-from test_swapping import ANY, digests, trained
 
 import tiny_world
+from command_line import Run, refused
 from satune.tiny.zoo import tiny_model, tiny_tokenizer
+from swapped_teams import ANY, digests, trained
 
 HANDOVER = ("--method", "handover", "--tolerance", "1", "--problems", "8", "--looks", "1")
 
@@ -61,7 +61,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_touches_nothing(
     world: Path,
-    satune: Run,  # noqa: F811
+    satune: Run,
     name: str,
 ) -> None:
     given, message = BAD[name]
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_and_touches_nothing(
 
 def test_a_swap_prints_one_json_object(
     world: Path,
-    satune: Run,  # noqa: F811
+    satune: Run,
     tmp_path: Path,
 ) -> None:
     arguments = ("swap", world / "run", "--seat", "bob", "--with", world / "newcomer", *HANDOVER)
@@ -103,7 +103,7 @@ def test_a_swap_prints_one_json_object(
 
 def test_a_newcomer_of_another_family_takes_a_seat_by_hand_over(
     world: Path,
-    satune: Run,  # noqa: F811
+    satune: Run,
     tmp_path: Path,
 ) -> None:
     settings = ("--tolerance", "1", "--problems", str(ANY.problems), "--looks", "1")
@@ -118,7 +118,7 @@ def test_a_newcomer_of_another_family_takes_a_seat_by_hand_over(
 
 def test_a_refused_newcomer_ends_with_2_and_its_figures(
     world: Path,
-    satune: Run,  # noqa: F811
+    satune: Run,
     tmp_path: Path,
 ) -> None:
     arguments = ("swap", world / "run", "--seat", "bob", "--with", world / "newcomer", *HANDOVER)

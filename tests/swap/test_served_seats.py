@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import ENVIRONMENT, Run, refused, satune  # noqa: F401
-from test_swapping import digests, go_on, state_of, trained
 
 import faulty_server
 import tiny_world
+from command_line import ENVIRONMENT, Run, refused
 from faulty_server import FAULTS, Server
 from satune.commands.train import check_recipe_unchanged
 from satune.config.load import load_recipe, save_recipe
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError
+from swapped_teams import digests, go_on, state_of, trained
 
 MY_KEY = ("--server-option", "api_key_env=MY_KEY")
 BOB = "team.agents.bob.model=http://host/v1#good"
@@ -129,7 +129,7 @@ def test_training_goes_on_around_it(swapped: Any, server: Server, tmp_path: Path
 
 
 def test_the_seat_goes_back_to_a_local_model_or_does_not(
-    satune: Run,  # noqa: F811
+    satune: Run,
     world: Path,
     swapped: Any,
     server: Server,
@@ -149,7 +149,7 @@ def test_the_seat_goes_back_to_a_local_model_or_does_not(
 
 
 def test_a_worse_one_is_refused_in_one_line(
-    satune: Run,  # noqa: F811
+    satune: Run,
     swapped: Any,
     server: Server,
     tmp_path: Path,
@@ -164,7 +164,7 @@ def test_a_worse_one_is_refused_in_one_line(
 
 
 def test_every_seat_may_be_served(
-    satune: Run,  # noqa: F811
+    satune: Run,
     swapped: Any,
     server: Server,
     tmp_path: Path,
@@ -196,7 +196,7 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
         assert found.pop("out") == str(world / out)
         return found
 
-    server.set(delay=0.05)
+    server.set(limit=server.seen()["requests"] + 16)
     going = subprocess.Popen(
         [sys.executable, "-m", "satune", *command("killed")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=KEYED,
@@ -209,7 +209,8 @@ def test_what_a_server_answered_before_a_kill_is_not_asked_again(
     assert not (world / "killed").exists()
     # What was under way when it died had no reader.
     read = len(answers.read_text().splitlines())
-    server.set(delay=0.0, requests=0)
+    server.idle()
+    server.set(requests=0)
     first = result_of("killed")
     asked = server.seen()["requests"]
     server.fresh(key="s3cret")
@@ -237,7 +238,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(
     case: str,
-    satune: Run,  # noqa: F811
+    satune: Run,
     world: Path,
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
@@ -273,7 +274,7 @@ def test_a_recipe_with_one_is_checked(case: str, world: Path, tmp_path: Path) ->
         load_recipe(path)
 
 
-def test_a_description_counts_what_lies_here(satune: Run, world: Path) -> None:  # noqa: F811
+def test_a_description_counts_what_lies_here(satune: Run, world: Path) -> None:
     served = ("team.agents.bob.model=http://host/v1#good", "team.agents.bob.frozen=true")
     code, out, err = satune("describe", world / "recipe.yaml", *served, "--json")
     assert code == 0, err
@@ -292,7 +293,7 @@ def test_a_description_counts_what_lies_here(satune: Run, world: Path) -> None: 
 @pytest.mark.parametrize("what", ["team", "recipe.yaml"])
 def test_an_evaluation_plays_with_it(
     what: str,
-    satune: Run,  # noqa: F811
+    satune: Run,
     world: Path,
     swapped: Any,
     server: Server,
@@ -312,7 +313,7 @@ def test_an_evaluation_plays_with_it(
 
 
 def test_two_models_of_one_name_are_not_one(
-    satune: Run,  # noqa: F811
+    satune: Run,
     swapped: Any,
     server: Server,
     tmp_path: Path,
@@ -328,7 +329,7 @@ def test_two_models_of_one_name_are_not_one(
 
 
 def test_a_dry_run_writes_nothing_at_all(
-    satune: Run,  # noqa: F811
+    satune: Run,
     world: Path,
     server: Server,
     tmp_path: Path,
@@ -341,7 +342,7 @@ def test_a_dry_run_writes_nothing_at_all(
 
 
 def test_a_newcomer_is_asked_as_the_team_asks_its_server(
-    satune: Run,  # noqa: F811
+    satune: Run,
     swapped: Any,
     server: Server,
     tmp_path: Path,
@@ -382,7 +383,7 @@ def test_agents_at_one_address_agree_on_how_it_is_asked(world: Path) -> None:
 @pytest.mark.parametrize("thinking", [None, False])
 def test_thinking_is_the_servers_to_turn_off(
     thinking: bool | None,
-    satune: Run,  # noqa: F811
+    satune: Run,
     swapped: Any,
     server: Server,
     tmp_path: Path,

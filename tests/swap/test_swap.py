@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +18,26 @@ from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.commands.assemble import Cast
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
+from satune.swap.coins import play_mixture
 from satune.swap.handover import HandOverSettings
 from satune.swap.projecting import MEASURED, PROBLEMS
 from satune.swap.request import SwapRequest
 from satune.swap.seat import Candidate, find_team, load_found, reseated, with_newcomer
-from satune.swap.swap import side_of, swap, table_of
+from satune.swap.swap import swap
 from satune.team import load_team
 from satune.tiny.training import TinySettings, imitate, rows_of
 from satune.tiny.zoo import tiny_tokenizer
 from satune.training.run_directory import RunDirectory
-from satune.training.self_check import Tolerance
-from satune.training.trainer import train
 from satune.types import Entry, Key, UserError
+from swapped_teams import ANY, digests, go_on, state_of, trained
 
-TOLERANCE = Tolerance(1e-3, 1e-3)
-# Whatever the newcomer is worth: what these tests look at comes after the decision.
-ANY = HandOverSettings(tolerance=1.0, problems=8, samples=2, looks=1)
 SEVEN = '''
 def seven(prompts, completions, answer, **columns):
     """1 for the answer that one model was taught and another was not."""
     return [float(text.strip() == "7") for text in completions]
 '''
-
-
-def trained(recipe: Path, out: Path, overrides: Sequence[str] = ()) -> Path:
-    train(tiny_world.training(recipe, out, overrides), tolerance=TOLERANCE)
-    return out
-
-
-def go_on(out: Path, stages: int) -> dict[str, Any]:
-    """What ``satune train OUT/recipe.yaml --out OUT --resume stages=N`` does."""
-    run = tiny_world.training(
-        load_recipe(out / "recipe.yaml", [f"stages={stages}"]), out, resume=True
-    )
-    found = tiny_world.checkpoints(out).latest()
-    assert found is not None
-    return train(run, tolerance=TOLERANCE, checkpoint=found[0])
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def state_of(out: Path, name: str) -> dict[str, Any]:
-    return json.loads((out / "checkpoints" / name / "state.json").read_text())
 
 
 def give(source: Path, *pairs: tuple[str, Path], out: Path | None = None, **more: Any) -> Any:
@@ -447,13 +419,15 @@ def test_the_mixtures_episodes_are_those_of_its_sides(sevens: Path, epsilon: flo
         coin: {
             (e.problem.id, e.sample): e
             for e in rollout_sync(
-                problems, 8, key, seats=cast.team.seats_for(6), protocol=cast.protocol,
-                engine=cast.engine, task=cast.task,
+                Match(cast.team.seats_for(6), cast.protocol, cast.engine, cast.task),
+                problems,
+                8,
+                key,
             )
         }
         for coin, cast in ((False, old), (True, new))
-    }  # fmt: skip
-    mixed = table_of(old).play_mixture(side_of(old), side_of(new), problems, 8, key, epsilon)
+    }
+    mixed = play_mixture(old.match(), new.match(), problems, 8, key, epsilon)
     for episode, coin in mixed:
         assert episode == sides[coin][episode.problem.id, episode.sample]
     assert sum(coin for _, coin in mixed) == {0.0: 0, 1.0: 24}.get(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import time
 
 import pytest
 from hypothesis import given
@@ -228,20 +227,6 @@ json_values = st.recursive(
 def test_an_object_is_found_between_any_prose(value, before, behind):
     text = before + json.dumps(value) + behind
     assert last_object(text, "solution") == value
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{" * 10**6, '{"a":' * 200_000, '"' * 10**6, '{"' * 500_000, '{"a"}' * 200_000, "}" * 10**6,
-     '{"\\' * 300_000, '{"a":{}' * 140_000, '{"a":' + "[" * 10**6 + "}", '{"}"}' * 200_000,
-     '{"s":"' + '\\"' * 500_000, "{}" * 500_000, '"{}' * 333_000, '{}\\"' * 250_000,
-     '{"n":' + "1" * 10**6 + "}", "{ " * 500_000, "{" + " " * 10**6],
-    ids=lambda text: text[:12],
-)  # fmt: skip
-def test_no_text_takes_long(text):
-    started = time.process_time()
-    assert (last_object(text, "solution") or {}).get("solution") is None
-    assert time.process_time() - started < 1.0
 
 
 def good(task):

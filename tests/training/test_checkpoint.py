@@ -194,13 +194,12 @@ def test_experience_is_written_once_and_only_where_somebody_learns_from_it(
         out = tmp_path / schedule
         overrides = [f"schedule={schedule}", "stages=1", "checkpoint.keep=9"]
         go(three, out, overrides, resume=False)
-        files = [
-            out / "checkpoints" / f"stage-0001-step-{step}" / "experience.jsonl" for step in (1, 2)
-        ]
-        assert [file.exists() for file in files] == written
-        if all(written):
-            assert files[0].stat().st_ino == files[1].stat().st_ino
-        assert not (out / "checkpoints" / "stage-0001" / "experience.jsonl").exists()
+        for name in ("experience.jsonl", "experience.arrays"):
+            files = [out / "checkpoints" / f"stage-0001-step-{step}" / name for step in (1, 2)]
+            assert [file.exists() for file in files] == written
+            if all(written):
+                assert files[0].stat().st_ino == files[1].stat().st_ino
+            assert not (out / "checkpoints" / "stage-0001" / name).exists()
 
 
 # In the background
@@ -302,7 +301,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     shutil.copytree(whole / "checkpoints" / first, whole / "checkpoints" / "stage-0009-step-1")
     place = whole / "checkpoints" / "stage-0009-step-1"
     files = sorted(path.name for path in place.iterdir() if path.name != "state.json")
-    assert len(files) == 5  # two weights, two optimisers, the experience
+    assert len(files) == 6  # two weights, two optimisers, the experience's text and arrays
     kept = tmp_path / "kept"
     shutil.copytree(place, kept)
     for file in files:

@@ -26,6 +26,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def places(tmp_path: Path) -> Path:
+    (tmp_path / "runs").mkdir()
     return tmp_path / "runs"
 
 

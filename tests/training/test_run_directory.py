@@ -11,7 +11,7 @@ import pytest
 from satune.files.events import Event
 from satune.files.writing import write_atomically
 from satune.training.run_directory import RunDirectory
-from satune.types import UserError
+from satune.types import UserError, ids_of, logprobs_of
 
 
 @pytest.fixture
@@ -26,6 +26,13 @@ def event(kind: str, **fields: Any) -> Event:
     return cast(Event, {"event": kind, **fields})
 
 
+def episode(name: str) -> dict[str, Any]:
+    """A row of one turn whose ids are the name's letters."""
+    ids = ids_of(name.encode())
+    turn = {"prompt_ids": ids, "completion_ids": ids, "sampled_logprobs": logprobs_of([-0.5])}
+    return {"id": name, "turns": [turn]}
+
+
 def stages(run: RunDirectory) -> list[int]:
     return [each["stage"] for each in run.read_events() if each["event"] == "stage"]
 
@@ -33,10 +40,10 @@ def stages(run: RunDirectory) -> list[int]:
 def test_events_and_episodes_have_their_places(run: RunDirectory) -> None:
     run.append_event(event("stage", stage=1))
     assert stages(run) == [1] and run.events == run.path / "events.jsonl"
-    run.append_episodes(3, [{"text": "a"}])
-    run.append_episodes(3, [{"text": "b"}])
+    run.append_episodes(3, [episode("a")])
+    run.append_episodes(3, [episode("b")])
     assert (run.episodes / "stage-0003.jsonl").exists()
-    assert run.read_episodes(3) == [{"text": "a"}, {"text": "b"}]
+    assert run.read_episodes(3) == [episode("a"), episode("b")]
     assert run.read_episodes(4) == []
 
 
@@ -45,47 +52,59 @@ def test_events_and_episodes_have_their_places(run: RunDirectory) -> None:
 
 def test_truncate_restores_what_sizes_saw(run: RunDirectory) -> None:
     run.append_event(event("stage", stage=1))
-    run.append_episodes(1, [{"id": "a"}])
+    run.append_episodes(1, [episode("a")])
     sizes = json.loads(json.dumps(run.sizes()))
-    held = {path: path.read_bytes() for path in (run.events, run.episodes / "stage-0001.jsonl")}
+    names = (run.events, run.episodes / "stage-0001.jsonl", run.episodes / "stage-0001.arrays")
+    held = {path: path.read_bytes() for path in names}
     run.append_event(event("stage", stage=2))
-    run.append_episodes(1, [{"id": "b"}])
-    run.append_episodes(2, [{"id": "c"}])
+    run.append_episodes(1, [episode("b")])
+    run.append_episodes(2, [episode("c")])
     with open(run.events, "ab") as file:
         file.write(b'{"half')
+    (run.episodes / "stage-0003.arrays").write_bytes(b"numbers whose rows were not written")
     run.write_summary({"stages": 2})
     run.truncate(sizes)
     assert {path: path.read_bytes() for path in held} == held
-    assert not (run.episodes / "stage-0002.jsonl").exists()
+    assert {path.name for path in run.episodes.iterdir()} == {path.name for path in names[1:]}
     assert not run.finished
     assert run.sizes() == sizes
     run.append_event(event("stage", stage=2))
     assert stages(run) == [1, 2]
+    run.append_episodes(1, [episode("d")])
+    assert run.read_episodes(1) == [episode("a"), episode("d")]
 
 
 def test_sizes_of_a_run_without_lines(run: RunDirectory) -> None:
     assert run.sizes() == {"events": 0, "episodes": {}}
     run.append_event(event("run"))
-    run.append_episodes(0, [{"id": "a"}])
+    run.append_episodes(0, [episode("a")])
     run.truncate({"events": 0, "episodes": {}})
     assert run.sizes() == {"events": 0, "episodes": {}}
 
 
 def test_what_a_file_has_lost_is_said_and_costs_nothing_else(run: RunDirectory) -> None:
     run.append_event(event("stage", stage=1))
-    run.append_episodes(1, [{"id": "a"}])
+    run.append_episodes(1, [episode("a")])
+    run.append_episodes(2, [episode("b")])
+    kept = run.read_episodes(1)
     whole = run.sizes()
     run.append_event(event("stage", stage=2))
     with open(run.episodes / "stage-0001.jsonl", "ab") as file:
         file.write(b'{"id": "tor')
-    episodes = {"stage-0001.jsonl": 999, "stage-0007.jsonl": 1}
-    lines = run.truncate({"events": whole["events"], "episodes": episodes})
+    held = (run.episodes / "stage-0001.jsonl").stat().st_size
+    lost = {"stage-0001.jsonl": 999, "stage-0002.arrays": 77, "stage-0007.jsonl": 1}
+    lines = run.truncate({"events": whole["events"], "episodes": {**whole["episodes"], **lost}})
     assert [line.split(";")[0].removeprefix(f"{run.episodes}/") for line in lines] == [
-        "stage-0001.jsonl: holds 23 bytes where the checkpoint recorded 999",
+        f"stage-0001.jsonl: holds {held} bytes where the checkpoint recorded 999",
+        f"stage-0002.arrays: holds {whole['episodes']['stage-0002.arrays']} bytes where the "
+        "checkpoint recorded 77",
         "stage-0007.jsonl: holds 0 bytes where the checkpoint recorded 1",
     ]
     # The whole lines stay, the torn one would be glued to the next.
-    assert run.read_episodes(1) == [{"id": "a"}] and stages(run) == [1]
+    assert run.read_episodes(1) == kept and stages(run) == [1]
+    # Rows whose numbers are lost are set aside: they would be given those that come next.
+    assert run.read_episodes(2) == [] and not (run.episodes / "stage-0002.arrays").exists()
+    assert (run.episodes / "stage-0002.jsonl.damaged").exists()
     assert not (run.episodes / "stage-0007.jsonl").exists()
 
 

@@ -33,6 +33,7 @@ GATED = [
     " tolerance: 0.1, backtracks: 1}",
     "stages=4",
     "checkpoint.keep=9",
+    "evaluate={problems: 2, samples: 1}",
 ]
 LOWERS = [0.0, -0.5, 0.0, -0.5, -0.5, 0.2]
 """Lower bounds of the run's tests: a window kept, one shrunk, one reverted, one kept."""

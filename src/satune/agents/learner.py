@@ -183,11 +183,9 @@ class LocalLearner:
                 scores = self._score(hidden_TH, packed, batch, **wanted)
                 if not known:
                     anchor.keep(batch.tokens_T, hidden_TH, scores.logprobs_T)
-                local = {episode: index for index, episode in enumerate(batch.episodes)}
-                episode_T = torch.tensor(
-                    [local[e] for e in packed.episode_T[batch.tokens_T].tolist()], dtype=torch.long
-                )
                 device, rows = hidden_TH.device, list(batch.episodes)
+                # The batch's episodes are sorted: an episode's place among them is its number.
+                episode_T = torch.searchsorted(torch.tensor(rows), packed.episode_T[batch.tokens_T])
                 loss, metrics = objective_loss(
                     ObjectiveBatch(
                         logprobs_T=scores.logprobs_T,

@@ -7,14 +7,16 @@ long conversation is encoded once instead of once a turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from satune.types import Ids, Turn
+from satune.files.arrays import merge
+from satune.types import Ids, LogProbs, Turn
 
 # Larger batches are no faster on a CPU, and their activations are taken from and given back to the
 # operating system each time, which is slow.
@@ -26,14 +28,27 @@ def padded_budget(tokens: int, device: torch.device) -> int:
     return min(tokens, _LARGEST_ON_CPU) if device.type == "cpu" else tokens
 
 
+class Span(NamedTuple):
+    """``count`` own tokens that follow one another: the flat ones from ``token`` on, which stand in
+    their sequence from ``position`` on."""
+
+    position: int
+    token: int
+    count: int
+
+
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One sequence of ids; ``ids[positions[k]]`` is the flat own token ``tokens[k]``."""
+    """One sequence of ids that the model is fed, and where in it the own tokens of ``episode``
+    stand: one span a turn."""
 
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    tokens: tuple[int, ...]
+    ids: Ids
+    spans: tuple[Span, ...]
     episode: int
+
+
+Unit = tuple[TokenSequence, ...]
+"""Sequences that go into one micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +56,72 @@ class PackedTurns:
     """One agent's own tokens in an experience, flat in the order episode, turn, token.
 
     ``targets_T`` the ids, ``episode_T`` and ``turn_T`` (counted over the whole experience) where
-    each belongs; ``episodes`` E counts all episodes, also those in which the agent never spoke.
+    each belongs, int64; ``sampled_T`` their log-probabilities as the engine gave them, float32
+    (None where it gave none for some); ``episodes`` E counts all episodes, also those in which the
+    agent never spoke.
     """
 
     sequences: tuple[TokenSequence, ...]
     targets_T: Tensor
     episode_T: Tensor
     turn_T: Tensor
+    sampled_T: Tensor | None
     episodes: int
     turns: int
+    _units: dict[bool, tuple[Unit, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _plans: dict[tuple[int, bool], tuple[Unit, ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def tokens(self) -> int:
         return self.targets_T.numel()
+
+    def plan(
+        self, budget: int, episodes: Sequence[int] | None, *, whole_episodes: bool
+    ) -> tuple[Unit, ...]:
+        """The sequences of each micro-batch; see ``micro_batches``. A step asks for that of the
+        whole experience (``episodes`` None) again and again; it is made once."""
+        if episodes is None:
+            name = (budget, whole_episodes)
+            if name not in self._plans:
+                self._plans[name] = _filled(self._ordered(whole_episodes), budget)
+            return self._plans[name]
+        wanted = set(episodes)
+        units = self._ordered(whole_episodes)
+        return _filled([unit for unit in units if unit[0].episode in wanted], budget)
+
+    def _ordered(self, whole_episodes: bool) -> tuple[Unit, ...]:
+        """All units by length, those of one length by their first own token."""
+        if whole_episodes not in self._units:
+            units: dict[int, list[TokenSequence]] = {}
+            for index, sequence in enumerate(self.sequences):
+                name = sequence.episode if whole_episodes else index
+                units.setdefault(name, []).append(sequence)
+            self._units[whole_episodes] = tuple(
+                sorted(map(tuple, units.values()), key=lambda u: (_width(u), _first_token(u)))
+            )
+        return self._units[whole_episodes]
+
+
+def _width(unit: Unit) -> int:
+    return max(len(sequence.ids) for sequence in unit)
+
+
+def _first_token(unit: Unit) -> int:
+    return next((span.token for span in unit[0].spans if span.count), -1)
+
+
+def _filled(units: Iterable[Unit], budget: int) -> tuple[Unit, ...]:
+    """``units``, which come by length, put together up to ``budget`` padded tokens."""
+    batches: list[Unit] = []
+    batch: list[TokenSequence] = []
+    for unit in units:
+        if batch and (len(batch) + len(unit)) * _width(unit) > budget:
+            batches.append(tuple(batch))
+            batch = []
+        batch.extend(unit)
+    return (*batches, tuple(batch)) if batch else tuple(batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,43 +155,48 @@ def pack(own_turns: Sequence[Sequence[Turn]]) -> PackedTurns:
     Raises ValueError for a turn without token ids: it cannot be trained on.
     """
     sequences: list[TokenSequence] = []
-    targets: list[int] = []
-    episode_of: list[int] = []
-    turn_of: list[int] = []
-    turns = 0
+    completions: list[Ids] = []
+    sampled: list[LogProbs] = []
+    episode_N: list[int] = []
+    token = 0
     for episode, written in enumerate(own_turns):
-        open_sequences: list[tuple[list[int], list[int], list[int]]] = []
+        merged: list[Ids] = []
+        spans: list[list[Span]] = []
         for turn in written:
-            if turn.prompt_ids is None or turn.completion_ids is None:
+            prompt, completion = turn.prompt_ids, turn.completion_ids
+            if prompt is None or completion is None:
                 raise ValueError(
                     f"a turn of seat {turn.seat!r} has no token ids: it cannot be trained on"
                 )
-            prompt, completion = turn.prompt_ids, turn.completion_ids
-            extended = next((s for s in open_sequences if list(prompt[: len(s[0])]) == s[0]), None)
-            if extended is None:
-                extended = ([], [], [])
-                open_sequences.append(extended)
-            ids, positions, tokens = extended
-            ids.extend(prompt[len(ids) :])
-            positions.extend(range(len(ids), len(ids) + len(completion)))
-            tokens.extend(range(len(targets), len(targets) + len(completion)))
-            ids.extend(completion)
-            targets.extend(completion)
-            episode_of.extend([episode] * len(completion))
-            turn_of.extend([turns] * len(completion))
-            turns += 1
+            place = merge(merged, prompt, completion)
+            if place == len(spans):
+                spans.append([])
+            spans[place].append(Span(len(prompt), token, len(completion)))
+            completions.append(completion)
+            if turn.sampled_logprobs is not None:
+                sampled.append(turn.sampled_logprobs)
+            episode_N.append(episode)
+            token += len(completion)
         sequences.extend(
-            TokenSequence(tuple(ids), tuple(positions), tuple(tokens), episode)
-            for ids, positions, tokens in open_sequences
+            TokenSequence(ids, tuple(of_ids), episode)
+            for ids, of_ids in zip(merged, spans, strict=True)
         )
+    count_N = torch.tensor([len(ids) for ids in completions], dtype=torch.long)
+    sampled_T = _joined(sampled, np.float32)
     return PackedTurns(
-        tuple(sequences),
-        torch.tensor(targets, dtype=torch.long),
-        torch.tensor(episode_of, dtype=torch.long),
-        torch.tensor(turn_of, dtype=torch.long),
-        len(own_turns),
-        turns,
+        sequences=tuple(sequences),
+        targets_T=_joined(completions, np.int32).long(),
+        episode_T=torch.tensor(episode_N, dtype=torch.long).repeat_interleave(count_N),
+        turn_T=torch.arange(len(completions)).repeat_interleave(count_N),
+        sampled_T=sampled_T if sampled_T.numel() == token else None,
+        episodes=len(own_turns),
+        turns=len(completions),
     )
+
+
+def _joined(arrays: Sequence[Ids] | Sequence[LogProbs], kind: type[np.generic]) -> Tensor:
+    """One flat tensor of all ``arrays``, which hold numbers of ``kind``."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, kind), *map(np.asarray, arrays)]))
 
 
 def micro_batches(
@@ -136,52 +209,30 @@ def micro_batches(
     """Batches of at most ``budget`` padded tokens (one sequence or episode at least), by length.
 
     ``whole_episodes`` keeps the sequences of an episode together, which objectives over the sum of
-    an episode's log-ratios need; scoring does not and buckets tighter.
+    an episode's log-ratios need; scoring does not and buckets tighter. ``episodes`` None is all.
     """
-    wanted = None if episodes is None else set(episodes)
-    units: dict[int, list[TokenSequence]] = {}
-    for index, sequence in enumerate(packed.sequences):
-        if wanted is None or sequence.episode in wanted:
-            units.setdefault(sequence.episode if whole_episodes else index, []).append(sequence)
-    ordered = sorted(
-        units.values(), key=lambda unit: (max(len(s.ids) for s in unit), unit[0].tokens)
-    )
-    batch: list[TokenSequence] = []
-    for unit in ordered:
-        width = max(len(sequence.ids) for sequence in unit)
-        if batch and (len(batch) + len(unit)) * width > budget:
-            yield _collate(batch)
-            batch = []
-        batch.extend(unit)
-    if batch:
-        yield _collate(batch)
+    return map(_collate, packed.plan(budget, episodes, whole_episodes=whole_episodes))
 
 
 def padded(rows: Sequence[Ids], width: int) -> Tensor:
     """Ids [B, ``width``] (int64) with one of ``rows`` each, zeros on the right."""
-    ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
+    ids_BS = np.zeros((len(rows), width), dtype=np.int64)
     for row, ids in enumerate(rows):
-        ids_BS[row, : len(ids)] = torch.from_numpy(np.asarray(ids))
-    return ids_BS
+        ids_BS[row, : len(ids)] = np.asarray(ids)
+    return torch.from_numpy(ids_BS)
 
 
-def _collate(sequences: Sequence[TokenSequence]) -> MicroBatch:
+def _collate(unit: Unit) -> MicroBatch:
     # The last token of a sequence predicts nothing that is scored, so it is not fed.
-    width = max(len(sequence.ids) for sequence in sequences) - 1
-    input_ids = torch.zeros(len(sequences), max(width, 1), dtype=torch.long)
-    rows: list[int] = []
-    columns: list[int] = []
-    tokens: list[int] = []
-    for row, sequence in enumerate(sequences):
-        fed = sequence.ids[:-1]
-        input_ids[row, : len(fed)] = torch.tensor(fed, dtype=torch.long)
-        rows.extend([row] * len(sequence.positions))
-        columns.extend(position - 1 for position in sequence.positions)
-        tokens.extend(sequence.tokens)
+    width = _width(unit) - 1
+    placed = [(row, *span) for row, sequence in enumerate(unit) for span in sequence.spans]
+    row_N, position_N, token_N, count_N = np.array(placed, dtype=np.int64).reshape(-1, 4).T
+    # How far each own token stands behind the first of its span.
+    within_T = np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N)
     return MicroBatch(
-        input_ids,
-        torch.tensor(rows, dtype=torch.long),
-        torch.tensor(columns, dtype=torch.long),
-        torch.tensor(tokens, dtype=torch.long),
-        tuple(sorted({sequence.episode for sequence in sequences})),
+        padded([sequence.ids[:-1] for sequence in unit], max(width, 1)),
+        torch.from_numpy(np.repeat(row_N, count_N)),
+        torch.from_numpy(np.repeat(position_N - 1, count_N) + within_T),
+        torch.from_numpy(np.repeat(token_N, count_N) + within_T),
+        tuple(sorted({sequence.episode for sequence in unit})),
     )

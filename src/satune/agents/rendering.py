@@ -22,8 +22,10 @@ from satune.agents.messages import (
     user_message,
 )
 from satune.thoughts import opened_by
-from satune.types import Completion, Entry, Ids, Message, Prompt, UserError, ids_of
+from satune.types import Completion, Entry, EpisodeFailure, Ids, Message, Prompt, UserError, ids_of
 
+# Characters of a text that may well come again: what stands around a message, a short answer.
+_SHORT = 256
 _HISTORIES = (("3+4",), ("a b", "c", "d"), ("1", "x y.", "22", "z", "3\n4", "w", "v"))
 _REPLIES = (("7", "a: 8"), ("one\ntwo", "b"), ("12", "x\ny"))
 
@@ -64,7 +66,8 @@ class ChatRenderer(MessageBuilder):
         super().__init__(template)
         self.tokenizer = tokenizer
         self.context_limit = context_limit
-        self.encode = lru_cache(maxsize=65536)(self._encode)
+        self._short = lru_cache(maxsize=4096)(self._encode)
+        self._recent = lru_cache(maxsize=64)(self._encode)
         self._special = {
             id: str(token)
             for id, token in tokenizer.added_tokens_decoder.items()
@@ -87,6 +90,11 @@ class ChatRenderer(MessageBuilder):
     def view(self, seat: str) -> ChatView:
         """A fresh view of one conversation for ``seat``."""
         return ChatView(self, seat)
+
+    def encode(self, text: str) -> Ids:
+        """The ids of ``text``. Only what can come again is held: short texts, and the last few
+        long ones, since the samples of a problem begin with one prompt, one after another."""
+        return self._short(text) if len(text) <= _SHORT else self._recent(text)
 
     def _encode(self, text: str) -> Ids:
         return ids_of(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -177,7 +185,7 @@ class ChatView:
             max_new_tokens: tokens kept free for the completion.
 
         Raises:
-            UserError: the prompt does not fit the context even so.
+            EpisodeFailure: the prompt does not fit the context even so.
         """
         new = self._transcript.extend(entries)
         if not self._extend(new):
@@ -230,11 +238,12 @@ class ChatView:
         ][:-1]
         left = [at for at in foreign if at not in self._dropped]
         if not left:
-            raise UserError(
-                f"seat '{self._seat}': a prompt of {len(self._ids)} tokens and "
+            raise EpisodeFailure(
+                f"context: seat '{self._seat}': a prompt of {len(self._ids)} tokens and "
                 f"{max_new_tokens} new ones (rollout.max_new_tokens) exceed the context of "
                 f"{self._renderer.context_limit}; lower rollout.max_new_tokens or take an agent "
-                "with a longer context"
+                "with a longer context",
+                policy=True,
             )
         self._dropped.add(left[0])
         self._anew()

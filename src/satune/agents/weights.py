@@ -62,7 +62,7 @@ def _tensor_digest(name: str, tensor: Tensor) -> bytes:
     head = repr((name, str(plain.dtype), tuple(plain.shape))).encode()
     found = hashlib.blake2b(head, digest_size=32)
     # Bytes and not numbers: numpy has no bfloat16, and NaN and -0 count as they are.
-    found.update(plain.reshape(-1).view(torch.uint8).numpy())
+    found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 

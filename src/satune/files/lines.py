@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from satune.files.writing import disk_errors, strict_json, sync_directory
+from satune.files.writing import append_bytes, disk_errors, strict_json
 from satune.types import UserError
 
 
@@ -20,19 +19,8 @@ def append_lines(
 
     Raises UserError where the disk refuses; the file is then as it was.
     """
-    path = Path(path)
     data = "".join(f"{strict_json(row)}\n" for row in rows).encode()
-    with disk_errors(path), open(path, "ab", buffering=0) as file:
-        whole = file.tell()
-        try:
-            while data:
-                data = data[file.write(data) or 0 :]
-            if sync:
-                os.fsync(file.fileno())
-                sync_directory(path.parent)
-        except OSError:
-            file.truncate(whole)  # or the next line would be glued to half of this one
-            raise
+    append_bytes(Path(path), [data], sync=sync)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

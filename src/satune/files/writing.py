@@ -12,14 +12,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from satune.types import UserError
+from satune.types import Ids, LogProbs, UserError
 
 WRITING = ".writing"
 """What the name of a directory ends with while it is being written, or removed."""
@@ -85,6 +85,30 @@ def remove_tree(directory: Path) -> None:
         if directory.exists():
             directory.rename(going)
             shutil.rmtree(going)
+
+
+def append_bytes(
+    path: Path, parts: Iterable[bytes | Ids | LogProbs], *, sync: bool = False
+) -> None:
+    """Add bytes to a file, which is made if need be. A killed process leaves a prefix of them.
+    ``sync``: they last through a loss of power when this returns.
+
+    Raises UserError where the disk refuses; the file is then as it was.
+    """
+    with disk_errors(path), open(path, "ab", buffering=0) as file:
+        whole = file.tell()
+        try:
+            for part in parts:
+                left = memoryview(part).cast("B")
+                while left:
+                    left = left[file.write(left) or 0 :]
+            if sync:
+                os.fsync(file.fileno())
+                sync_directory(path.parent)
+        except OSError:
+            if path.is_file():  # or what comes next would be glued to half of this
+                file.truncate(whole)
+            raise
 
 
 def sync_directory(path: str | Path) -> None:

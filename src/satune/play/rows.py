@@ -1,20 +1,20 @@
-"""Episodes as rows for JSON, and back."""
+"""Episodes as rows, and back. Arrays stay arrays: ``files.arrays`` writes them beside the text."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from satune.types import Episode, Failure, Grade, Problem, Turn, UserError, ids_of, logprobs_of
+from satune.types import Episode, Failure, Grade, Problem, Turn, UserError
 
 Row = dict[str, Any]
 
 
 def episode_to_row(episode: Episode) -> Row:
-    """The episode as a row for JSON. ``episode_from_row`` gives it back exactly, floats included,
-    if the problem's answer and metadata are made of what JSON knows (lists rather than tuples).
+    """The episode as a row of what JSON knows, and of arrays of ids and log-probabilities where its
+    turns have them. ``episode_from_row`` gives it back exactly, floats included, if the problem's
+    answer and metadata are made of what JSON knows (lists rather than tuples).
     """
     row = _as_row(episode)
     row["problem"] = _as_row(episode.problem)
@@ -42,7 +42,7 @@ def episode_from_row(row: Mapping[str, Any]) -> Episode:
         _check_fields(turn, Turn)
     changes = {
         "problem": Problem(**{**problem, "prompt": tuple(problem["prompt"])}),
-        "turns": tuple(_turn(turn) for turn in row["turns"]),
+        "turns": tuple(Turn(**turn) for turn in row["turns"]),
         "grade": Grade(**grade),
         "failure": None if row["failure"] is None else Failure(**row["failure"]),
         "observations": tuple((int(count), text) for count, text in row["observations"]),
@@ -53,13 +53,7 @@ def episode_from_row(row: Mapping[str, Any]) -> Episode:
 def _as_row(item: Any) -> Row:
     """A dataclass's fields, one level deep, tuples as lists."""
     values = {field.name: getattr(item, field.name) for field in fields(item)}
-    return {k: list(v) if isinstance(v, tuple | array) else v for k, v in values.items()}
-
-
-def _turn(row: Row) -> Turn:
-    arrays = {"prompt_ids": ids_of, "completion_ids": ids_of, "sampled_logprobs": logprobs_of}
-    made = {name: make(row[name]) for name, make in arrays.items() if row[name] is not None}
-    return Turn(**{**row, **made})
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _check_fields(row: Mapping[str, Any], kind: type) -> None:

@@ -64,6 +64,7 @@ def _of_update(event: UpdateEvent) -> dict[str, float]:
         statistical = event["certificate"]["statistical"]
         found |= {f"{agent}/certificate_{name}": statistical[name] for name in ("mean", "lower")}
     for name in ("beta", "scale", "ess", "objective", "clip_fraction", "grad_norm"):
-        if name in event:
-            found[f"{agent}/{name}"] = event[name]
+        value = event.get(name)
+        if isinstance(value, int | float):
+            found[f"{agent}/{name}"] = value
     return found

@@ -17,7 +17,7 @@ from satune.agents.loading import Precision, load_policies
 from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
 from satune.agents.weights import Weights
-from satune.commands.assemble import Cast, Progress, agent_spec, assemble, model_path, team_engine
+from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
 from satune.engines.roles import WithRoles
@@ -29,7 +29,7 @@ from satune.training.checkpoint import Checkpoints
 from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
 from satune.training.state_file import read_state
-from satune.types import UserError
+from satune.types import Progress, UserError
 
 
 @dataclass(slots=True)

@@ -141,22 +141,29 @@ class FunctionReward:
                 "return a list with one number for each"
             )
         value = result[0].tolist() if hasattr(result[0], "tolist") else result[0]
-        if not isinstance(value, (Real, Decimal)) or not _finite(value):
+        number = _number(value)
+        if number is None:
             raise UserError(
                 f"reward {self.name}: its value is {_short(value)}; return a finite number"
             )
-        if not self._lowest <= value <= self._highest:
+        if not self._lowest <= number <= self._highest:
             raise UserError(
                 f"reward {self.name}: its value {_short(value)} lies outside "
                 f"[{self._lowest:g}, {self._highest:g}]; set reward_range: [lowest, highest]"
             )
-        return (float(value) - self._lowest) / (self._highest - self._lowest)
+        return (float(number) - self._lowest) / (self._highest - self._lowest)
 
 
-def _finite(value: Real | Decimal) -> bool:
-    if isinstance(value, (Rational, Decimal)):  # a Fraction may be beyond what a float holds
-        return not isinstance(value, Decimal) or value.is_finite()
-    return math.isfinite(value)
+def _number(value: object) -> float | Fraction | Decimal | None:
+    """A finite number, exact where it is (a Fraction may be beyond what a float holds); else
+    None."""
+    if isinstance(value, Decimal):
+        return value if value.is_finite() else None
+    if isinstance(value, Rational):
+        return Fraction(value)
+    if isinstance(value, Real) and math.isfinite(number := float(value)):
+        return number
+    return None
 
 
 def _short(value: object) -> str:

@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, unchanged files linked, damage noticed and named.
 
 A checkpoint is a directory written beside and renamed: ``state.json``, an agent's weights and
-optimiser as safetensors, and the experience still in use. Nothing in it depends on the number of
-processes. state.json (``state_file.py``) lists every file with its size and digest.
+optimiser as safetensors, and the experience still in use, text and arrays (``files.arrays``).
+Nothing in it depends on the number of processes. state.json (``state_file.py``) lists every file
+with its size and digest.
 
 Tensors are copied when a checkpoint is asked for; the files are written in the background, while
 the next rollout runs, and waited for before the next checkpoint.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.agents.ports import Learner
-from satune.files.lines import append_lines
+from satune.files.arrays import append_rows, files_of_rows
 from satune.files.writing import (
     WRITING,
     disk_errors,
@@ -125,7 +126,7 @@ class Checkpoints:
             keep(agent_file(agent, "held"), same, partial(_flat, held.snapshot))
         episodes: Sequence[Episode] | None = None
         if state.batch is not None and last is not None and last.batch == now.batch:
-            linked.append(EXPERIENCE)
+            linked += [path.name for path in files_of_rows(last.path / EXPERIENCE)]
         elif state.batch is not None:
             episodes = state.batch.episodes
         # The run goes on and changes its state while this is written.
@@ -160,8 +161,9 @@ class Checkpoints:
                 save_file(named, beside / relative)
                 now.files[relative] = identity(beside / relative)
             if episodes is not None:
-                append_lines(beside / EXPERIENCE, (world.to_row(e) for e in episodes))
-                now.files[EXPERIENCE] = identity(beside / EXPERIENCE)
+                append_rows(beside / EXPERIENCE, (world.to_row(e) for e in episodes))
+                for path in files_of_rows(beside / EXPERIENCE):
+                    now.files[path.name] = identity(path)
             text["files"] = now.files
             write_state(beside, text)
         self._last = now

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from satune.files.arrays import append_rows, files_of_rows, read_rows
 from satune.files.events import Event, append_event, read_events
-from satune.files.lines import append_lines, cut_torn_line, read_lines
+from satune.files.lines import cut_torn_line
 from satune.files.lock import LOCK, locked
 from satune.files.manifest import missing_part
 from satune.files.writing import (
@@ -152,10 +153,11 @@ class RunDirectory:
         self._unsynced.add(self.events)
 
     def append_episodes(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add conversations of ``stage`` (from 1; 0: before training) to the stage's file."""
+        """Add conversations of ``stage`` (from 1; 0: before training) to the stage's files: rows of
+        episodes as ``files.arrays.append_rows`` takes them."""
         path = self.episodes / f"stage-{stage:04d}.jsonl"
-        append_lines(path, rows)
-        self._unsynced.add(path)
+        append_rows(path, rows)
+        self._unsynced |= set(files_of_rows(path))
 
     def read_events(self) -> list[Event]:
         """All events in order. A last line that was still being written is left out.
@@ -166,7 +168,7 @@ class RunDirectory:
 
     def read_episodes(self, stage: int) -> list[dict[str, Any]]:
         """The conversations of ``stage``, as ``read_events``."""
-        return read_lines(self.episodes / f"stage-{stage:04d}.jsonl")
+        return read_rows(self.episodes / f"stage-{stage:04d}.jsonl")
 
     def sizes(self) -> dict[str, Any]:
         """{"events": bytes, "episodes": {file name: bytes}}, safely on disk when this returns."""
@@ -178,7 +180,7 @@ class RunDirectory:
                 sync_directory(self.episodes)
                 sync_directory(self.path)
             self._unsynced.clear()
-        files = sorted(self.episodes.glob("*.jsonl"))
+        files = self._files_of_episodes()
         return {
             "events": self.events.stat().st_size if self.events.exists() else 0,
             "episodes": {path.name: path.stat().st_size for path in files},
@@ -194,27 +196,36 @@ class RunDirectory:
         kept: dict[str, int] = dict(sizes["episodes"])
         cuts = {self.events: int(sizes["events"])}
         cuts.update({self.episodes / name: int(size) for name, size in kept.items()})
-        lost: list[str] = []
+        held = {path: path.stat().st_size if path.exists() else 0 for path in cuts}
+        short = [path for path, size in cuts.items() if held[path] < size]
         with disk_errors(self.path):
-            for path, size in cuts.items():
-                held = path.stat().st_size if path.exists() else 0
-                if held < size:
-                    lost.append(
-                        f"{path}: holds {held} bytes where the checkpoint recorded {size}; what is "
-                        "missing stays missing, the run goes on"
-                    )
+            for path in short:
+                if path.suffix == ".jsonl":
                     cut_torn_line(path)
-                elif path.exists():
-                    os.truncate(path, size)
+                    continue
+                # Rows that name lost numbers would be given those that are written next.
+                for file in files_of_rows(path.with_suffix(".jsonl")):
+                    file.rename(file.with_name(f"{file.name}.damaged"))
+            for path, size in cuts.items():
                 if path.exists():
+                    if held[path] > size:
+                        os.truncate(path, size)
                     self._unsynced.add(path)
-            for path in self.episodes.glob("*.jsonl"):
+            for path in self._files_of_episodes():
                 if path.name not in kept:
                     path.unlink()
                     self._unsynced.discard(path)
             self.summary.unlink(missing_ok=True)
-        return lost
+        return [
+            f"{path}: holds {held[path]} bytes where the checkpoint recorded {cuts[path]}; what is "
+            "missing stays missing, the run goes on"
+            for path in short
+        ]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, the last act of a run."""
         write_atomically(self.summary, strict_json(summary) + "\n")
+
+    def _files_of_episodes(self) -> list[Path]:
+        # A killed process may have left numbers whose rows were not written.
+        return sorted((*self.episodes.glob("*.jsonl"), *self.episodes.glob("*.arrays")))

@@ -39,8 +39,12 @@ def self_check(
         anchor = learner.anchor(packed)
         learner.complete(anchor)
         again = learner.measure(anchor)
-        sampled_T = torch.tensor(_sampled(name, episodes), dtype=torch.float64)
-        difference_T = sampled_T - anchor.logprobs_T.double()
+        if packed.sampled_T is None:
+            raise UserError(
+                f"self-check: agent {name}: the engine gives no log-probabilities of what it "
+                "samples; take another engine"
+            )
+        difference_T = packed.sampled_T.double() - anchor.logprobs_T.double()
         figures: dict[str, float] = {
             "ratio": float((again.logprobs_T - anchor.logprobs_T).abs().max()),
             "kl": float(torch.maximum(again.kl_T, again.reverse_kl_T).max()),
@@ -59,16 +63,6 @@ def self_check(
             if not figures[what] <= limit:
                 raise UserError(_explanation(name, what, figures[what], limit))
     return report
-
-
-def _sampled(agent: str, episodes: Sequence[Episode]) -> list[float]:
-    return [
-        logprob
-        for episode in episodes
-        for turn in episode.turns
-        if turn.agent == agent
-        for logprob in turn.sampled_logprobs or ()
-    ]
 
 
 def _explanation(agent: str, what: str, value: float, tolerance: float) -> str:

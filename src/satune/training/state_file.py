@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from satune.agents.anchor import Snapshot
 from satune.core.confidence import Spending
-from satune.files.lines import read_lines
+from satune.files.arrays import read_rows
 from satune.files.writing import strict_json, write_atomically
 from satune.training.ports import Saved, World
 from satune.training.state import Batch, CertifyState, Held, State
 from satune.types import UserError
 
-FORMAT = 6
+FORMAT = 7
 STATE = "state.json"
 EXPERIENCE = "experience.jsonl"
 
@@ -135,7 +135,7 @@ def from_json(fields: Mapping[str, Any], directory: Path, world: World) -> Saved
     )
     if batch is not None:
         state.batch = Batch(
-            [world.from_row(row) for row in read_lines(directory / EXPERIENCE)],
+            [world.from_row(row) for row in read_rows(directory / EXPERIENCE)],
             [float(w) for w in batch["log_weights"]],
             batch["drawn_before"],
             float(batch["reward"]),

@@ -104,7 +104,7 @@ def improve(
         event["seconds"] = {"update": time.perf_counter() - started}
         beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, nothing_E, event)
-    event["mismatch"] = _mismatch(agent, episodes, anchor)
+    event["mismatch"] = _mismatch(anchor)
     scoring = learning.pop("scoring")
     event["seconds"] = {"score": scoring, "update": time.perf_counter() - started - scoring}
 
@@ -237,19 +237,12 @@ def _enforce(
         learner.interpolate(anchor.snapshot.weights, proposal, search.scale)
 
 
-def _mismatch(agent: str, episodes: Sequence[Episode], anchor: Anchor) -> dict[str, float]:
+def _mismatch(anchor: Anchor) -> dict[str, float]:
     """Written (here: anchor) minus sampled log-probabilities of turns the anchor itself wrote.
 
     Only meaningful for those; turns of an older version differ by the update, not by the engine.
     """
-    sampled = [
-        logprob
-        for episode in episodes
-        for turn in episode.turns
-        if turn.agent == agent
-        for logprob in (turn.sampled_logprobs or ())
-    ]
-    if len(sampled) != anchor.packed.tokens:
+    if anchor.packed.sampled_T is None:
         return {}
-    difference_T = anchor.logprobs_T.double() - torch.tensor(sampled, dtype=torch.float64)
+    difference_T = anchor.logprobs_T.double() - anchor.packed.sampled_T.double()
     return {"mean": float(-difference_T.mean()), "max": float(difference_T.abs().max())}
