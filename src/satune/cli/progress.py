@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.text import Text
 
 from satune.files.events import EvalEvent, Event, Notice, UpdateEvent
-from satune.types import printable
+from satune.files.printing import printable
 
 
 class _Rate(ProgressColumn):
