@@ -101,8 +101,9 @@ def test_going_back_to_a_checkpoint(recipe: Path, places: Path, stride: int, ful
         begun = meant or not RunDirectory(out).finished
         go(recipe, out, fewer, resume=True)
         found = left(out)
-        partial = [name for name in found["names"] if name.endswith(".partial")]
-        for name in partial:
+        # A run that is finished is not written to, so these stay there; no start minds them.
+        partial = (".writable", "..writable.partial", ".going-back.json.partial")
+        for name in set(partial) & set(found["names"]):
             found["names"].remove(name), found.pop(name)
         # Before the intent is on the disk nothing has happened, and nothing does.
         assert found == whole or (not begun and found == before), f"operation {at} ({what})"
