@@ -229,15 +229,16 @@ def _may_change(key: str, held: Recipe, now: Recipe) -> bool:
         if len(parts) < len(named):
             continue
         if all(a in (b, "NAME") for a, b in zip(named, parts, strict=False)):
-            return mark.allows(*(_value(each, parts[: len(named)]) for each in (held, now)))
+            plain = (each.model_dump(mode="json") for each in (held, now))
+            return mark.allows(*(_value(each, parts[: len(named)]) for each in plain))
     return False
 
 
-def _value(recipe: Recipe, parts: Sequence[str]) -> Any:
-    value: Any = recipe
+def _value(recipe: Any, parts: Sequence[str]) -> Any:
+    """The value of a dotted key of a recipe as plain values; None where there is none."""
     for part in parts:
-        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
-    return value
+        recipe = recipe.get(part) if isinstance(recipe, Mapping) else None
+    return recipe
 
 
 def tolerance_of(recipe: Recipe) -> Tolerance:
