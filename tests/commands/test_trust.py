@@ -20,7 +20,7 @@ from satune.commands.trust import Address, Code, Trust, claims, given_recipe, re
 from satune.config.load import load_recipe, recipe_text
 from satune.engines.servers import Servers
 from satune.swap.seat import find_team
-from satune.team import load_team, read_manifest
+from satune.team import load_team, manifest_of
 from satune.types import UserError
 
 NO_ENGINE: Any = None
@@ -358,7 +358,7 @@ def test_a_manifest_stays_in_its_directory(tmp_path: Path, name: str):
         config = {"base_model_name_or_path": base}
         (folder / place / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "private").mkdir()
-    for read in (read_manifest, load_team):
+    for read in (manifest_of, load_team):
         line = refusal(read, folder)
         assert (
             line.startswith(f"{folder}/manifest.json: damaged manifest (agents.") and said in line
@@ -371,9 +371,9 @@ def test_a_manifest_stays_in_its_directory(tmp_path: Path, name: str):
 )
 def test_a_manifest_that_is_none_is_one_line(tmp_path: Path, text: str):
     folder = team(tmp_path / "team")
-    assert read_manifest(folder)["seats"] == {"a": "a"}
+    assert manifest_of(folder)["seats"] == {"a": "a"}
     (folder / "manifest.json").write_text(text)
-    assert refusal(read_manifest, folder).startswith(f"{folder}/manifest.json")
+    assert refusal(manifest_of, folder).startswith(f"{folder}/manifest.json")
 
 
 def test_an_adapter_imports_nothing(tmp_path: Path):

@@ -182,11 +182,11 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
 
 
 def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Trust) -> Candidate:
-    from satune.team import load_team, read_manifest
+    from satune.team import load_team, manifest_of
 
     directory = place if (place / "manifest.json").is_file() else place / "team"
     admit = partial(trust.admit, where=directory / "manifest.json")
-    admit({"agents": read_manifest(directory)["agents"]})
+    admit({"agents": manifest_of(directory)["agents"]})
     team = load_team(directory, **keys["team"])
     # A run's team plays as it was trained: the recipe beside it says how long a message may be.
     written = directory.parent / "recipe.yaml"
