@@ -69,7 +69,7 @@ def draw(policy: Policy, prompts: Sequence[Sequence[int]], tokens: int, **settin
             engine.begin(KEY.at(sample=index, seat="a"))
         return await asyncio.gather(*(one(i, ids) for i, ids in enumerate(prompts)))
 
-    return asyncio.run(asyncio.wait_for(every(), 60))
+    return asyncio.run(asyncio.wait_for(every(), 600))
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -161,7 +161,7 @@ def test_conversations_go_on_from_the_states_of_both():
             engine.begin(key)
         return await asyncio.gather(*(one(key) for key in keys))
 
-    pairs = [pair for said in asyncio.run(asyncio.wait_for(every(), 60)) for pair in said]
+    pairs = [pair for said in asyncio.run(asyncio.wait_for(every(), 600)) for pair in said]
     assert torch.allclose(sampled(pairs), scored(policy, pairs), rtol=0, atol=1e-6)
 
 

@@ -61,7 +61,7 @@ def ask(
         finally:
             await engine.close()
 
-    return asyncio.run(asyncio.wait_for(all_of_them(), 30))
+    return asyncio.run(asyncio.wait_for(all_of_them(), 600))
 
 
 def play(engine: OpenAIEngine, protocol: Any = chain, samples: int = 4) -> list[Episode]:

@@ -95,7 +95,7 @@ def play(policy: Policy) -> list[list[tuple[tuple[int, ...], Completion]]]:
             engine.begin(key)
         return await asyncio.gather(*(one(index) for index in range(12)))
 
-    return asyncio.run(asyncio.wait_for(everyone(), 100))
+    return asyncio.run(asyncio.wait_for(everyone(), 600))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

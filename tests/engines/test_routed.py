@@ -81,7 +81,7 @@ def test_each_seat_is_written_by_its_own_engine_beside_a_local_one() -> None:
     async def play(with_engine: RoutedEngine) -> list:
         problems = OneLetter().problems("eval")
         jobs = rollout(Match(seats(), chain, with_engine, OneLetter()), problems, 3, KEY)
-        return await asyncio.wait_for(jobs, 20)
+        return await asyncio.wait_for(jobs, 600)
 
     episodes = asyncio.run(play(engine))
     assert [[turn.seat for turn in e.turns] for e in episodes] == [["ann", "bob"]] * 12

@@ -101,7 +101,7 @@ class Stage:
                 self.engine.begin(own)
             return await asyncio.gather(*(one(*each) for each in keys))
 
-        return asyncio.run(asyncio.wait_for(every(), 60))
+        return asyncio.run(asyncio.wait_for(every(), 600))
 
 
 def _turn(seat: str, moment: int, ids: tuple[int, ...], said: Completion) -> Turn:

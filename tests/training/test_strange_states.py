@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from satune.training.checkpoint import FORMAT, Checkpoints
+from satune.training.checkpoint import Checkpoints
 from satune.training.run_directory import RunDirectory
+from satune.training.state_file import FORMAT, write_state
 from satune.types import UserError
 
 
@@ -37,7 +37,7 @@ STRANGE: dict[str, dict[str, Any]] = {
 def run_with(folder: Path, text: dict[str, Any]) -> RunDirectory:
     run = RunDirectory(folder / "run")
     (run.checkpoints / "stage-0001").mkdir(parents=True)
-    (run.checkpoints / "stage-0001" / "state.json").write_text(json.dumps(text))
+    write_state(run.checkpoints / "stage-0001", text)  # anybody can seal what they wrote
     run.episodes.mkdir()
     (run.episodes / "stage-0001.jsonl").write_text("{}\n")
     run.events.write_text("{}\n")
