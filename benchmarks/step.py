@@ -41,6 +41,7 @@ from satune.agents.weights import Weights
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.local import LocalEngine
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.protocols.catalog import load_protocol
 from satune.training.settings import UpdateSettings
@@ -114,13 +115,7 @@ class SatuneStep:
         key = Key(0, "train", stage=self.version + 1)
         started = time.perf_counter()
         episodes = rollout_sync(
-            self.problems,
-            SAMPLES,
-            key,
-            seats=self.seats,
-            protocol=self.protocol,
-            engine=self.engine,
-            task=Reward(),
+            Match(self.seats, self.protocol, self.engine, Reward()), self.problems, SAMPLES, key
         )
         sampled = time.perf_counter()
         experience = Experience(tuple(episodes), (0.0,) * len(episodes))

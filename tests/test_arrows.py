@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,20 +101,6 @@ def test_modules(path: Path) -> None:
     if room != "__init__":
         assert room in ARROWS, f"the room '{room}' is not in the table"
         assert offences(path, package, room) == []
-
-
-def test_no_module_imports_itself_through_others() -> None:
-    """Imports in functions and under TYPE_CHECKING count: a reader goes round in them as well."""
-    modules = {".".join((*place(path)[0], path.stem)): path for path in MODULES}
-    graph: dict[str, set[str]] = {}
-    for module, path in modules.items():
-        graph[module] = set()
-        for name in imports(path, place(path)[0]):
-            target = name if name in modules else name.rpartition(".")[0]
-            if target in modules and target != module:
-                graph[module].add(target)
-    assert len(graph["satune.training.stage"]) >= 5
-    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def answer_part(text: str) -> str | None:
     return said.strip() or None
 
 
+def is_cut(text: str) -> bool:
+    """Whether the message ends inside a thought."""
+    return text.rfind(OPENING) > text.rfind(CLOSING)
+
+
 def without_thoughts(text: str) -> str:
     """``answer_part`` as others are shown it: an empty text where nothing was said."""
     return answer_part(text) or ""

@@ -20,6 +20,12 @@ Ids: TypeAlias = "array[int]"
 """Token ids as ``array.array('i')``, int32: made by ``ids_of``, shared, and changed by nobody."""
 LogProbs: TypeAlias = "array[float]"
 """Natural logarithms as ``array.array('f')``, float32: made by ``logprobs_of``."""
+Progress = Callable[[int, int, str], None]
+"""(done, of how many, of what), called while something long goes on."""
+
+
+def no_progress(done: int, total: int, what: str) -> None:
+    """Shows nothing."""
 
 
 def ids_of(numbers: Iterable[int] = ()) -> Ids:
@@ -35,16 +41,6 @@ def logprobs_of(numbers: Iterable[float] = ()) -> LogProbs:
 
 class UserError(ValueError):
     """Bad input from the person at the keyboard: one line saying where, what and the mend."""
-
-
-def printable(text: str) -> str:
-    """``text`` for one line of a terminal: each line end or other blank becomes a space, whatever
-    could steer the terminal or cannot be written (control and direction characters, half a
-    surrogate pair) U+FFFD. Joiners stay, scripts and emoji need them."""
-    return "".join(
-        c if c.isprintable() or c in "\u200c\u200d" else " " if c.isspace() else "\ufffd"
-        for c in text
-    )
 
 
 def text_part(text: str) -> Part:
@@ -204,13 +200,20 @@ class EpisodeFailure(Exception):
 
     ``policy`` tells whose failure it is: the policy's own (what it wrote led to it: the context is
     full, the server's filter refused the text) or the world's (a connection, a server, a worker).
-    ``reason`` is one line; a server's begins with the kind of failure, up to a colon.
+    ``reason`` is one line that begins with the kind of failure and a colon.
     """
 
     def __init__(self, reason: str, *, policy: bool) -> None:
         super().__init__(reason)
         self.reason = reason
         self.policy = policy
+
+
+FAILURES = 0.2
+"""The share of failed conversations that a rollout bears where nothing else is said."""
+
+GRADING_SECONDS = 120.0
+"""How long a message may take to be graded where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,11 @@ class Failure:
 
     reason: str
     policy: bool
+
+    @property
+    def kind(self) -> str:
+        """What the reason begins with, up to its first colon."""
+        return self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +353,8 @@ class Task(Protocol):
     """Problems and how answers to them are graded.
 
     ``extract`` reads the answer out of a message (None: there is none), ``equal`` compares two
-    extracted answers (majority votes use it), ``grade`` takes a whole message.
+    extracted answers (majority votes use it), ``grade`` takes a whole message. Rollouts call
+    ``grade`` in threads, several at a time, or await it where it is a coroutine function.
     """
 
     name: str
@@ -356,11 +365,11 @@ class Task(Protocol):
 
     def equal(self, a: str, b: str) -> bool: ...
 
-    def grade(self, problem: Problem, answer: str | None) -> Grade: ...
+    def grade(self, problem: Problem, answer: str | None) -> Grade | Awaitable[Grade]: ...
 
 
 class Conversation(Protocol):
-    """What a protocol is handed. See ``rollout.Talk``.
+    """What a protocol is handed. See ``play.conversation.Conversation``.
 
     ``acting`` is true in an environment: the protocol is then called once for every action.
     """

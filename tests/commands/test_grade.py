@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from satune.cli.main import main
-from satune.commands.grade import grade_file, mean_components, read_responses, score_interval
+from satune.commands.grade import grade_file, read_responses
+from satune.play.statistics import mean_components, score_interval
 from satune.types import UserError
 
 ROWS = [{"id": f"q{i}", "prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
@@ -198,7 +199,7 @@ def test_graders_that_misbehave_cost_their_own_responses(tmp_path, odd):
     assert "return a Grade with score 0 to 1" in details[7]
     # The vote of "b" ended its process as well: it has no winner.
     assert [row["majority"] for row in result["per_row"]] == [1.0, 0.0, 0.0]
-    assert seen[-1] == (12, 12)
+    assert seen[-1] == (12, 12, "grading")
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -27,6 +27,7 @@ from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.engines.client import STREAM, Client, ServerSettings
 from satune.engines.openai import OpenAIEngine
 from satune.play.evaluation import Evaluation, evaluate_async
+from satune.play.match import Match
 from satune.protocols.sequential import chain
 from satune.tasks.catalog import take
 from satune.tasks.relay import Relay
@@ -146,25 +147,30 @@ def evaluated(play: Play, problems: int) -> tuple[Evaluation, OpenAIEngine]:
         settings = ServerSettings(timeout=30.0, tokens_per_minute=100_000)
         engine = engine_of(HostileServer(play), settings=settings)
         renderer = MessageRenderer(TemplateSettings())
-        got = await evaluate_async(
-            take(Relay(), "eval", problems),
-            4,
-            Key(0, "evaluate"),
-            seats=[Seat(name, name, renderer, SAMPLING) for name in MODELS],
-            protocol=chain,
-            engine=engine,
-            task=Relay(),
-            per_seat=True,
-        )
+        seats = [Seat(name, name, renderer, SAMPLING) for name in MODELS]
+        match = Match(seats, chain, engine, Relay())
+        chosen = take(Relay(), "eval", problems)
+        got = await evaluate_async(match, chosen, 4, Key(0, "evaluate"), per_seat=True)
         await engine.close()
         return got, engine
 
     return run_virtually(evaluation())
 
 
+@pytest.fixture
+def graded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread takes real time, which in a loop of virtual time is for ever."""
+
+    async def at_once(function: Any, *arguments: Any) -> Any:
+        return function(*arguments)
+
+    monkeypatch.setattr("satune.play.grading.in_thread", at_once)
+
+
 SIZES = [10, pytest.param(125, marks=pytest.mark.slow)]
 
 
+@pytest.mark.usefixtures("graded_at_once")
 @pytest.mark.parametrize("problems", SIZES)
 def test_the_report_of_an_evaluation_in_a_storm_is_that_of_a_clean_server(problems: int) -> None:
     want, plain = evaluated(lambda body, before: None, problems)

@@ -22,6 +22,7 @@ from satune.engines.client import ServerSettings
 from satune.engines.openai import OpenAIEngine
 from satune.engines.pace import Pace
 from satune.files.lines import JsonLines
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.protocols.discussion import debate
 from satune.protocols.sequential import chain
@@ -66,13 +67,10 @@ def ask(
 def play(engine: OpenAIEngine, protocol: Any = chain, samples: int = 4) -> list[Episode]:
     renderer = MessageRenderer(TemplateSettings())
     return rollout_sync(
+        Match([Seat(name, name, renderer, SAMPLING) for name in MODELS], protocol, engine, Relay()),
         take(Relay(), "eval", 6),
         samples,
         Key(0, "evaluate"),
-        seats=[Seat(name, name, renderer, SAMPLING) for name in MODELS],
-        protocol=protocol,
-        engine=engine,
-        task=Relay(),
     )
 
 

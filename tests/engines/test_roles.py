@@ -16,8 +16,9 @@ from satune.commands.evaluate import Wanted, examine
 from satune.config.load import load_recipe
 from satune.engines.roles import LocalRole, WithRoles, with_roles
 from satune.engines.servers import Servers
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
-from satune.types import Key, Prompt, Sampling, UserError
+from satune.types import EpisodeFailure, Key, Prompt, Sampling, UserError
 from scripted import ScriptedEngine
 
 PUZZLES = [
@@ -55,9 +56,11 @@ def recipe_with(world, name, **task):
 
 def play(cast):
     return rollout_sync(
-        list(cast.task.problems("all")), 2, Key(3, "evaluate"), seats=cast.team.seats_for(6),
-        protocol=cast.protocol, engine=cast.engine, task=cast.task,
-    )  # fmt: skip
+        Match(cast.team.seats_for(6), cast.protocol, cast.engine, cast.task),
+        list(cast.task.problems("all")),
+        2,
+        Key(3, "evaluate"),
+    )
 
 
 def role(world):
@@ -169,7 +172,7 @@ def test_a_full_context_loses_its_oldest_questions(world):
     short = ask(host, "1+1", "c")
     long = ask(host, "1+1", *("9" * 30, "8" * 30) * 20, "c")
     assert long.prompt_tokens <= 115 and long.prompt_tokens > short.prompt_tokens
-    with pytest.raises(UserError, match=r"task.host: \d+ tokens of a prompt and 5 new ones exceed"):
+    with pytest.raises(EpisodeFailure, match=r"host: \d+ tokens of a prompt and 5 new ones exceed"):
         ask(host, "1" * 400, "c")
 
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 from satune.core.confidence import Spending
 from satune.engines.local import LocalEngine
 from satune.engines.routed import RoutedEngine
+from satune.play.match import Match
 from satune.play.rollout import rollout
 from satune.protocols.sequential import chain
-from satune.swap.coins import Side, Table
+from satune.swap.coins import hand_over_between
 from satune.swap.handover import HandOverSettings
 from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import EntriesRenderer, ScriptedEngine
@@ -79,9 +80,7 @@ def test_each_seat_is_written_by_its_own_engine_beside_a_local_one() -> None:
 
     async def play(with_engine: RoutedEngine) -> list:
         problems = OneLetter().problems("eval")
-        jobs = rollout(
-            problems, 3, KEY, seats=seats(), protocol=chain, engine=with_engine, task=OneLetter()
-        )
+        jobs = rollout(Match(seats(), chain, with_engine, OneLetter()), problems, 3, KEY)
         return await asyncio.wait_for(jobs, 20)
 
     episodes = asyncio.run(play(engine))
@@ -104,14 +103,14 @@ def test_a_served_model_takes_a_seat_by_hand_over() -> None:
     # No log-probabilities and no tokenizer of its own are asked for.
     incumbent = ScriptedEngine(lambda seat, entries, key: "ab"[key.rng("x").random() < 0.5])
     entries = EntriesRenderer()
-    old = Side([Seat(name, name, entries, Sampling(4)) for name in ("ann", "bob")], incumbent)
+    places = [Seat(name, name, entries, Sampling(4)) for name in ("ann", "bob")]
+    old = Match(places, chain, incumbent, OneLetter())
     settings = HandOverSettings(tolerance=0.1, problems=64, samples=4, looks=3)
     verdicts = {}
     for says in ("b", "a"):
         engine = RoutedEngine(incumbent, {"bob": Served(says)}, {})
         new = replace(old, engine=engine)
-        table = Table(OneLetter(), chain)
-        found = table.hand_over(old, new, settings, KEY, Spending(0.05, 3))
+        found = hand_over_between(old, new, settings, KEY, Spending(0.05, 3))
         verdicts[says] = found.verdict
         assert found.looks[0].new == float(says == "b")
     assert verdicts == {"b": "accepted", "a": "refused"}

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from satune.play.conversation import Talk, plurality, together
+from satune.play.conversation import Conversation, plurality, together
 from satune.types import Entry, Key, Problem, UserError, ids_of
 from scripted import EntriesRenderer, Letters, ScriptedEngine, by_seat, team
 
@@ -18,7 +18,7 @@ ASKED = Entry("problem", parts=PROBLEM.prompt)
 def make(write, names=("ann", "bob", "cem"), delays=None, renderer=None, acting=False):
     engine = ScriptedEngine(write, delays)
     seats = team(*names, renderer=renderer)
-    talk = Talk(PROBLEM, KEY, seats=seats, engine=engine, task=Letters(), acting=acting)
+    talk = Conversation(PROBLEM, KEY, seats=seats, engine=engine, task=Letters(), acting=acting)
     return talk, engine
 
 

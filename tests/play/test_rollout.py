@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from satune.files.arrays import append_rows, read_rows
+from satune.play.match import Match
 from satune.play.rollout import play, rollout, rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.discussion import debate
@@ -49,13 +50,21 @@ def test_groups_come_ordered_by_problem_then_sample_with_their_keys():
     engine = ScriptedEngine(keyed)
     progress = []
     episodes = rollout_sync(
-        PROBLEMS, 3, KEY, seats=team("ann", "bob"), protocol=chain, engine=engine, task=Letters(),
-        progress=lambda done, total: progress.append((done, total)),
-    )  # fmt: skip
+        Match(
+            team("ann", "bob"),
+            chain,
+            engine,
+            Letters(),
+            progress=lambda *told: progress.append(told),
+        ),
+        PROBLEMS,
+        3,
+        KEY,
+    )
     assert [(e.problem.id, e.sample) for e in episodes] == [
         (p, i) for p in ("p0", "p1") for i in range(3)
     ]
-    assert sorted(progress) == [(i, 6) for i in range(1, 7)]
+    assert sorted(progress) == [(i, 6, "rollout") for i in range(1, 7)]
     wanted = {KEY.at(problem=p, sample=i) for p in ("p0", "p1") for i in range(3)}
     assert set(engine.begun) == set(engine.ended) == wanted and len(engine.begun) == 6
     assert engine.calls[0][2] == KEY.at(problem="p0", sample=0, seat="ann", own_index=0)
@@ -66,7 +75,7 @@ def test_groups_come_ordered_by_problem_then_sample_with_their_keys():
 
 def test_every_conversation_has_begun_before_any_speaks():
     engine = ScriptedEngine(keyed)
-    rollout_sync(PROBLEMS, 2, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters())
+    rollout_sync(Match(team("ann"), solo, engine, Letters()), PROBLEMS, 2, KEY)
     assert [name for name, _ in engine.events[:5]] == ["begin"] * 4 + ["generate"]
 
 
@@ -74,9 +83,11 @@ def test_concurrency_bounds_what_is_open_and_changes_nothing_else():
     def run(concurrency):
         engine = ScriptedEngine(keyed, delays={"ann": 2, "bob": 1})
         episodes = rollout_sync(
-            PROBLEMS, 4, KEY, seats=team("ann", "bob"), protocol=debate, engine=engine,
-            task=Letters(), concurrency=concurrency,
-        )  # fmt: skip
+            Match(team("ann", "bob"), debate, engine, Letters(), concurrency=concurrency),
+            PROBLEMS,
+            4,
+            KEY,
+        )
         opened = most = 0
         for name, _ in engine.events:
             opened += {"begin": 1, "end": -1}.get(name, 0)
@@ -103,9 +114,8 @@ def test_the_first_failure_is_raised_as_it_is_and_every_begun_conversation_ends(
     engine = ScriptedEngine(write, delays={"ann": 5})
     with pytest.raises(Broken, match="engine lost"):
         rollout_sync(
-            PROBLEMS, 3, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters(),
-            concurrency=concurrency,
-        )  # fmt: skip
+            Match(team("ann"), solo, engine, Letters(), concurrency=concurrency), PROBLEMS, 3, KEY
+        )
     assert sorted(engine.begun) == sorted(engine.ended)
 
 
@@ -114,9 +124,7 @@ def test_cancelling_a_rollout_ends_its_conversations():
 
     async def script():
         job = asyncio.ensure_future(
-            rollout(
-                PROBLEMS, 2, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters()
-            )
+            rollout(Match(team("ann"), solo, engine, Letters()), PROBLEMS, 2, KEY)
         )
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -137,17 +145,14 @@ def test_conversations_that_never_started_end_too():
 
     engine = Full(keyed)
     with pytest.raises(MemoryError, match="no room"):
-        rollout_sync(
-            PROBLEMS, 3, KEY, seats=team("ann"), protocol=solo, engine=engine, task=Letters()
-        )
+        rollout_sync(Match(team("ann"), solo, engine, Letters()), PROBLEMS, 3, KEY)
     assert len(engine.begun) == 3 and engine.begun == engine.ended
 
 
 def test_play_brackets_one_conversation():
     engine = ScriptedEngine(lambda *_: "a")
     episode = asyncio.run(
-        play(PROBLEMS[0], KEY.at(sample=5), seats=team("ann"), protocol=solo, engine=engine,
-             task=Letters())
+        play(Match(team("ann"), solo, engine, Letters()), PROBLEMS[0], KEY.at(sample=5))
     )  # fmt: skip
     assert engine.begun == engine.ended == [KEY.at(problem="p0", sample=5)]
     assert episode.sample == 5 and episode.reward == 1.0
@@ -183,8 +188,7 @@ def test_an_environment_is_played_action_by_action():
     engine = ScriptedEngine(write)
     task = Counting()
     episode = asyncio.run(
-        play(PROBLEMS[1], KEY, seats=team("ann", "bob"), protocol=round_robin, engine=engine,
-             task=task)
+        play(Match(team("ann", "bob"), round_robin, engine, task), PROBLEMS[1], KEY)
     )  # fmt: skip
     assert [t.seat for t in episode.turns] == ["ann", "bob", "ann"]
     assert episode.observations == ((1, "saw w"), (2, "saw w"), (3, "saw w"))
@@ -204,9 +208,17 @@ def test_an_environment_is_played_action_by_action():
 def test_an_environments_own_grade_counts_and_its_generator_is_keyed():
     def run():
         return asyncio.run(
-            play(PROBLEMS[1], KEY, seats=team("ann", "bob"), protocol=chain,
-                 engine=ScriptedEngine(lambda *_: "b"), task=Counting(own_grade=True))
-        )  # fmt: skip
+            play(
+                Match(
+                    team("ann", "bob"),
+                    chain,
+                    ScriptedEngine(lambda *_: "b"),
+                    Counting(own_grade=True),
+                ),
+                PROBLEMS[1],
+                KEY,
+            )
+        )
 
     first, second = run(), run()
     assert first.reward == 0.25 and len(first.turns) == 6
@@ -229,8 +241,7 @@ def test_a_grade_outside_the_unit_interval_is_refused(score):
 
     with pytest.raises(UserError, match=r"task letters: its grade of 'p0' is .*\[0, 1\]"):
         asyncio.run(
-            play(PROBLEMS[0], KEY, seats=team("ann"), protocol=solo,
-                 engine=ScriptedEngine(keyed), task=Odd())
+            play(Match(team("ann"), solo, ScriptedEngine(keyed), Odd()), PROBLEMS[0], KEY)
         )  # fmt: skip
 
 
@@ -240,6 +251,8 @@ def test_a_grade_outside_the_unit_interval_is_refused(score):
         ({"problems": [PROBLEMS[0]] * 2}, "two problems have the id 'p0'"),
         ({"samples": 0}, "samples is 0"),
         ({"concurrency": 0}, "concurrency is 0"),
+        ({"failures": 1.5}, "rollout.failures: is 1.5; give a share from 0 to 1"),
+        ({"grading_seconds": 0}, "rollout.grading_seconds: is 0; give more than 0"),
         ({"seats": []}, "no seats"),
         ({"seats": team("ann", "ann")}, "two seats are named 'ann'"),
         ({"protocol": number}, "its answer is a int"),
@@ -247,12 +260,14 @@ def test_a_grade_outside_the_unit_interval_is_refused(score):
     ],
 )
 def test_bad_input_is_named(changes, message):
-    arguments = {
-        "problems": PROBLEMS, "samples": 1, "key": KEY, "seats": team("ann"), "protocol": solo,
-        "engine": ScriptedEngine(keyed), "task": Letters(), **changes,
+    match = {
+        "seats": team("ann"), "protocol": solo, "engine": ScriptedEngine(keyed), "task": Letters(),
     }  # fmt: skip
+    what = {"problems": PROBLEMS, "samples": 1, "key": KEY}
+    match |= {name: value for name, value in changes.items() if name not in what}
+    what |= {name: value for name, value in changes.items() if name in what}
     with pytest.raises(UserError, match=message):
-        rollout_sync(**arguments)
+        rollout_sync(Match(**match), **what)
 
 
 def test_credits_go_to_seats_that_exist():
@@ -261,10 +276,7 @@ def test_credits_go_to_seats_that_exist():
             return Grade(1.0, seats={"dan": 1.0})
 
     with pytest.raises(UserError, match="credits the seat 'dan'; the seats are ann"):
-        rollout_sync(
-            PROBLEMS, 1, KEY, seats=team("ann"), protocol=solo, engine=ScriptedEngine(keyed),
-            task=Crediting(),
-        )  # fmt: skip
+        rollout_sync(Match(team("ann"), solo, ScriptedEngine(keyed), Crediting()), PROBLEMS, 1, KEY)
 
 
 def test_turns_without_ids_are_else_the_same():
@@ -272,12 +284,10 @@ def test_turns_without_ids_are_else_the_same():
     renderer = EntriesRenderer()
 
     def played(**options):
-        return asyncio.run(
-            rollout(
-                PROBLEMS, 2, KEY, seats=team("ann", renderer=renderer), protocol=solo,
-                engine=ScriptedEngine(keyed), task=Letters(), **options,
-            )
-        )  # fmt: skip
+        match = Match(
+            team("ann", renderer=renderer), solo, ScriptedEngine(keyed), Letters(), **options
+        )
+        return asyncio.run(rollout(match, PROBLEMS, 2, KEY))
 
     with_ids, without = played(), played(keep_ids=False)
     assert all(t.completion_ids and t.sampled_logprobs for e in with_ids for t in e.turns)
@@ -289,9 +299,9 @@ def test_turns_without_ids_are_else_the_same():
 
 
 def test_no_problems_no_episodes():
-    assert rollout_sync(
-        [], 2, KEY, seats=team("ann"), protocol=solo, engine=ScriptedEngine(keyed), task=Letters()
-    ) == []  # fmt: skip
+    assert (
+        rollout_sync(Match(team("ann"), solo, ScriptedEngine(keyed), Letters()), [], 2, KEY) == []
+    )
 
 
 texts = st.text(max_size=20)

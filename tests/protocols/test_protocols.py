@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from satune.play.conversation import Talk
+from satune.play.conversation import Conversation
 from satune.protocols.catalog import PROTOCOLS, load_protocol
 from satune.protocols.discussion import JUDGE, REVISION, ROLES
 from satune.types import Key, Problem, UserError
@@ -20,7 +20,9 @@ def run(name, seats=NAMES, write=None, calls=1, acting=False, seed=0, **options)
     """The turns as (moment, seat), the answers of ``calls`` calls, and the engine."""
     engine = ScriptedEngine(write or (lambda seat, entries, key: f"{seat}{key.own_index}"))
     key = Key(seed, "train", problem="p0")
-    talk = Talk(PROBLEM, key, seats=team(*seats), engine=engine, task=Letters(), acting=acting)
+    talk = Conversation(
+        PROBLEM, key, seats=team(*seats), engine=engine, task=Letters(), acting=acting
+    )
     protocol = load_protocol(name, seats, **options)
 
     async def script():

@@ -18,12 +18,14 @@ from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.commands.assemble import Cast
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
+from satune.swap.coins import play_mixture
 from satune.swap.handover import HandOverSettings
 from satune.swap.projecting import MEASURED, PROBLEMS
 from satune.swap.request import SwapRequest
 from satune.swap.seat import Candidate, find_team, load_found, reseated, with_newcomer
-from satune.swap.swap import side_of, swap, table_of
+from satune.swap.swap import swap
 from satune.team import load_team
 from satune.tiny.training import TinySettings, imitate, rows_of
 from satune.tiny.zoo import tiny_tokenizer
@@ -417,13 +419,15 @@ def test_the_mixtures_episodes_are_those_of_its_sides(sevens: Path, epsilon: flo
         coin: {
             (e.problem.id, e.sample): e
             for e in rollout_sync(
-                problems, 8, key, seats=cast.team.seats_for(6), protocol=cast.protocol,
-                engine=cast.engine, task=cast.task,
+                Match(cast.team.seats_for(6), cast.protocol, cast.engine, cast.task),
+                problems,
+                8,
+                key,
             )
         }
         for coin, cast in ((False, old), (True, new))
-    }  # fmt: skip
-    mixed = table_of(old).play_mixture(side_of(old), side_of(new), problems, 8, key, epsilon)
+    }
+    mixed = play_mixture(old.match(), new.match(), problems, 8, key, epsilon)
     for episode, coin in mixed:
         assert episode == sides[coin][episode.problem.id, episode.sample]
     assert sum(coin for _, coin in mixed) == {0.0: 0, 1.0: 24}.get(

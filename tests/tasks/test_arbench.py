@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark_rows import rows_of
+from satune.play.match import Match
 from satune.play.rollout import play
 from satune.protocols.catalog import load_protocol
 from satune.tasks.arbench import f1_score, parse_host, without_thoughts
@@ -68,10 +69,16 @@ def played(task, messages, problem=None, engine=None):
     problem = problem or next(iter(task.problems("all")))
     return asyncio.run(
         play(
-            problem, KEY, seats=team("ann"), protocol=load_protocol("round_robin", ["ann"]),
-            engine=engine or ScriptedEngine(lambda *_: next(script)), task=task,
+            Match(
+                team("ann"),
+                load_protocol("round_robin", ["ann"]),
+                engine or ScriptedEngine(lambda *_: next(script)),
+                task,
+            ),
+            problem,
+            KEY,
         )
-    )  # fmt: skip
+    )
 
 
 # Detective cases: what counts as the final choice, and why (the murderer is C, Clara Dee)

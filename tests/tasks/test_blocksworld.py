@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark_rows import fuzz, rows_of
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.protocols.catalog import load_protocol
 from satune.tasks import block_stacks as stacks
@@ -200,10 +201,16 @@ def test_an_error_is_another_legal_move():
 def play(error, prompt="short", n=100, **options):
     task = Blocksworld(prompt=prompt)
     episodes = rollout_sync(
-        first(task, "eval", n), 1, Key(0, "evaluate"), seats=team(*NAMES),
-        protocol=load_protocol("chain", NAMES, **options),
-        engine=ScriptedEngine(expert_writer(task, error)), task=task,
-    )  # fmt: skip
+        Match(
+            team(*NAMES),
+            load_protocol("chain", NAMES, **options),
+            ScriptedEngine(expert_writer(task, error)),
+            task,
+        ),
+        first(task, "eval", n),
+        1,
+        Key(0, "evaluate"),
+    )
     return sum(e.reward for e in episodes) / n
 
 
@@ -221,10 +228,16 @@ def test_planbench_rows_in_short_form():
     assert len(problems) == 69 and {p.metadata["subset"] for p in problems} == {"bw3"}
     assert all(set(p.text) <= set("ABC/:") for p in problems)
     episodes = rollout_sync(
-        problems, 1, Key(0, "evaluate"), seats=team(*NAMES),
-        protocol=load_protocol("chain", NAMES, rounds=2),
-        engine=ScriptedEngine(expert_writer(task, 0.0)), task=task,
-    )  # fmt: skip
+        Match(
+            team(*NAMES),
+            load_protocol("chain", NAMES, rounds=2),
+            ScriptedEngine(expert_writer(task, 0.0)),
+            task,
+        ),
+        problems,
+        1,
+        Key(0, "evaluate"),
+    )
     assert all(e.reward == 1.0 and e.grade.components["optimal"] == 1.0 for e in episodes)
     assert (
         len(list(Blocksworld(rows_of("planbench_bw_nl"), blocks=4, subset="bw4").problems("all")))

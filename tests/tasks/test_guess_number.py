@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from satune.play.match import Match
 from satune.play.rollout import play, rollout_sync
 from satune.protocols.catalog import load_protocol
 from satune.tasks.guess_number import GuessNumber, feedback
@@ -30,9 +31,7 @@ def game(guesses_made, secret="1234", seats=("ann",), **options):
     script = iter(guesses_made)
     engine = ScriptedEngine(lambda *_: next(script))
     protocol = load_protocol("round_robin", seats)
-    episode = asyncio.run(
-        play(problem, KEY, seats=team(*seats), protocol=protocol, engine=engine, task=task)
-    )
+    episode = asyncio.run(play(Match(team(*seats), protocol, engine, task), problem, KEY))
     return episode, engine
 
 
@@ -140,9 +139,16 @@ def expert_team(protocol, error, n=100, seats=NAMES, prompt="short", **options):
     task = GuessNumber(prompt=prompt)
     problems = list(itertools.islice(task.problems("eval"), n))
     return rollout_sync(
-        problems, 1, KEY, seats=team(*seats), protocol=load_protocol(protocol, seats, **options),
-        engine=ScriptedEngine(expert_writer(task, error)), task=task,
-    )  # fmt: skip
+        Match(
+            team(*seats),
+            load_protocol(protocol, seats, **options),
+            ScriptedEngine(expert_writer(task, error)),
+            task,
+        ),
+        problems,
+        1,
+        KEY,
+    )
 
 
 def sweep_turns(secret):

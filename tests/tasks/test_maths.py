@@ -16,7 +16,7 @@ from satune.tasks import maths_equality
 from satune.tasks.boxes import as_decimal, last_box, same_plainly, tidy
 from satune.tasks.catalog import load_task
 from satune.tasks.maths import Aime24, Math500, Maths, damaged
-from satune.types import Problem, UserError
+from satune.types import EpisodeFailure, Problem, UserError
 
 pytest.importorskip("mpmath")
 
@@ -363,8 +363,10 @@ def test_a_process_that_dies_costs_one_grade(task):
     assert task.grade(problem, r"\boxed{\frac{2}{4}}").score == 1.0
     process = next(iter(task._workers._living))
     process.end()
-    first = task.grade(problem, r"\boxed{\frac{3}{6}}")
-    assert first.score == 0.0 and "not comparable: the worker process ended" in first.detail
+    # The world's failure: a rollout asks again about the same text.
+    with pytest.raises(EpisodeFailure, match="worker: the worker process ended") as ended:
+        task.grade(problem, r"\boxed{\frac{3}{6}}")
+    assert not ended.value.policy
     assert task.grade(problem, r"\boxed{\frac{3}{6}}").score == 1.0
 
 

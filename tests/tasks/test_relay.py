@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.protocols.catalog import load_protocol
 from satune.tasks.relay import Relay, last_expression, operations, reduce_once
@@ -25,10 +26,16 @@ def play(protocol, error, n=100, numbers=4, seats=NAMES, seed=0, **options):
     """Mean reward of experts on the first ``n`` held-out problems, and the episodes."""
     task = Relay(numbers)
     episodes = rollout_sync(
-        first(task, "eval", n), 1, Key(seed, "evaluate"), seats=team(*seats),
-        protocol=load_protocol(protocol, seats, **options),
-        engine=ScriptedEngine(expert_writer(task, error)), task=task,
-    )  # fmt: skip
+        Match(
+            team(*seats),
+            load_protocol(protocol, seats, **options),
+            ScriptedEngine(expert_writer(task, error)),
+            task,
+        ),
+        first(task, "eval", n),
+        1,
+        Key(seed, "evaluate"),
+    )
     return sum(e.reward for e in episodes) / n, episodes
 
 

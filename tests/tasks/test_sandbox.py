@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from satune.cli.main import app
 from satune.tasks import sandbox
+from satune.tasks.pool import Workers
 from satune.tasks.sandbox import check, guards, screen
-from satune.tasks.workers import Workers
 from satune.types import UserError
 
 LINUX = sys.platform == "linux"

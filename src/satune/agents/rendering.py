@@ -22,7 +22,7 @@ from satune.agents.messages import (
     user_message,
 )
 from satune.thoughts import opened_by
-from satune.types import Completion, Entry, Ids, Message, Prompt, UserError, ids_of
+from satune.types import Completion, Entry, EpisodeFailure, Ids, Message, Prompt, UserError, ids_of
 
 # Characters of a text that may well come again: what stands around a message, a short answer.
 _SHORT = 256
@@ -185,7 +185,7 @@ class ChatView:
             max_new_tokens: tokens kept free for the completion.
 
         Raises:
-            UserError: the prompt does not fit the context even so.
+            EpisodeFailure: the prompt does not fit the context even so.
         """
         new = self._transcript.extend(entries)
         if not self._extend(new):
@@ -238,11 +238,12 @@ class ChatView:
         ][:-1]
         left = [at for at in foreign if at not in self._dropped]
         if not left:
-            raise UserError(
-                f"seat '{self._seat}': a prompt of {len(self._ids)} tokens and "
+            raise EpisodeFailure(
+                f"context: seat '{self._seat}': a prompt of {len(self._ids)} tokens and "
                 f"{max_new_tokens} new ones (rollout.max_new_tokens) exceed the context of "
                 f"{self._renderer.context_limit}; lower rollout.max_new_tokens or take an agent "
-                "with a longer context"
+                "with a longer context",
+                policy=True,
             )
         self._dropped.add(left[0])
         self._anew()

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from satune.types import UserError, printable
+from satune.files.printing import printable
+from satune.types import UserError
 
 RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
 Overrides = Annotated[

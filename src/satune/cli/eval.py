@@ -267,8 +267,6 @@ def show_report(report: dict[str, Any]) -> None:
     k = report["k"]
     table = Table(header_style="bold", box=None, pad_edge=False)
     table.add_column("")
-    for column in ("avg", "95%", "pass", "majority", "answers", "read + written"):
-        table.add_column(column, justify="right", no_wrap=True)
     rows = [("team", report["team"], report["budget"]["team"])]
     for name, row in report["seats"].items():
         rows.append((f"seat {name}", row, report["budget"]["seats"][name]))
@@ -278,14 +276,13 @@ def show_report(report: dict[str, Any]) -> None:
     elif "pooled" in report:
         rows.append(("all messages", report["pooled"], report["budget"]["pooled"]))
         rows.append(("oracle", report["oracle"], report["budget"]["oracle"]))
+    columns: list[str] = list(dict.fromkeys(name for _, row, _ in rows for name in row))
+    for column in (*(_HEADINGS.get(name, name) for name in columns), "answers", "read + written"):
+        table.add_column(column, justify="right", no_wrap=True)
     for label, row, budget in rows:
-        interval = row["interval"]
         table.add_row(
             label,
-            f"{row['avg_at_k']:.3f}",
-            f"{interval[0]:.3f}-{interval[1]:.3f}" if interval else "",
-            f"{row['pass_at_k']:.3f}",
-            f"{row['majority']:.3f}" if "majority" in row else "",
+            *(_figure(row.get(name)) for name in columns),
             str(budget["answers"]),
             f"{_count(budget['prompt_tokens'])} + {_count(budget['completion_tokens'])}",
         )
@@ -298,7 +295,32 @@ def show_report(report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    failed = {name: sum(kinds.values()) for name, kinds in report["failures"].items()}
+    if any(failed.values()):
+        kinds = [f"{n} {kind}" for of in report["failures"].values() for kind, n in of.items()]
+        again = "; the same command plays those of the world again" if failed["world"] else ""
+        console.print(
+            f"{sum(failed.values())} conversations failed and score 0 ({', '.join(kinds)}){again}",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"everything lies in {report['out']}", highlight=False, soft_wrap=True)
+
+
+_HEADINGS = {"avg_at_k": "avg", "pass_at_k": "pass", "interval": "95%"}
+"""How a figure is headed in the table; any other by its own name."""
+
+
+def _figure(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case int():
+            return str(value)
+        case [low, high]:
+            return f"{low:.3f}-{high:.3f}"
+        case _:
+            return f"{value:.3f}"
 
 
 def _count(tokens: int | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,10 +34,10 @@ def grade(
     """Grade responses that were written elsewhere."""
     from satune.cli.progress import Display
     from satune.commands.grade import grade_file
+    from satune.tasks.pool import processes
 
     given = _options(options or [])
     thinking = given.pop("thinking", None)
-    count = workers or min(len(os.sched_getaffinity(0)), 8)
     with Display(open_console(stderr=True)) as display:
         result = grade_file(
             name,
@@ -47,9 +46,9 @@ def grade(
             seed=seed,
             options=given,
             thinking=thinking,
-            workers=count,
+            workers=workers or processes(),
             seconds=seconds,
-            progress=lambda done, total: display.progress(done, total, "grading"),
+            progress=display.progress,
         )
     if out is not None:
         _write(out, result["per_row"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,23 +17,18 @@ from satune.engines.roles import SCRIPTED, with_roles
 from satune.engines.servers import Servers, with_served
 from satune.files.writing import tensor_errors
 from satune.play.evaluation import Evaluation, evaluate
+from satune.play.match import Match
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take
 from satune.tasks.contamination import Without, note, training_overlaps
 from satune.team import Team, build_team
 from satune.tiny.demonstrations import demonstrate
 from satune.tiny.zoo import is_tiny, tiny_directory
-from satune.types import Engine, Key, Problem, Task, TeamProtocol
-
-Progress = Callable[[int, int, str], None]
-"""(done, of how many, of what), called while something long goes on."""
+from satune.types import Engine, Key, Problem, Progress, Task, TeamProtocol, no_progress
 
 DEFAULT_CACHE_TOKENS = 1 << 20
 GATE_PROBLEMS = 128
 """Problems on which a tiny base must reach its greedy success."""
-
-
-def no_progress(done: int, total: int, message: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -58,20 +53,27 @@ class Cast:
             count = min(count, len(list(task.problems(split))))
         return take(task, split, count, 0)
 
+    def match(self) -> Match:
+        """What the team is rolled out with, on the task that it learns from."""
+        rollout = self.recipe.rollout
+        return Match(
+            self.team.seats_for(rollout.max_new_tokens),
+            self.protocol,
+            self.engine,
+            self.task,
+            progress=self.progress,
+            failures=rollout.failures,
+            grading_seconds=rollout.grading_seconds,
+        )
+
     def evaluate(self, *, greedy: bool, key: Key) -> Evaluation:
         """The team on the recipe's held-out problems, the same ones each time."""
         settings = self.recipe.evaluate
-        sampling = {"temperature": 0.0} if greedy else {}
-        return evaluate(
-            self.held_out_problems(settings.problems),
-            1 if greedy else settings.samples,
-            key,
-            seats=self.team.seats_for(self.recipe.rollout.max_new_tokens, **sampling),
-            protocol=self.protocol,
-            engine=self.engine,
-            task=self.held_out[0],
-            progress=lambda done, total: self.progress(done, total, "evaluation"),
-        )
+        match = replace(self.match(), task=self.held_out[0])
+        problems = self.held_out_problems(settings.problems)
+        if greedy:
+            return evaluate(match.greedy(), problems, 1, key)
+        return evaluate(match, problems, settings.samples, key)
 
 
 def load_tasks(recipe: Recipe) -> tuple[Task, tuple[Task, str]]:
@@ -148,6 +150,7 @@ def local_engine(
         seats,
         max_rows=recipe.engine.max_rows,
         cache_tokens=recipe.engine.cache_tokens or DEFAULT_CACHE_TOKENS,
+        order=recipe.engine.order,
     )
 
 

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from satune.agents.loading import AgentSpec, Precision
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.sources import misspelt_path
+from satune.config.derive import Section, section_of
 from satune.config.load import load_recipe, override, recipe_text
 from satune.config.schema import EngineSection, Recipe
 from satune.engines.roles import OpenServer
 from satune.engines.servers import Servers, with_served
 from satune.loading import nearest
-from satune.types import Engine, Sampling, Seat, UserError
+from satune.training.settings import RolloutSettings
+from satune.types import FAILURES, GRADING_SECONDS, Engine, Sampling, Seat, UserError
 
 if TYPE_CHECKING:  # httpx is an extra
     from satune.engines.openai import OpenAIEngine
+
+_S = TypeVar("_S", bound=Section)
 
 PAPER_TOKENS = 32768
 PAPER_TEMPERATURE = 0.8
@@ -50,6 +54,8 @@ class Candidate:
     seed: int = 0
     conversations: int | None = None
     """How many conversations may be open at a time; None: all."""
+    failures: float = FAILURES
+    grading_seconds: float = GRADING_SECONDS
     host: str | None = None
     """Who plays an environment's roles where the task has a choice and nobody made it."""
     open_server: OpenServer = field(default_factory=lambda: Servers().model)
@@ -75,8 +81,8 @@ def served_candidate(
     names: str, copies: int, overrides: Sequence[str], engine: OpenAIEngine
 ) -> Candidate:
     """Models at a server, a seat each (``names`` are separated by commas), or ``copies`` of one.
-    ``engine`` is told the seats' models here. Overrides are protocol.* and task.*."""
-    keys = _keys(overrides, ("protocol", "task"))
+    ``engine`` is told the seats' models here. Overrides are protocol.*, task.* and rollout.*."""
+    keys = _keys(overrides, ("protocol", "task", "rollout"))
     models = [name.strip() for name in names.split(",")]
     if not all(models):
         raise UserError(f"TEAM: {names!r} leaves a name empty; give model or model,model,...")
@@ -92,6 +98,7 @@ def served_candidate(
         task=keys["task"],
         asked_task=keys["task"],
         conversations=engine.settings.concurrency,
+        **_borne(keys),
     )
 
 
@@ -105,8 +112,9 @@ def local_candidate(
 ) -> Candidate:
     """The team that ``given`` names; ``path`` is where a recipe of that name lies, if one does.
 
-    Overrides are those of the recipe; other teams take protocol.*, task.*, engine.*, team.device
-    and team.dtype. Raises UserError for whatever cannot be had.
+    Overrides are those of the recipe; other teams take protocol.*, task.*, engine.*,
+    team.device, team.dtype, rollout.failures and rollout.grading_seconds. Raises UserError for
+    whatever cannot be had.
     """
     place = Path(given)
     if path is not None and not place.is_dir():
@@ -159,6 +167,8 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
         held_out=recipe.evaluate.data,
         seed=recipe.seed,
         conversations=2 * recipe.engine.max_rows,
+        failures=recipe.rollout.failures,
+        grading_seconds=recipe.rollout.grading_seconds,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
     )
@@ -185,6 +195,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Candid
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
         conversations=2 * section.max_rows,
+        **_borne(keys, recipe),
         **_placed(keys),
     )
 
@@ -209,6 +220,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
         task=keys["task"],
         asked_task=keys["task"],
         conversations=2 * section.max_rows,
+        **_borne(keys),
         **_placed(keys),
     )
 
@@ -239,21 +251,38 @@ def _engine(team: Any, section: EngineSection) -> Engine:
         team.seats,
         max_rows=section.max_rows,
         cache_tokens=section.cache_tokens or DEFAULT_CACHE_TOKENS,
+        order=section.order,
     )
 
 
 def _engine_section(keys: dict[str, Any], recipe: Recipe | None) -> EngineSection:
-    written = recipe.engine.model_dump() if recipe else {}
+    return _section(EngineSection, "engine", recipe.engine.model_dump() if recipe else {}, keys)
+
+
+def _borne(keys: dict[str, Any], recipe: Recipe | None = None) -> dict[str, Any]:
+    """How many failures an evaluation bears, and for how long it lets a message be graded."""
+    written = asdict(recipe.rollout) if recipe else {}
+    found = _section(section_of(RolloutSettings), "rollout", written, keys)
+    return {name: getattr(found, name) for name in _HEEDED["rollout"]}
+
+
+def _section(kind: type[_S], name: str, written: Mapping[str, Any], keys: dict[str, Any]) -> _S:
+    """A recipe's section with what was given for this evaluation."""
     try:
-        return EngineSection(**{**written, **keys["engine"]})
+        return kind(**{**written, **keys[name]})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, ("engine", *first["loc"])))
+        where = ".".join(map(str, (name, *first["loc"])))
         raise UserError(f"command line: {where}: {first['msg'].lower()}") from None
 
 
+_HEEDED = {"team": ("device", "dtype"), "rollout": ("failures", "grading_seconds")}
+"""The keys of these sections that an evaluation of what is no recipe takes."""
+
+
 def _keys(
-    overrides: Sequence[str], known: Sequence[str] = ("protocol", "task", "engine", "team")
+    overrides: Sequence[str],
+    known: Sequence[str] = ("protocol", "task", "engine", "team", "rollout"),
 ) -> dict[str, Any]:
     """The overrides of a team that is no recipe, by section."""
     data: dict[str, Any] = {}
@@ -266,11 +295,12 @@ def _keys(
     for section, value in found.items():
         if isinstance(value, str):
             found[section] = {"name": value}
-    where = found.get("team", {})
-    for key in where:
-        if key not in ("device", "dtype"):
-            raise UserError(f"command line: team.{key}: only team.device and team.dtype are heeded")
-    if where.get("dtype", "float32") not in ("float32", "float64", "bfloat16"):
+    for section, heeded in _HEEDED.items():
+        for key in found.get(section, {}):
+            if key not in heeded:
+                only = " and ".join(f"{section}.{name}" for name in heeded)
+                raise UserError(f"command line: {section}.{key}: only {only} are heeded")
+    if found.get("team", {}).get("dtype", "float32") not in ("float32", "float64", "bfloat16"):
         raise UserError("command line: team.dtype: give float32, bfloat16 or float64")
     return found
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from satune.commands.contestant import Candidate, file_identity
 from satune.engines.roles import SCRIPTED, with_roles
 from satune.files.lines import JsonLines
 from satune.files.writing import disk_errors, write_atomically
-from satune.play.evaluation import Evaluation, Scores, summarise
+from satune.play.evaluation import report, summarise
+from satune.play.match import Match
 from satune.play.rollout import rollout
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.catalog import load_protocol
 from satune.tasks.catalog import load_task, take, takes
-from satune.types import Episode, Key, Problem, Seat, Task, Turn, UserError
+from satune.types import Episode, Key, Problem, Progress, Seat, Task, UserError
 
 SAMPLES = {
     "aime24": 64, "aime25": 64, "zebralogic": 64, "math500": 4, "arbench_dc": 25, "arbench_sp": 25,
@@ -90,7 +91,7 @@ def place(out: Path) -> Iterator[None]:
 
 
 async def examine(
-    candidate: Candidate, wanted: Wanted, out: Path, progress: Callable[[int, int, str], None]
+    candidate: Candidate, wanted: Wanted, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """Play what is not in ``out`` yet (in its ``place``), and give the report, which is written
     there too.
@@ -108,11 +109,21 @@ async def examine(
     )
     seats = candidate.sampled(wanted.temperature, wanted.max_new_tokens)
     protocol = _protocol(candidate, wanted, seats)
-    play = load_protocol(
-        protocol["name"],
-        [seat.name for seat in seats],
-        None,
-        **{key: value for key, value in protocol.items() if key != "name"},
+    match = Match(
+        seats,
+        load_protocol(
+            protocol["name"],
+            [seat.name for seat in seats],
+            None,
+            **{key: value for key, value in protocol.items() if key != "name"},
+        ),
+        engine,
+        task,
+        progress=progress,
+        failures=candidate.failures,
+        grading_seconds=candidate.grading_seconds,
+        concurrency=wanted.concurrency or candidate.conversations,
+        keep_ids=False,
     )
     problems = _problems(task, split, wanted.limit)
     samples = wanted.samples
@@ -132,104 +143,35 @@ async def examine(
     for row in file.read():
         episode = episode_from_row(row)
         finished.setdefault((episode.problem.id, episode.sample), episode)
+
+    def keep(episode: Episode) -> None:
+        # What the world ended is played again by the next call of the same command.
+        if not episode.masked:
+            file.append(episode_to_row(episode))
+
     episodes = await rollout(
+        match,
         problems,
         samples,
         Key(seed, "evaluate"),
-        seats=seats,
-        protocol=play,
-        engine=engine,
-        task=task,
-        progress=lambda done, total: progress(done, total, named["name"]),
-        concurrency=wanted.concurrency or candidate.conversations,
+        label=named["name"],
         finished=finished,
-        keep=lambda episode: file.append(episode_to_row(episode)),
-        keep_ids=False,
+        keep=keep,
     )
     # In an environment a message is no answer, and a seat that never spoke has nothing to grade.
-    acting = getattr(task, "environment", None) is not None
     spoke = {turn.seat for episode in episodes for turn in episode.turns}
-    graded = [] if acting else [seat.name for seat in seats if seat.name in spoke]
-    report = {
+    graded = [] if match.acting else [seat.name for seat in seats if seat.name in spoke]
+    found = {
         "benchmark": named["name"],
-        **figures(summarise(episodes, samples, task, graded)),
+        **report(await summarise(episodes, samples, match, graded)),
         "protocol": protocol,
         "split": split,
         "seed": seed,
         "temperature": {seat.name: seat.sampling.temperature for seat in seats},
         "max_new_tokens": seats[0].sampling.max_new_tokens,
     }
-    write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
-    return report
-
-
-def figures(evaluation: Evaluation) -> dict[str, Any]:
-    """The rows of a report, each with what it cost a problem.
-
-    All rows come from the same K conversations a problem. ``team`` and each of ``seats`` have K
-    answers, a seat's being its last message (one that never spoke has no row); ``pooled`` has the
-    seats' last messages together, n·K of them; ``oracle`` takes the best of each conversation.
-    ``budget`` says beside each row how many answers it chose from, how many conversations were
-    played for them, and the tokens read and written in those (seats: by that seat; null where the
-    server did not count).
-    """
-    episodes = evaluation.episodes
-    turns = [turn for episode in episodes for turn in episode.turns]
-    k = evaluation.samples
-    whole = {"conversations": k, **_tokens(turns)}
-    report: dict[str, Any] = {
-        "problems": len(evaluation.problem_ids),
-        "k": k,
-        "team": _row(evaluation.team),
-        "seats": {name: _row(scores) for name, scores in evaluation.seats.items()},
-        "tokens": whole["completion_tokens"],
-        "budget": {
-            "team": {"answers": k, **whole},
-            "seats": {
-                name: {
-                    "answers": k,
-                    "conversations": k,
-                    **_tokens([turn for turn in turns if turn.seat == name]),
-                }
-                for name in dict.fromkeys(turn.seat for turn in turns)
-            },
-        },
-    }
-    if evaluation.pooled is not None and evaluation.oracle is not None:
-        report["pooled"] = _row(evaluation.pooled)
-        report["oracle"] = _row(evaluation.oracle)
-        for name in ("pooled", "oracle"):
-            report["budget"][name] = {"answers": len(evaluation.seats) * k, **whole}
-    report["cut_by_length"] = sum(t.finish_reason == "length" for t in turns) / max(1, len(turns))
-    report["environment_tokens"] = sum(episode.environment_tokens for episode in episodes)
-    report["per_problem"] = [
-        {"id": id, "scores": list(scores), "majority": majority}
-        for id, scores, majority in zip(
-            evaluation.problem_ids, evaluation.scores_PK, evaluation.majority_P, strict=True
-        )
-    ]
-    return report
-
-
-def _row(scores: Scores) -> dict[str, Any]:
-    estimate = scores.estimate()
-    row: dict[str, Any] = {
-        "avg_at_k": estimate.mean,
-        "pass_at_k": scores.pass_at_k(scores.samples),
-        "interval": None if estimate.low is None else [estimate.low, estimate.high],
-    }
-    if scores.majority_P:
-        row["majority"] = scores.majority
-    return row
-
-
-def _tokens(turns: Sequence[Turn]) -> dict[str, int | None]:
-    """Tokens read and written; None where a message was written and no token counted."""
-    known = all(turn.completion_tokens or not turn.text for turn in turns)
-    return {
-        "prompt_tokens": sum(turn.prompt_tokens for turn in turns) if known else None,
-        "completion_tokens": sum(turn.completion_tokens for turn in turns) if known else None,
-    }
+    write_atomically(out / "report.json", json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, dict[str, Any]]:

@@ -1,17 +1,15 @@
 """Grading responses that were written elsewhere: a file of them against a task's problems.
 
-The 95% interval is by problem. Where every problem's score is 0 or 1 it is Wilson's interval, which
-is sound at the edges (all right, all wrong, one problem); else the normal approximation of
-``evaluation.mean_estimate``, which does not exist for one problem or for scores that are all equal.
+The 95% interval is by problem, that of ``play.statistics.score_interval``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
-import math
+import inspect
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -19,14 +17,13 @@ from typing import Any
 
 from satune.loading import missing_file, nearest
 from satune.play.conversation import plurality
-from satune.play.evaluation import Z_95, mean_estimate, pass_at_k
+from satune.play.evaluation import Scores, summary_of_graded
+from satune.play.statistics import mean_components
 from satune.tasks.catalog import load_task
+from satune.tasks.pool import Failure, Workers
 from satune.tasks.sources import read_bytes, read_json
-from satune.tasks.workers import Failure, Workers
 from satune.thoughts import opened
-from satune.types import Grade, Problem, Task, UserError
-
-Progress = Callable[[int, int], None]
+from satune.types import Grade, Problem, Progress, Task, UserError, no_progress
 
 _GENERATED = re.compile(r".+-([a-z]+)-([0-9]{1,9})")
 _LONGEST = 500
@@ -156,10 +153,16 @@ class Grader:
             return plurality(texts, self.task)
         (text,) = texts
         grade = self.task.grade(problem, text)
+        if inspect.isawaitable(grade):
+            grade = asyncio.run(_whole(grade))
         if not isinstance(grade, Grade) or not 0.0 <= grade.score <= 1.0:
             raise ValueError(f"the task's grade is {grade!r}; return a Grade with score 0 to 1")
         extracted = self.task.extract(text)
         return Graded(grade, None if extracted is None else str(extracted)[:_LONGEST])
+
+
+async def _whole(awaitable: Awaitable[Grade]) -> Grade:
+    return await awaitable
 
 
 def build_grader(name: str, data: str | None, seed: int, options: Mapping[str, Any]) -> Grader:
@@ -177,7 +180,7 @@ def grade_file(
     thinking: str | None = None,
     workers: int = 1,
     seconds: float = 30.0,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Grade the responses in ``path`` as answers to the problems of a task.
 
@@ -212,7 +215,7 @@ def grade_file(
     source = None if data is None else str(data)
     build = functools.partial(build_grader, name, source, seed, given)
     with Workers(build, min(workers, len(jobs)), seconds) as pool:
-        graded = pool.map([*jobs, *votes], progress)
+        graded = pool.map([*jobs, *votes], lambda done, of: progress(done, of, "grading"))
     ballots = iter(graded[len(jobs) :])
     outcomes = iter(graded[: len(jobs)])
     per_row = []
@@ -220,7 +223,14 @@ def grade_file(
         results = [_outcome(next(outcomes)) for _ in row.texts]
         winner = next(ballots) if len(row.texts) > 1 else 0
         per_row.append(_row(row, results, winner))
-    return _summary(task.name, per_row, missing)
+    scores = Scores(
+        tuple(tuple(r["score"] for r in row.get("responses", [row])) for row in per_row),
+        tuple(row.get("majority", row["score"]) for row in per_row),
+        failed=sum(row.pop("failed") for row in per_row),
+    )
+    components = [row["components"] for row in per_row]
+    summary = summary_of_graded(scores, missing, components)
+    return {"benchmark": task.name, **summary, "per_row": per_row}
 
 
 def _outcome(result: Graded | Failure) -> dict[str, Any]:
@@ -258,64 +268,6 @@ def _row(row: Responses, results: list[dict[str, Any]], winner: Any) -> dict[str
         "responses": results,
         "failed": failed,
     }
-
-
-def _summary(name: str, per_row: list[dict[str, Any]], missing: int) -> dict[str, Any]:
-    scores = [row["score"] for row in per_row]
-    samples = [[r["score"] for r in row.get("responses", [row])] for row in per_row]
-    summary: dict[str, Any] = {
-        "benchmark": name,
-        "rows": len(per_row),
-        "responses": sum(map(len, samples)),
-        "score": fmean(scores),
-        "interval": score_interval(scores),
-        "missing": missing,
-        "failed": sum(row.pop("failed") for row in per_row),
-        "components": mean_components([row["components"] for row in per_row]),
-    }
-    if missing:
-        summary["score_with_missing"] = sum(scores) / (len(scores) + missing)
-    fewest = min(map(len, samples))
-    if max(map(len, samples)) > 1:
-        # pass@k needs k samples of every problem.
-        ks = sorted({2**e for e in range(20) if 2**e <= fewest} | {fewest})
-        summary["pass_at"] = {
-            str(k): fmean(pass_at_k(len(s), sum(v >= 1.0 for v in s), k) for s in samples)
-            for k in ks
-        }
-        summary["majority"] = fmean(row.get("majority", row["score"]) for row in per_row)
-    summary["per_row"] = per_row
-    return summary
-
-
-def mean_components(components: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each component's mean over the grades that have it."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for grade in components:
-        for name, value in grade.items():
-            values[name].append(value)
-    return {name: fmean(found) for name, found in values.items()}
-
-
-def score_interval(scores: Sequence[float]) -> list[float] | None:
-    """95% interval of the mean of the problems' scores, or None; see above.
-
-    Wilson (1927): the p for which |mean - p| <= z sqrt(p (1 - p) / n).
-    """
-    n = len(scores)
-    if set(scores) <= {0.0, 1.0}:
-        mean, z2 = fmean(scores), Z_95**2
-        centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
-        half = Z_95 * math.sqrt(mean * (1 - mean) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-        # At the edges the bound is the edge itself; rounding would leave it beside.
-        return [
-            0.0 if mean == 0.0 else max(0.0, centre - half),
-            1.0 if mean == 1.0 else min(1.0, centre + half),
-        ]
-    estimate = mean_estimate(scores, 0.0, 1.0)
-    if estimate.low is None or estimate.high is None or len(set(scores)) == 1:
-        return None
-    return [estimate.low, estimate.high]
 
 
 def _short(value: object) -> str:

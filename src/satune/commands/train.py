@@ -18,7 +18,7 @@ from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
 from satune.core.objectives import ObjectiveSettings
 from satune.loading import check_options, load_object
-from satune.play.evaluation import mean_estimate
+from satune.play.evaluation import progress_of
 from satune.play.rollout import rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.tasks.catalog import draw, take
@@ -95,17 +95,8 @@ class LocalWorld:
         self.directory = directory
 
     def draw(self, key: Key, offset: int, count: int) -> list[Episode]:
-        cast = self.cast
-        return rollout_sync(
-            cast.train_problems(count, offset),
-            cast.recipe.rollout.samples,
-            key,
-            seats=cast.team.seats_for(cast.recipe.rollout.max_new_tokens),
-            protocol=cast.protocol,
-            engine=cast.engine,
-            task=cast.task,
-            progress=lambda done, total: cast.progress(done, total, "rollout"),
-        )
+        problems = self.cast.train_problems(count, offset)
+        return rollout_sync(self.cast.match(), problems, self.cast.recipe.rollout.samples, key)
 
     def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
         self.cast.engine.publish(agent, version, weights)
@@ -113,37 +104,15 @@ class LocalWorld:
     def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
         # The same key each time: the same problems and the same uniforms.
         key = Key(self.cast.recipe.seed, "evaluate", draw=int(greedy))
-        found = self.cast.evaluate(greedy=greedy, key=key)
-        figures: dict[str, Any] = {
-            "reward": found.avg_at_k,
-            "interval": list(found.interval) if found.interval else None,
-            "problems": len(found.problem_ids),
-            "samples": found.samples,
-            "per_problem": [sum(scores) / len(scores) for scores in found.scores_PK],
-            "tokens": found.tokens,
-        }
-        if before is not None:
-            changes = [new - old for new, old in zip(figures["per_problem"], before, strict=True)]
-            gain = mean_estimate(changes, -1.0, 1.0)
-            figures["difference"] = [gain.mean, gain.low, gain.high]
-        return figures
+        return progress_of(self.cast.evaluate(greedy=greedy, key=key), before)
 
     @property
     def certifies(self) -> Literal["fresh", "finite"]:
         return "fresh" if getattr(self.cast.task, "fresh", False) else "finite"
 
     def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
-        cast = self.cast
-        return rollout_sync(
-            draw(cast.task, "certify", problems, offset),
-            samples,
-            key,
-            seats=cast.team.seats_for(cast.recipe.rollout.max_new_tokens),
-            protocol=cast.protocol,
-            engine=cast.engine,
-            task=cast.task,
-            progress=lambda done, total: cast.progress(done, total, "certificate"),
-        )
+        drawn = draw(self.cast.task, "certify", problems, offset)
+        return rollout_sync(self.cast.match(), drawn, samples, key, label="certificate")
 
     def to_row(self, episode: Episode) -> dict[str, Any]:
         return episode_to_row(episode)

@@ -137,11 +137,12 @@ class ProtocolSection(OpenSection):
 
 
 class EngineSection(Section):
-    """What draws the completions. ``cache_tokens`` null leaves the bound to the engine."""
+    """What draws the completions. Null leaves the bound, or the order, to the engine."""
 
     name: Literal["local"] = "local"
     max_rows: Annotated[Count, MayChange()] = 256
     cache_tokens: Annotated[Count | None, MayChange()] = None
+    order: Literal["exact", "throughput"] | None = None
 
 
 class LogSection(Section):

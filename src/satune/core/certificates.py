@@ -5,6 +5,9 @@ mean is (fresh, balance) or is at most (pessimistic) J(new) - J(old). **Both sid
 certificate alone, on problems that gave no gradient; no episode that made a gradient or chose a
 candidate enters.** Learning raises what it sees: with the gradient's own batch as the old side,
 updates by pure noise are certified every time.
+No episode is dropped: one that is missing (the world ended it) takes the worst value that it could
+have had, so that D lies nowhere above what the whole episodes would have given. Without that, a
+change that makes its bad episodes fail would look like an improvement.
 Shape suffixes: ``P`` problems, ``G`` episodes a problem by the old team, ``H`` by the new one.
 """
 
@@ -38,26 +41,44 @@ def evidence_range(kind: Evidence, clip: float | None = None) -> tuple[float, fl
     return -1.0, clip - 1.0
 
 
-def fresh_evidence(old_PG: Tensor, new_PH: Tensor) -> Tensor:
+Missing = tuple[Tensor, Tensor] | None
+"""Which episodes are missing, by the old team [P, G] and by the new [P, H], as booleans; None: all
+are there. What stands in place of a missing episode's reward and u is not read."""
+
+
+def fresh_evidence(old_PG: Tensor, new_PH: Tensor, missing: Missing = None) -> Tensor:
     """E1: D = mean reward of the new team - of the old, in [-1, 1]; needs no log-probabilities.
 
+    A missing episode has reward 0 on the new side and 1 on the old.
     Raises: ValueError if a reward is NaN or outside [0, 1], or the problems differ in number.
     """
+    if missing is not None:
+        old_PG, new_PH = _filled(old_PG, missing[0], 1.0), _filled(new_PH, missing[1], 0.0)
     old_PG, new_PH = _rewards(old_PG), _rewards(new_PH)
     _same_problems(old_PG, new_PH)
     return new_PH.mean(-1) - old_PG.mean(-1)
 
 
 def balance_evidence(
-    old_rewards_PG: Tensor, old_u_PG: Tensor, new_rewards_PH: Tensor, new_u_PH: Tensor
+    old_rewards_PG: Tensor,
+    old_u_PG: Tensor,
+    new_rewards_PH: Tensor,
+    new_u_PH: Tensor,
+    missing: Missing = None,
 ) -> Tensor:
     """E2: D = mean_old tanh(u/2)(R - 1/2) + mean_new tanh(u/2)(R - 1/2), in [-1, 1].
 
     ``u`` is log(new/old) of the whole episode, summed over the own tokens of every agent that
     changed, also on the new team's episodes; it may be infinite. tanh(u/2) = (new - old)/(new +
     old), so that the two means add up to J(new) - J(old): unbiased, and bounded without a clip.
+    A missing episode adds -1/2 to its side's mean, the least that one can: u = ∞ and R = 0.
     Raises: ValueError if a reward is NaN or outside [0, 1], a u is NaN, or shapes disagree.
     """
+    if missing is not None:
+        old_rewards_PG = _filled(old_rewards_PG, missing[0], 0.0)
+        new_rewards_PH = _filled(new_rewards_PH, missing[1], 0.0)
+        old_u_PG = _filled(old_u_PG, missing[0], math.inf)
+        new_u_PH = _filled(new_u_PH, missing[1], math.inf)
     old_PG, new_PH = _rewards(old_rewards_PG), _rewards(new_rewards_PH)
     _same_problems(old_PG, new_PH)
     old_share_PG = (_log_ratios(old_u_PG, old_PG) / 2).tanh()
@@ -65,14 +86,20 @@ def balance_evidence(
     return (old_share_PG * (old_PG - 0.5)).mean(-1) + (new_share_PH * (new_PH - 0.5)).mean(-1)
 
 
-def pessimistic_evidence(old_rewards_PG: Tensor, old_u_PG: Tensor, clip: float) -> Tensor:
+def pessimistic_evidence(
+    old_rewards_PG: Tensor, old_u_PG: Tensor, clip: float, missing_PG: Tensor | None = None
+) -> Tensor:
     """E3, before deployment: D = mean_old (min(e^u, c) - 1) R, in [-1, c - 1], c = ``clip``.
 
     Its mean is at most J(new) - J(old), because R >= 0. c is fixed before anything is seen; for
     several agents u is the sum against the team that played. Weighted episodes do not enter.
+    A missing episode adds -1, the least that one can: u = -∞ and R = 1.
     Raises: ValueError if a reward is NaN or outside [0, 1], a u is NaN, or shapes disagree.
     """
     low, high = evidence_range("pessimistic", clip)
+    if missing_PG is not None:
+        old_rewards_PG = _filled(old_rewards_PG, missing_PG, 1.0)
+        old_u_PG = _filled(old_u_PG, missing_PG, -math.inf)
     old_PG = _rewards(old_rewards_PG)
     ratio_PG = _log_ratios(old_u_PG, old_PG).exp().clamp(max=clip)
     # A mean of numbers at the end of the range may round past it.
@@ -198,6 +225,12 @@ def _rewards(rewards_PG: Tensor) -> Tensor:
     if not bool(((rewards_PG >= 0) & (rewards_PG <= 1)).all()):
         raise ValueError("evidence: a reward is NaN or outside [0, 1]; rescale the task's rewards")
     return rewards_PG
+
+
+def _filled(values_PG: Tensor, missing_PG: Tensor, worst: float) -> Tensor:
+    if values_PG.shape != missing_PG.shape:
+        raise ValueError("evidence: say of each episode whether it is missing")
+    return values_PG.masked_fill(missing_PG.to(values_PG.device), worst)
 
 
 def _same_problems(old_PG: Tensor, new_PH: Tensor) -> None:

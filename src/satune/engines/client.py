@@ -15,7 +15,8 @@ from satune.engines.failures import LATE, UNREACHED, Failed, Refused
 from satune.engines.pace import Pace
 from satune.engines.replies import Reply, ReplyReader, retry_after
 from satune.engines.wire import Unpacker, known_charset, mended, parsed
-from satune.types import UserError, printable
+from satune.files.printing import printable
+from satune.types import UserError
 
 STREAM = 10
 """How many times ``timeout`` a whole stream may take."""

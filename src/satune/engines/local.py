@@ -1,28 +1,33 @@
 """The in-process engine: batched sampling with a key-value cache over all waiting requests.
 
-It decodes only when no conversation can go on without it, takes requests in the order of their
-keys and replaces finished rows by waiting ones, so that what a batch is made of depends on the
-conversations alone and an interrupted run can be repeated exactly.
+In ``exact`` order it decodes one agent's rows at a time, and only when no conversation can go on
+without it, takes requests in the order of their keys and replaces finished rows by waiting ones, so
+that what a batch is made of depends on the conversations alone and an interrupted run can be
+repeated exactly. In ``throughput`` order it waits for nobody: it decodes whatever is there, a step
+of each agent in turn, so that batches depend on how fast servers and graders were.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore
 from satune.engines.probe import refuse_unservable
-from satune.engines.rows import Conversation, Request, Rows, conversation_of
+from satune.engines.rows import ConversationId, Request, Rows, conversation_id
 from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of, logprobs_of
+
+Order = Literal["exact", "throughput"]
 
 
 class LocalEngine:
     """Samples from policies in this process. ``seats`` names the agent of each seat.
 
     ``max_rows`` bounds a batch, ``prefill_tokens`` the padded tokens of one prompt forward,
-    ``cache_tokens`` what is kept an agent between the turns of a conversation.
+    ``cache_tokens`` what is kept an agent between the turns of a conversation. ``order`` is exact
+    or throughput (see the module; None: exact on the CPU, throughput on any other device).
     """
 
     def __init__(
@@ -33,20 +38,24 @@ class LocalEngine:
         max_rows: int = 256,
         prefill_tokens: int = 16384,
         cache_tokens: int = 1 << 20,
+        order: Order | None = None,
     ) -> None:
         self.policies = dict(policies)
         self.seats = dict(seats)
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
+        on_cpu = all(policy.device.type == "cpu" for policy in self.policies.values())
+        self.order: Order = order or ("exact" if on_cpu else "throughput")
         self.versions = dict.fromkeys(policies, 0)
         self.sampled_tokens = 0
         self._stores = {name: PrefixStore(cache_tokens) for name in policies}
         self._waiting: dict[str, list[Request]] = {name: [] for name in policies}
-        self._pending: dict[Conversation, int] = {}
-        self._open: set[Conversation] = set()
+        self._pending: dict[ConversationId, int] = {}
+        self._open: set[ConversationId] = set()
         self._driver: asyncio.Task[None] | None = None
         self._changes = 0
         self._changed: asyncio.Event | None = None
+        self._decoding: list[Request] = []
         for name, policy in self.policies.items():
             refuse_unservable(name, policy)
 
@@ -59,11 +68,11 @@ class LocalEngine:
         self._stores[agent].clear()
 
     def begin(self, key: Key) -> None:
-        self._open.add(conversation_of(key))
+        self._open.add(conversation_id(key))
         self._note()
 
     def end(self, key: Key) -> None:
-        conversation = conversation_of(key)
+        conversation = conversation_id(key)
         self._open.discard(conversation)
         for agent, store in self._stores.items():
             for seat in self.seats:
@@ -96,7 +105,7 @@ class LocalEngine:
                 self._waiting[agent].remove(request)
             self._release(conversation)
 
-    def _release(self, conversation: Conversation) -> None:
+    def _release(self, conversation: ConversationId) -> None:
         left = self._pending.get(conversation, 0) - 1
         if left > 0:
             self._pending[conversation] = left
@@ -112,29 +121,73 @@ class LocalEngine:
     # -- the driver ------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
-        agent = ""
+        self._decoding.clear()  # an earlier driver may have been cut off
         try:
-            while True:
-                await self._quiet()
-                if not any(self._waiting.values()):
-                    return
-                agent = max(sorted(self._waiting), key=lambda name: len(self._waiting[name]))
-                await self._decode(agent)
+            await (self._in_lock_step() if self.order == "exact" else self._side_by_side())
         except Exception as error:
             # The driver is nobody's child: its failure is the failure of everyone who waits for it.
-            for requests in self._waiting.values():
-                for request in requests:
-                    if not request.future.done():
-                        request.future.set_exception(error)
+            waiting = [request for requests in self._waiting.values() for request in requests]
+            for request in (*self._decoding, *waiting):
+                if not request.future.done():
+                    request.future.set_exception(error)
+            for requests in (self._decoding, *self._waiting.values()):
                 requests.clear()
+
+    async def _in_lock_step(self) -> None:
+        while True:
+            await self._quiet()
+            if not any(self._waiting.values()):
+                return
+            agent = max(sorted(self._waiting), key=lambda name: len(self._waiting[name]))
+            rows = self._rows(agent)
+            while self._waiting[agent] or rows.requests:
+                if self._advance(agent, rows, self.max_rows):
+                    await self._quiet()
+                else:
+                    # Grades come in meanwhile. No request can: all conversations wait for this
+                    # engine.
+                    await asyncio.sleep(0)
+
+    async def _side_by_side(self) -> None:
+        batches = {agent: self._rows(agent) for agent in self.policies}
+        while True:
+            await _settle()
+            busy = [name for name in batches if self._waiting[name] or batches[name].requests]
+            if not busy:
+                return
+            for agent in busy:
+                limit = self._share(agent, batches)
+                if batches[agent].requests or limit > 0:
+                    self._advance(agent, batches[agent], limit)
+                    await asyncio.sleep(0)
+
+    def _share(self, agent: str, batches: Mapping[str, Rows]) -> int:
+        """The most rows that an agent may have now: what the others leave, who keep an equal share
+        where they wait for it. Together the agents never have more than ``max_rows``."""
+        equal = self.max_rows // len(batches)
+        left = self.max_rows
+        for name, rows in batches.items():
+            if name != agent:
+                held = len(rows.requests)
+                left -= max(held, equal) if self._waiting[name] else held
+        if any(rows.requests for rows in batches.values()):
+            return left
+        return max(1, left)  # more agents than rows: somebody has to begin
+
+    def _rows(self, agent: str) -> Rows:
+        return Rows(
+            self.policies[agent],
+            self._stores[agent],
+            self.prefill_tokens,
+            lambda conversation: conversation in self._open,
+        )
 
     async def _quiet(self) -> None:
         """Wait until every open conversation waits for this engine."""
         assert self._changed is not None
         while True:
             seen = self._changes
-            for _ in range(3):  # lets gathered and woken coroutines reach their next request
-                await asyncio.sleep(0)
+            await _settle()
             if self._changes != seen:
                 continue
             if all(conversation in self._pending for conversation in self._open):
@@ -142,42 +195,28 @@ class LocalEngine:
             self._changed.clear()
             await self._changed.wait()
 
-    async def _decode(self, agent: str) -> None:
-        rows = Rows(
-            self.policies[agent],
-            self._stores[agent],
-            self.prefill_tokens,
-            lambda conversation: conversation in self._open,
-        )
+    def _advance(self, agent: str, rows: Rows, limit: int) -> bool:
+        """Let waiting requests in where up to ``limit`` rows leave room, or decode a token of each
+        row; tells whether a request was finished."""
         waiting = self._waiting[agent]
-        admitted: list[Request] = []
-        try:
-            while True:
-                free = self.max_rows - len(rows.requests)
-                # A prompt forward for one row costs almost what it costs for many.
-                enough = min(len(waiting), max(1, self.max_rows // 8))
-                if waiting and (not rows.requests or free >= enough):
-                    waiting.sort(key=lambda request: request.key)
-                    taken = rows.choose(waiting, free)
-                    chosen = set(map(id, taken))
-                    waiting[:] = [request for request in waiting if id(request) not in chosen]
-                    taken = [request for request in taken if not request.future.done()]
-                    admitted += taken
-                    finished = rows.admit(taken)
-                elif rows.requests:
-                    finished = rows.step()
-                else:
-                    return
-                if finished:
-                    for request in finished:
-                        self._finish(agent, request)
-                    await self._quiet()
-        except Exception as error:
-            # Not only the rows: a prompt's forward may have failed before they had one.
-            for request in admitted:
-                if not request.future.done():
-                    request.future.set_exception(error)
-            raise
+        free = limit - len(rows.requests)
+        # A prompt forward for one row costs almost what it costs for many.
+        enough = min(len(waiting), max(1, self.max_rows // 8))
+        if waiting and (not rows.requests or free >= enough):
+            waiting.sort(key=lambda request: request.key)
+            taken = rows.choose(waiting, free)
+            chosen = set(map(id, taken))
+            waiting[:] = [request for request in waiting if id(request) not in chosen]
+            taken = [request for request in taken if not request.future.done()]
+            # A prompt's forward may fail before they have a row.
+            self._decoding += taken
+            finished = rows.admit(taken)
+        else:
+            finished = rows.step()
+        for request in finished:
+            self._decoding.remove(request)
+            self._finish(agent, request)
+        return bool(finished)
 
     def _finish(self, agent: str, request: Request) -> None:
         policy = self.policies[agent]
@@ -196,3 +235,9 @@ class LocalEngine:
                 completion_tokens=len(request.written),
             )
         )
+
+
+async def _settle() -> None:
+    """Lets gathered and woken coroutines reach their next request."""
+    for _ in range(3):
+        await asyncio.sleep(0)

@@ -15,6 +15,7 @@ from satune.thoughts import opened_by
 from satune.types import (
     Completion,
     Engine,
+    EpisodeFailure,
     Ids,
     Key,
     Message,
@@ -90,8 +91,8 @@ class LocalRole:
 
     Where the context is full, the oldest question and answer after the instructions go first.
 
-    Raises UserError for a tokenizer without a chat template, and for a prompt that does not fit
-    even so.
+    Raises UserError for a tokenizer without a chat template, and the policy's EpisodeFailure for a
+    prompt that does not fit even so.
     """
 
     def __init__(self, policy: Policy, *, max_rows: int = 256) -> None:
@@ -113,9 +114,11 @@ class LocalRole:
         room = self._policy.context_limit - sampling.max_new_tokens
         while len(ids := self._ids(text := self._text(messages))) > room:
             if len(messages) < 4:
-                raise UserError(
-                    f"task.host: {len(ids)} tokens of a prompt and {sampling.max_new_tokens} new "
-                    f"ones exceed its context of {self._policy.context_limit}; take another model"
+                raise EpisodeFailure(
+                    f"context: task.host: {len(ids)} tokens of a prompt and "
+                    f"{sampling.max_new_tokens} new ones exceed its context of "
+                    f"{self._policy.context_limit}; take another model",
+                    policy=True,
                 )
             del messages[1:3]
         ready = Prompt(tuple(messages), ids)

@@ -16,7 +16,7 @@ from satune.engines.cache import PrefixStore, RowCache, rounded
 from satune.engines.sampling import sample_tokens
 from satune.types import Completion, Ids, Key, Sampling, ids_of
 
-Conversation = tuple[object, ...]
+ConversationId = tuple[object, ...]
 
 # Places a cache holds free for tokens to come; it grows beyond when they do.
 _ROOM_AHEAD = 256
@@ -38,15 +38,15 @@ class Request:
         self.rng = self.key.rng("tokens")
 
     @property
-    def conversation(self) -> Conversation:
-        return conversation_of(self.key)
+    def conversation(self) -> ConversationId:
+        return conversation_id(self.key)
 
     @property
-    def owner(self) -> Conversation:
+    def owner(self) -> ConversationId:
         return (*self.conversation, self.key.seat)
 
 
-def conversation_of(key: Key) -> Conversation:
+def conversation_id(key: Key) -> ConversationId:
     """What the keys of all turns of one conversation have in common."""
     return (key.stage, key.step, key.draw, key.problem, key.sample)
 
@@ -63,7 +63,7 @@ class Rows:
         policy: Policy,
         store: PrefixStore,
         prefill_tokens: int,
-        is_open: Callable[[Conversation], bool],
+        is_open: Callable[[ConversationId], bool],
     ) -> None:
         self.policy = policy
         self.store = store

@@ -7,18 +7,32 @@ bit. Numbers that JSON lacks are the texts "inf", "-inf" and "nan", which ``floa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from satune.files.lines import append_lines, read_lines
+from satune.types import Episode
 
 UNEQUAL = frozenset({"time", "seconds", "memory", "rate", "host", "pid"})
 """The keys, at any depth, under which equal runs may differ."""
 
 Interval = Sequence[float]
 """[low, high] around a mean."""
+
+Failures = dict[str, dict[str, int]]
+"""How many episodes failed: {"policy": {kind: count}, "world": {kind: count}}."""
+
+
+def count_failures(episodes: Iterable[Episode]) -> Failures:
+    """The failures among ``episodes``, by whose they were and by their kind."""
+    counts: Failures = {"policy": {}, "world": {}}
+    for failure in (episode.failure for episode in episodes):
+        if failure is not None:
+            of = counts["policy" if failure.policy else "world"]
+            of[failure.kind] = of.get(failure.kind, 0) + 1
+    return counts
 
 
 class RunEvent(TypedDict):
@@ -44,6 +58,7 @@ class RolloutEvent(TypedDict):
     step: int
     episodes: int
     reward: float
+    failures: Failures
     tokens: dict[str, int]
     seconds: dict[str, float]
 
@@ -87,9 +102,10 @@ class Certificate(TypedDict):
 class UpdateEvent(TypedDict):
     """One agent's step. What only a measured proposal has is absent where none was made.
 
-    ``version`` is the number of the agent's weights after the step, ``scale`` how much of the
-    proposal was taken, ``seconds`` has rollout, update and measure at least. ``masked`` counts the
-    episodes that the world ended, which the step did not learn from.
+    ``version`` is the number of the agent's weights after the step, ``failures`` are those among
+    the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
+    rollout, update and measure at least. ``masked`` counts the episodes that the world ended, which
+    the step did not learn from.
     """
 
     event: Literal["update"]
@@ -100,6 +116,7 @@ class UpdateEvent(TypedDict):
     seats: list[str]
     schedule: str
     version: int
+    failures: Failures
     episodes: int
     ess: float
     delta: float
@@ -140,8 +157,10 @@ class StageEvent(TypedDict):
 
 
 class EvalEvent(TypedDict):
-    """Held-out problems after ``stage`` stages. ``difference`` [mean, low, high] is to the first
-    evaluation of its kind, paired by problem."""
+    """Held-out problems after ``stage`` stages. ``figures`` has what ``play.evaluation`` computes
+    beside ``reward`` and ``interval``; ``failures`` counts conversations that failed and so score
+    0. ``difference`` [mean, low, high] is to the first evaluation of its kind, paired by problem.
+    """
 
     event: Literal["eval"]
     time: NotRequired[str]
@@ -153,6 +172,8 @@ class EvalEvent(TypedDict):
     samples: int
     per_problem: list[float]
     tokens: int
+    failures: Failures
+    figures: dict[str, Any]
     seconds: float
     difference: NotRequired[list[float]]
 

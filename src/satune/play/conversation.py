@@ -14,16 +14,28 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from satune.types import Engine, Entry, Key, Problem, Seat, Task, Turn, UserError, View
+from satune.types import (
+    Engine,
+    Entry,
+    EpisodeFailure,
+    Key,
+    Problem,
+    Seat,
+    Task,
+    Turn,
+    UserError,
+    View,
+)
 
 _T = TypeVar("_T")
 
 
-class Talk:
-    """One conversation of the seats on one problem: the ``Conversation`` a protocol is handed.
+class Conversation:
+    """One conversation of the seats on one problem: the ``types.Conversation`` of a protocol.
 
     ``rng`` serves the protocol's own draws; it depends on the key only, so that it is the same
     whatever else is being played. Draw a route before the first message. ``keep_ids`` False gives
@@ -118,16 +130,20 @@ class Talk:
         ]
 
     def extract(self, text: str) -> str | None:
-        """The answer in a message, as the task reads it."""
-        return self._task.extract(text)
+        """The answer in a message, as the task reads it. Raises EpisodeFailure if the task cannot
+        read it."""
+        with on_its_text("grader"):
+            return self._task.extract(text)
 
     def majority(self, turns: Sequence[Turn]) -> str | None:
         """The text of the first turn whose answer won most votes; None if no turn has an answer.
 
         Answers are grouped by the task's equality with a class's first answer; a tie goes to the
-        class whose first turn came first. Turns without an answer have no vote.
+        class whose first turn came first. Turns without an answer have no vote. Raises
+        EpisodeFailure if the task cannot read or compare what was said.
         """
-        winner = plurality([turn.text for turn in turns], self._task)
+        with on_its_text("grader"):
+            winner = plurality([turn.text for turn in turns], self._task)
         return None if winner is None else turns[winner].text
 
     async def _write(self, name: str) -> Turn:
@@ -167,8 +183,26 @@ class Talk:
                 )
 
 
+@contextmanager
+def on_its_text(
+    kind: str, spared: Callable[[Exception], bool] = lambda error: False
+) -> Iterator[None]:
+    """What is raised in the block came of what the policy wrote: it becomes an EpisodeFailure of
+    the policy, of that ``kind``. A UserError or a failure stays what it is, and so does what
+    ``spared`` is true of."""
+    try:
+        yield
+    except (UserError, EpisodeFailure):
+        raise
+    except Exception as error:
+        if spared(error):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise EpisodeFailure(f"{kind}: {said}", policy=True) from error
+
+
 def plurality(texts: Sequence[str], task: Task) -> int | None:
-    """Index of the first text whose extracted answer has most votes; see ``Talk.majority``."""
+    """Index of the first text whose answer has most votes; see ``Conversation.majority``."""
     classes: list[tuple[str, list[int]]] = []
     for index, text in enumerate(texts):
         answer = task.extract(text)

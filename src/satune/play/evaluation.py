@@ -1,33 +1,32 @@
-"""Evaluation: how often a team is right, with intervals by problem.
+"""Evaluation: every figure of answers that were played or graded is computed here.
 
-Intervals are normal approximations over problems (mean ± 1.96 standard errors, ddof 1, cut to the
-range of the figure): problems are the independent units, the samples of one problem are not. With
-fewer than two problems there is no interval. They describe; bounds that decide are in
-core/certificates.
+Intervals of played answers are normal approximations over problems (mean ± 1.96 standard errors,
+ddof 1, cut to the range of the figure): problems are the independent units, the samples of one
+problem are not. With fewer than two problems there is no interval. They describe; bounds that
+decide are in core/certificates. A figure of answers is one entry of ``FIGURES``, which reports,
+events and tables show by its name.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
+from typing import Any
 
-from satune.play.conversation import plurality
-from satune.play.rollout import Progress, rollout, run_alone
-from satune.types import Engine, Episode, Key, Problem, Seat, Task, TeamProtocol, UserError
-
-Z_95 = NormalDist().inv_cdf(0.975)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over ``problems`` with its 95% interval (None where it cannot be had)."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    problems: int
+from satune.files.events import count_failures
+from satune.play.conversation import together
+from satune.play.grading import Graders
+from satune.play.match import Match
+from satune.play.rollout import rollout, run_alone
+from satune.play.statistics import (
+    Estimate,
+    mean_components,
+    mean_estimate,
+    pass_at_k,
+    score_interval,
+)
+from satune.types import Episode, EpisodeFailure, Key, Problem, Turn, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +34,28 @@ class Scores:
     """Scores [problem][sample] of one contestant, and its majority's score per problem.
 
     ``majority_P`` scores the answer that most of a problem's samples gave (ties to the earliest;
-    none of them an answer: 0).
+    none of them an answer: 0). ``failed`` counts the answers among them that have no grade, because
+    their conversation or their grading failed: each scores 0.
     """
 
     scores_PK: tuple[tuple[float, ...], ...]
     majority_P: tuple[float, ...] = ()
+    failed: int = 0
 
     @property
     def samples(self) -> int:
-        return len(self.scores_PK[0])
+        """Samples a problem: the fewest that one has."""
+        return min(map(len, self.scores_PK))
+
+    @property
+    def by_problem(self) -> list[float]:
+        """Each problem's mean score over its samples."""
+        return [fmean(row) for row in self.scores_PK]
 
     @property
     def avg_at_k(self) -> float:
         """Mean over problems of the mean score of their samples."""
-        return fmean(fmean(row) for row in self.scores_PK)
+        return fmean(self.by_problem)
 
     @property
     def majority(self) -> float:
@@ -57,53 +64,68 @@ class Scores:
 
     def estimate(self) -> Estimate:
         """``avg_at_k`` with its 95% interval, by problem."""
-        return mean_estimate([fmean(row) for row in self.scores_PK], 0.0, 1.0)
+        return mean_estimate(self.by_problem, 0.0, 1.0)
 
     def pass_at_k(self, k: int) -> float:
         """Mean over problems of the chance that one of ``k`` samples is fully right (score 1)."""
         return fmean(pass_at_k(len(row), sum(s >= 1.0 for s in row), k) for row in self.scores_PK)
 
 
+class Absent(Exception):
+    """Raised by a figure that these scores do not have."""
+
+
+def _majority(scores: Scores) -> float:
+    if not scores.majority_P:
+        raise Absent
+    return scores.majority
+
+
+def _failed(scores: Scores) -> int:
+    if not scores.failed:
+        raise Absent
+    return scores.failed
+
+
+FIGURES: dict[str, Callable[[Scores], Any]] = {
+    "avg_at_k": lambda scores: scores.avg_at_k,
+    "interval": lambda scores: scores.estimate().interval,
+    "pass_at_k": lambda scores: scores.pass_at_k(scores.samples),
+    "majority": _majority,
+    "failed": _failed,
+}
+"""What is said of one contestant's scores, by name; a figure that raises Absent is left out."""
+
+
+def figures_of(scores: Scores) -> dict[str, Any]:
+    """Every figure of ``FIGURES`` that these scores have."""
+    found: dict[str, Any] = {}
+    for name, figure in FIGURES.items():
+        try:
+            found[name] = figure(scores)
+        except Absent:
+            continue
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Scores [problem][sample] of a team, and of each seat's last message if they were asked for.
+    """A team's scores on problems, and those of each seat's last message if they were asked for.
 
-    ``majority_P`` scores, per problem, the answer that most of its samples gave. ``pooled`` holds
-    the last messages of all seats together, n·K of them for K conversations of n seats.
+    ``pooled`` holds the last messages of all seats together, n·K of them for K conversations of n
+    seats.
     """
 
     problem_ids: tuple[str, ...]
-    scores_PK: tuple[tuple[float, ...], ...]
-    majority_P: tuple[float, ...]
+    team: Scores
     seats: dict[str, Scores] = field(default_factory=dict)
     pooled: Scores | None = None
     episodes: tuple[Episode, ...] = ()
 
     @property
-    def team(self) -> Scores:
-        return Scores(self.scores_PK, self.majority_P)
-
-    @property
-    def samples(self) -> int:
-        return self.team.samples
-
-    @property
     def avg_at_k(self) -> float:
-        """Mean over problems of the mean score of their samples."""
+        """The team's: mean over problems of the mean score of their samples."""
         return self.team.avg_at_k
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95% interval of ``avg_at_k``, by problem."""
-        estimate = self.estimate()
-        if estimate.low is None or estimate.high is None:
-            return None
-        return estimate.low, estimate.high
-
-    @property
-    def majority(self) -> float:
-        """Mean over problems of the majority answer's score."""
-        return self.team.majority
 
     @property
     def oracle(self) -> Scores | None:
@@ -124,14 +146,6 @@ class Evaluation:
         """Tokens that the seats wrote, over all episodes."""
         return sum(turn.completion_tokens for e in self.episodes for turn in e.turns)
 
-    def estimate(self) -> Estimate:
-        """``avg_at_k`` with its interval."""
-        return self.team.estimate()
-
-    def pass_at_k(self, k: int) -> float:
-        """Mean over problems of the chance that one of ``k`` samples is fully right (score 1)."""
-        return self.team.pass_at_k(k)
-
     def seat(self, name: str) -> Estimate:
         """A seat's own ``avg_at_k``. Raises UserError if seats were not graded."""
         if name not in self.seats:
@@ -140,17 +154,7 @@ class Evaluation:
 
 
 async def evaluate_async(
-    problems: Sequence[Problem],
-    samples: int,
-    key: Key,
-    *,
-    seats: Sequence[Seat],
-    protocol: TeamProtocol,
-    engine: Engine,
-    task: Task,
-    progress: Progress | None = None,
-    concurrency: int | None = None,
-    per_seat: bool = False,
+    match: Match, problems: Sequence[Problem], samples: int, key: Key, *, per_seat: bool = False
 ) -> Evaluation:
     """Play ``samples`` episodes of each problem and score them. Their turns hold no ids.
 
@@ -160,118 +164,202 @@ async def evaluate_async(
     """
     if not problems:
         raise UserError("evaluation: there are no problems; give at least one")
-    if per_seat and getattr(task, "environment", None) is not None:
-        raise UserError(f"evaluation: task {task.name} is played in an environment; drop per_seat")
+    if per_seat and match.acting:
+        raise UserError(
+            f"evaluation: task {match.task.name} is played in an environment; drop per_seat"
+        )
     episodes = await rollout(
-        problems,
-        samples,
-        key,
-        seats=seats,
-        protocol=protocol,
-        engine=engine,
-        task=task,
-        progress=progress,
-        concurrency=concurrency,
-        keep_ids=False,
+        replace(match, keep_ids=False), problems, samples, key, label="evaluation"
     )
-    names = [seat.name for seat in seats] if per_seat else []
-    return summarise(episodes, samples, task, names)
+    names = [seat.name for seat in match.seats] if per_seat else []
+    return await summarise(episodes, samples, match, names)
 
 
 def evaluate(
-    problems: Sequence[Problem],
-    samples: int,
-    key: Key,
-    *,
-    seats: Sequence[Seat],
-    protocol: TeamProtocol,
-    engine: Engine,
-    task: Task,
-    progress: Progress | None = None,
-    concurrency: int | None = None,
-    per_seat: bool = False,
+    match: Match, problems: Sequence[Problem], samples: int, key: Key, *, per_seat: bool = False
 ) -> Evaluation:
     """``evaluate_async`` in an event loop of its own."""
     return run_alone(
-        lambda: evaluate_async(
-            problems,
-            samples,
-            key,
-            seats=seats,
-            protocol=protocol,
-            engine=engine,
-            task=task,
-            progress=progress,
-            concurrency=concurrency,
-            per_seat=per_seat,
-        ),
-        [engine],
+        lambda: evaluate_async(match, problems, samples, key, per_seat=per_seat), [match.engine]
     )
 
 
-def summarise(
-    episodes: Sequence[Episode], samples: int, task: Task, seats: Sequence[str] = ()
+async def summarise(
+    episodes: Sequence[Episode], samples: int, match: Match, seats: Sequence[str] = ()
 ) -> Evaluation:
     """The evaluation of whole groups of ``samples`` episodes, as ``rollout`` orders them, with rows
-    for ``seats``: each one's last message, graded as if it were the answer."""
+    for ``seats``: each one's last message, graded as if it were the answer.
+
+    A text is graded once a problem, several texts and votes at a time.
+    """
     groups = [episodes[i : i + samples] for i in range(0, len(episodes), samples)]
-    # Grading may start a process, and a team's answer is mostly some seat's last message.
-    graded = {(e.problem.id, e.answer): e.reward for e in episodes}
-
-    def score(problem: Problem, text: str | None) -> float:
-        at = (problem.id, text)
-        if at not in graded:
-            graded[at] = task.grade(problem, text).score
-        return graded[at]
-
-    def of(texts_PK: Sequence[Sequence[str | None]]) -> Scores:
-        return voted(
-            [
-                [score(group[0].problem, text) for text in texts]
-                for group, texts in zip(groups, texts_PK, strict=True)
-            ],
-            texts_PK,
-        )
-
-    def voted(
-        scores_PK: Sequence[Sequence[float]], texts_PK: Sequence[Sequence[str | None]]
-    ) -> Scores:
-        winners = [plurality([text or "" for text in texts], task) for texts in texts_PK]
-        return Scores(
-            tuple(map(tuple, scores_PK)),
-            tuple(
-                0.0 if winner is None else scores[winner]
-                for winner, scores in zip(winners, scores_PK, strict=True)
-            ),
-        )
-
+    graders = Graders(match.task, match.grading_seconds)
+    names = [seat.name for seat in match.seats]
     last = {seat: [[_last(e, seat) for e in group] for group in groups] for seat in seats}
+    # A team's answer is mostly some seat's last message.
+    scores: dict[tuple[str, str | None], float | None] = {
+        (e.problem.id, e.answer): e.reward for e in episodes if e.failure is None
+    }
+    problems = {episode.problem.id: episode.problem for episode in episodes}
+    asked = {
+        (group[0].problem.id, text): None
+        for of_seat in last.values()
+        for group, texts in zip(groups, of_seat, strict=True)
+        for text in texts
+    }
+    missing = [at for at in asked if at not in scores]
+
+    async def score(at: tuple[str, str | None]) -> float | None:
+        try:
+            return (await graders.grade(problems[at[0]], at[1], names)).score
+        except EpisodeFailure:  # counted: None is what did not get a grade
+            return None
+
+    async def elected(texts: Sequence[str | None]) -> int | None:
+        try:
+            return await graders.elect([text or "" for text in texts])
+        except EpisodeFailure:  # what cannot be counted elects nobody
+            return None
+
+    async def voted(
+        scores_PK: Sequence[Sequence[float | None]], texts_PK: Sequence[Sequence[str | None]]
+    ) -> Scores:
+        winners = await together([elected(texts) for texts in texts_PK])
+        given_PK = tuple(tuple(0.0 if s is None else s for s in row) for row in scores_PK)
+        return Scores(
+            given_PK,
+            tuple(
+                0.0 if winner is None else row[winner]
+                for winner, row in zip(winners, given_PK, strict=True)
+            ),
+            failed=sum(s is None for row in scores_PK for s in row),
+        )
+
+    def of(texts_PK: Sequence[Sequence[str | None]]) -> list[list[float | None]]:
+        return [
+            [scores[group[0].problem.id, text] for text in texts]
+            for group, texts in zip(groups, texts_PK, strict=True)
+        ]
+
+    scores |= dict(zip(missing, await together([score(at) for at in missing]), strict=True))
     # By conversation, then by seat: a tie goes to the earliest conversation.
     pooled = [[_last(e, seat) for e in group for seat in seats] for group in groups]
     # In an environment the reward is the game's, and the same last action may earn another.
-    team = voted(
-        [[episode.reward for episode in group] for group in groups],
+    team = await voted(
+        [[None if e.failure is not None else e.reward for e in group] for group in groups],
         [[episode.answer for episode in group] for group in groups],
     )
     return Evaluation(
         problem_ids=tuple(group[0].problem.id for group in groups),
-        scores_PK=team.scores_PK,
-        majority_P=team.majority_P,
-        seats={seat: of(texts) for seat, texts in last.items()},
-        pooled=of(pooled) if seats else None,
+        team=team,
+        seats={seat: await voted(of(texts), texts) for seat, texts in last.items()},
+        pooled=await voted(of(pooled), pooled) if seats else None,
         episodes=tuple(episodes),
     )
 
 
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """1 - C(n - correct, k) / C(n, k): the unbiased estimate, from ``n`` samples of which
-    ``correct`` are right, of the chance that at least one of ``k`` is (Chen et al. 2021, §2.1).
+def report(evaluation: Evaluation) -> dict[str, Any]:
+    """The rows of a report, each with what it cost a problem.
 
-    Raises UserError unless 1 <= k <= n.
+    All rows come from the same K conversations a problem. ``team`` and each of ``seats`` have K
+    answers, a seat's being its last message (one that never spoke has no row); ``pooled`` has the
+    seats' last messages together, n·K of them; ``oracle`` takes the best of each conversation.
+    ``budget`` says beside each row how many answers it chose from, how many conversations were
+    played for them, and the tokens read and written in those (seats: by that seat; null where the
+    server did not count). ``failures`` counts the conversations that failed, by whose failure it
+    was and its kind; ``failed`` in a row its answers without a grade. Both score 0.
     """
-    if not 1 <= k <= n:
-        raise UserError(f"evaluation: pass@{k} needs k from 1 to the number of samples, {n}")
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+    episodes = evaluation.episodes
+    turns = [turn for episode in episodes for turn in episode.turns]
+    k = evaluation.team.samples
+    whole = {"conversations": k, **_tokens(turns)}
+    found: dict[str, Any] = {
+        "problems": len(evaluation.problem_ids),
+        "k": k,
+        "team": figures_of(evaluation.team),
+        "seats": {name: figures_of(scores) for name, scores in evaluation.seats.items()},
+        "tokens": whole["completion_tokens"],
+        "budget": {
+            "team": {"answers": k, **whole},
+            "seats": {
+                name: {
+                    "answers": k,
+                    "conversations": k,
+                    **_tokens([turn for turn in turns if turn.seat == name]),
+                }
+                for name in dict.fromkeys(turn.seat for turn in turns)
+            },
+        },
+        "failures": count_failures(episodes),
+    }
+    if evaluation.pooled is not None and evaluation.oracle is not None:
+        found["pooled"] = figures_of(evaluation.pooled)
+        found["oracle"] = figures_of(evaluation.oracle)
+        for name in ("pooled", "oracle"):
+            found["budget"][name] = {"answers": len(evaluation.seats) * k, **whole}
+    found["cut_by_length"] = sum(t.finish_reason == "length" for t in turns) / max(1, len(turns))
+    found["environment_tokens"] = sum(episode.environment_tokens for episode in episodes)
+    found["per_problem"] = [
+        {"id": id, "scores": list(scores), "majority": majority}
+        for id, scores, majority in zip(
+            evaluation.problem_ids,
+            evaluation.team.scores_PK,
+            evaluation.team.majority_P,
+            strict=True,
+        )
+    ]
+    return found
+
+
+def progress_of(evaluation: Evaluation, before: Sequence[float] | None) -> dict[str, Any]:
+    """What the event of an evaluation in training says; ``before``: the ``per_problem`` of an
+    earlier one on the same problems, from which the paired ``difference`` is taken."""
+    team = evaluation.team
+    figures = figures_of(team)
+    found = {
+        "reward": figures.pop("avg_at_k"),
+        "interval": figures.pop("interval"),
+        "problems": len(evaluation.problem_ids),
+        "samples": team.samples,
+        "per_problem": team.by_problem,
+        "tokens": evaluation.tokens,
+        "failures": count_failures(evaluation.episodes),
+        "figures": figures,
+    }
+    if before is not None:
+        changes = [new - old for new, old in zip(team.by_problem, before, strict=True)]
+        gain = mean_estimate(changes, -1.0, 1.0)
+        found["difference"] = [gain.mean, gain.low, gain.high]
+    return found
+
+
+def summary_of_graded(
+    scores: Scores, missing: int, components: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """The figures of responses that were written elsewhere; problems may have different numbers of
+    them. ``missing`` counts problems without any, which are in no figure but
+    ``score_with_missing``, where each counts 0."""
+    figures = figures_of(scores)
+    rows = scores.by_problem
+    found: dict[str, Any] = {
+        "rows": len(rows),
+        "responses": sum(map(len, scores.scores_PK)),
+        "score": figures.pop("avg_at_k"),
+        "interval": score_interval(rows),
+        "missing": missing,
+        "failed": scores.failed,
+        "components": mean_components(components),
+    }
+    if missing:
+        found["score_with_missing"] = sum(rows) / (len(rows) + missing)
+    if max(map(len, scores.scores_PK)) > 1:
+        # pass@k needs k samples of every problem.
+        fewest = scores.samples
+        ks = sorted({2**e for e in range(20) if 2**e <= fewest} | {fewest})
+        found["pass_at"] = {str(k): scores.pass_at_k(k) for k in ks}
+        found["majority"] = figures["majority"]
+    said = ("interval", "pass_at_k", "majority", "failed")
+    return found | {name: value for name, value in figures.items() if name not in said}
 
 
 def paired_difference(before: Evaluation, after: Evaluation) -> Estimate:
@@ -280,8 +368,8 @@ def paired_difference(before: Evaluation, after: Evaluation) -> Estimate:
 
     Raises UserError if the two do not hold the same problems.
     """
-    old = {i: fmean(r) for i, r in zip(before.problem_ids, before.scores_PK, strict=True)}
-    new = {i: fmean(r) for i, r in zip(after.problem_ids, after.scores_PK, strict=True)}
+    old = dict(zip(before.problem_ids, before.team.by_problem, strict=True))
+    new = dict(zip(after.problem_ids, after.team.by_problem, strict=True))
     unpaired = sorted(set(old) ^ set(new))
     if unpaired:
         raise UserError(
@@ -291,20 +379,15 @@ def paired_difference(before: Evaluation, after: Evaluation) -> Estimate:
     return mean_estimate([new[i] - old[i] for i in old], -1.0, 1.0)
 
 
-def mean_estimate(values: Sequence[float], lowest: float, highest: float) -> Estimate:
-    """Mean of independent values in [lowest, highest] and its normal 95% interval, cut to it."""
-    mean = fmean(values)
-    if len(values) < 2:
-        return Estimate(mean, None, None, len(values))
-    half = Z_95 * stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, max(lowest, mean - half), min(highest, mean + half), len(values))
-
-
-def greedy(seats: Sequence[Seat]) -> list[Seat]:
-    """The seats with greedy decoding (temperature 0)."""
-    return [replace(s, sampling=replace(s.sampling, temperature=0.0)) for s in seats]
-
-
 def _last(episode: Episode, seat: str) -> str | None:
     """The seat's last message in a conversation; None if it said nothing."""
     return next((turn.text for turn in reversed(episode.turns) if turn.seat == seat), None)
+
+
+def _tokens(turns: Sequence[Turn]) -> dict[str, int | None]:
+    """Tokens read and written; None where a message was written and no token counted."""
+    known = all(turn.completion_tokens or not turn.text for turn in turns)
+    return {
+        "prompt_tokens": sum(turn.prompt_tokens for turn in turns) if known else None,
+        "completion_tokens": sum(turn.completion_tokens for turn in turns) if known else None,
+    }

@@ -3,101 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import math
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from satune.files.interrupts import uninterrupted
-from satune.play.conversation import Talk, together
-from satune.thoughts import answer_part
-from satune.types import (
-    Completion,
-    Engine,
-    Episode,
-    Grade,
-    Key,
-    Message,
-    Problem,
-    Prompt,
-    Sampling,
-    Seat,
-    StepResult,
-    Task,
-    TeamProtocol,
-    UserError,
-)
+from satune.play.conversation import together
+from satune.play.episode import CUT_THOUGHT, Played, converse, graded, play
+from satune.play.grading import Graders
+from satune.play.match import Match
+from satune.types import Engine, Episode, Failure, Key, Problem, UserError
 
 __all__ = [
-    "Job", "Talk", "play", "play_jobs", "rollout", "rollout_sync", "run_alone",
+    "Job", "Match", "Tally", "play", "play_jobs", "rollout", "rollout_sync", "run_alone",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
-Progress = Callable[[int, int], None]
 Keep = Callable[[Episode], None]
 
 
-async def play(
-    problem: Problem,
-    key: Key,
-    *,
-    seats: Sequence[Seat],
-    protocol: TeamProtocol,
-    engine: Engine,
-    task: Task,
-) -> Episode:
-    """One conversation, from the problem to its grade. ``key`` gives the sample's number; the
-    problem's id is filled in.
-
-    With ``task.environment(problem, rng, generate)`` the protocol is called once for every action
-    until the environment is done. The engine is told of the end also after a failure.
-
-    Raises UserError if the protocol's answer is not text, the environment's reply is not a
-    StepResult, no seat speaks before an action, or a grade lies outside [0, 1].
-    """
-    key = key.at(problem=problem.id)
-    _check_seats(seats)
-    engine.begin(key)
-    try:
-        return await _converse(problem, key, seats, protocol, engine, task)
-    finally:
-        engine.end(key)
-
-
 async def rollout(
+    match: Match,
     problems: Sequence[Problem],
     samples: int,
     key: Key,
     *,
-    seats: Sequence[Seat],
-    protocol: TeamProtocol,
-    engine: Engine,
-    task: Task,
-    progress: Progress | None = None,
-    concurrency: int | None = None,
+    label: str = "rollout",
     finished: Mapping[tuple[str, int], Episode] | None = None,
     keep: Keep | None = None,
-    keep_ids: bool = True,
 ) -> list[Episode]:
     """``samples`` episodes of each problem, ordered by problem, then by sample.
 
-    ``progress(done, total)`` is called after each episode. Unless ``concurrency`` bounds how many
-    conversations are open at a time, the engine has been told of every one before the first
-    starts: a local engine waits for all open ones before it decodes a batch.
-
+    ``label`` says to the match's ``progress``, and to whoever reads an error, what is played.
     ``finished`` holds episodes of an earlier call by problem id and sample, which are not played
-    again; ``keep`` is given each one that is played, as soon as it has ended. ``keep_ids`` False
-    leaves ids and log-probabilities out of their turns: only training reads them, and they take
-    many times what the text does.
+    again; ``keep`` is given each one that is played, as soon as it is graded.
 
-    The first failure cancels the rest and is raised as it is. Raises UserError for two problems
-    with one id, for ``samples`` or ``concurrency`` below 1, and as ``play``.
+    Raises UserError for two problems with one id, for ``samples`` below 1, and as ``play_jobs``.
     """
-    _check_seats(seats)
     if samples < 1:
         raise UserError(f"rollout: samples is {samples}; give at least 1")
-    if concurrency is not None and concurrency < 1:
-        raise UserError(f"rollout: concurrency is {concurrency}; give at least 1, or leave it out")
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:
@@ -106,91 +51,88 @@ async def rollout(
 
     had = finished or {}
     wanted = [
-        Job(problem, key.at(problem=problem.id, sample=sample), seats, engine)
+        Job(match, problem, key.at(problem=problem.id, sample=sample))
         for problem in problems
         for sample in range(samples)
     ]
     jobs = [job for job in wanted if (job.problem.id, job.key.sample) not in had]
-    before = len(wanted) - len(jobs)
-
-    def shown(done: int, _: int) -> None:
-        if progress is not None:
-            progress(before + done, len(wanted))
-
-    played = await play_jobs(
-        jobs,
-        protocol=protocol,
-        task=task,
-        progress=shown,
-        concurrency=concurrency,
-        keep=keep,
-        keep_ids=keep_ids,
-    )
+    before = [had[at] for job in wanted if (at := (job.problem.id, job.key.sample)) in had]
+    played = await play_jobs(jobs, label=label, before=before, keep=keep)
     known = {**had, **{(episode.problem.id, episode.sample): episode for episode in played}}
     return [known[job.problem.id, job.key.sample] for job in wanted]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One conversation to be played: its problem, its whole key, who sits where and who writes."""
+    """One conversation to be played: of which match, on which problem, and its whole key."""
 
+    match: Match
     problem: Problem
     key: Key
-    seats: Sequence[Seat]
-    engine: Engine
 
 
 async def play_jobs(
     jobs: Sequence[Job],
     *,
-    protocol: TeamProtocol,
-    task: Task,
-    progress: Progress | None = None,
-    concurrency: int | None = None,
+    label: str = "rollout",
+    before: Sequence[Episode] = (),
     keep: Keep | None = None,
-    keep_ids: bool = True,
 ) -> list[Episode]:
-    """The episodes of ``jobs`` in their order, as ``rollout`` plays them: episodes of one call may
-    differ in who sits where. No two jobs of one engine have equal keys."""
-    gate = asyncio.Semaphore(concurrency) if concurrency is not None else None
+    """The episodes of ``jobs`` in their order. Those of one call may be of several matches, of one
+    task and told by the first one's settings; no two jobs of one engine have equal keys.
+
+    Unless the match bounds how many conversations are open at a time, the engine has been told of
+    every one before the first starts: a local engine in exact order waits for all open ones before
+    it decodes a batch. It is told of a conversation's end before that is graded: the others are
+    decoded meanwhile. ``before`` are episodes of an earlier call, counted with these.
+
+    A conversation that fails is an episode with a failure. When more of them have failed than the
+    match bears (always one, unless it bears none), UserError says why; any other exception cancels
+    the rest and is raised as it is. Raises as ``play``.
+    """
+    if not jobs:
+        return []
+    match = jobs[0].match
+    gate = None if match.concurrency is None else asyncio.Semaphore(match.concurrency)
+    graders = Graders(match.task, match.grading_seconds)
+    tally = Tally(match.failures, len(jobs) + len(before), label)
     opened: dict[int, Job] = {}
-    done = 0
+    for episode in before:
+        tally.add(episode)
 
     def begin(number: int) -> None:
-        jobs[number].engine.begin(jobs[number].key)
+        jobs[number].match.engine.begin(jobs[number].key)
         opened[number] = jobs[number]
 
     def end(number: int) -> None:
         job = opened.pop(number)
-        job.engine.end(job.key)
+        job.match.engine.end(job.key)
 
-    async def one(number: int) -> Episode:
-        nonlocal done
-        job = jobs[number]
+    async def one(number: int) -> Played:
         try:
-            episode = await _converse(
-                job.problem, job.key, job.seats, protocol, job.engine, task, keep_ids=keep_ids
-            )
+            return await converse(jobs[number].match, jobs[number].problem, jobs[number].key)
         finally:
             end(number)
-        done += 1
+
+    async def whole(number: int) -> Episode:
+        if gate is None:
+            played = await one(number)
+        else:
+            async with gate:
+                begin(number)
+                played = await one(number)
+        episode = await graded(played, graders)
+        tally.add(episode)
         if keep is not None:
             keep(episode)
-        if progress is not None:
-            progress(done, len(jobs))
+        match.progress(tally.done, tally.total, label)
         return episode
 
-    async def gated(number: int, gate: asyncio.Semaphore) -> Episode:
-        async with gate:
-            begin(number)
-            return await one(number)
-
     try:
-        if gate is not None:
-            return await together([gated(number, gate) for number in range(len(jobs))])
-        for number in range(len(jobs)):
-            begin(number)
-        return await together([one(number) for number in range(len(jobs))])
+        if gate is None:
+            for number in range(len(jobs)):
+                begin(number)
+        return await together([whole(number) for number in range(len(jobs))])
     finally:
         # Begun but never started: a later begin failed, or the task was cancelled before its first
         # step and so never reached its own finally.
@@ -198,33 +140,48 @@ async def play_jobs(
             end(number)
 
 
+@dataclass(slots=True)
+class Tally:
+    """Counts the episodes of a rollout of ``total``, and stops it beyond ``share`` of failures.
+
+    Thoughts that never ended are no sign of a fault, however many there are: with reward 0 the
+    policy learns to end them.
+    """
+
+    share: float
+    total: int
+    label: str
+    done: int = 0
+    failed: list[Failure] = field(default_factory=list)
+
+    def add(self, episode: Episode) -> None:
+        """Raises UserError when too many have failed."""
+        self.done += 1
+        if episode.failure is None or episode.failure.kind == CUT_THOUGHT:
+            return
+        self.failed.append(episode.failure)
+        # One alone never ends a run, however few conversations there are.
+        bearable = max(1, int(self.share * self.total)) if self.share > 0 else 0
+        if len(self.failed) > bearable:
+            reason, times = Counter(failure.reason for failure in self.failed).most_common(1)[0]
+            often = f" ({times} times)" if times > 1 else ""
+            raise UserError(
+                f"{self.label}: {len(self.failed)} of {self.total} conversations failed, more than "
+                f"rollout.failures ({self.share:g}) allows: {reason}{often}; mend that, or raise "
+                "rollout.failures"
+            )
+
+
 def rollout_sync(
+    match: Match,
     problems: Sequence[Problem],
     samples: int,
     key: Key,
     *,
-    seats: Sequence[Seat],
-    protocol: TeamProtocol,
-    engine: Engine,
-    task: Task,
-    progress: Progress | None = None,
-    concurrency: int | None = None,
+    label: str = "rollout",
 ) -> list[Episode]:
     """``rollout`` in an event loop of its own, for callers that are not coroutines."""
-    return run_alone(
-        lambda: rollout(
-            problems,
-            samples,
-            key,
-            seats=seats,
-            protocol=protocol,
-            engine=engine,
-            task=task,
-            progress=progress,
-            concurrency=concurrency,
-        ),
-        [engine],
-    )
+    return run_alone(lambda: rollout(match, problems, samples, key, label=label), [match.engine])
 
 
 def run_alone(work: Callable[[], Coroutine[Any, Any, _T]], engines: Sequence[Engine]) -> _T:
@@ -258,99 +215,3 @@ def run_alone(work: Callable[[], Coroutine[Any, Any, _T]], engines: Sequence[Eng
         except asyncio.CancelledError:
             pass
     raise KeyboardInterrupt
-
-
-async def _converse(
-    problem: Problem,
-    key: Key,
-    seats: Sequence[Seat],
-    protocol: TeamProtocol,
-    engine: Engine,
-    task: Task,
-    *,
-    keep_ids: bool = True,
-) -> Episode:
-    make_environment = getattr(task, "environment", None)
-    talk = Talk(
-        problem,
-        key,
-        seats=seats,
-        engine=engine,
-        task=task,
-        acting=make_environment is not None,
-        keep_ids=keep_ids,
-    )
-    environment_tokens = 0
-    calls = 0
-
-    async def generate(messages: Sequence[Message], sampling: Sampling) -> Completion:
-        nonlocal environment_tokens, calls
-        own = key.at(purpose="environment", seat="environment", own_index=calls)
-        calls += 1
-        prompt = Prompt(tuple(messages))
-        completion = await engine.generate("environment", prompt, sampling, own)
-        environment_tokens += completion.prompt_tokens + completion.completion_tokens
-        return completion
-
-    if make_environment is None:
-        answer = _checked_answer(await protocol(talk))
-        grade = task.grade(problem, answer)
-    else:
-        environment = make_environment(problem, key.rng("environment"), generate)
-        while True:
-            before = len(talk.turns)
-            answer = _checked_answer(await protocol(talk))
-            if len(talk.turns) == before:
-                raise UserError("protocol: no seat spoke before the action; let one say something")
-            result = await environment.step(answer)
-            if not isinstance(result, StepResult):
-                raise UserError(
-                    f"task {task.name}: environment.step gave a {type(result).__name__}; "
-                    "return a StepResult"
-                )
-            talk.observe(result.text, to=result.seats)
-            if result.done:
-                break
-        grade = result.grade if result.grade is not None else task.grade(problem, answer)
-    _check_grade(grade, problem, task, talk.seats)
-    return Episode(
-        problem=problem,
-        sample=key.sample,
-        turns=tuple(talk.turns),
-        answer=answer,
-        grade=grade,
-        observations=tuple(talk.observations),
-        environment_tokens=environment_tokens,
-    )
-
-
-def _checked_answer(answer: Any) -> str | None:
-    if answer is not None and not isinstance(answer, str):
-        raise UserError(f"protocol: its answer is a {type(answer).__name__}; return text or None")
-    # A thought that never ended is no answer, whatever the task would read in it.
-    return None if answer is None or answer_part(answer) is None else answer
-
-
-def _check_seats(seats: Sequence[Seat]) -> None:
-    names = [seat.name for seat in seats]
-    if not names:
-        raise UserError("team: it has no seats; give at least one")
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"team: two seats are named {name!r}; make their names unique")
-
-
-def _check_grade(grade: Grade, problem: Problem, task: Task, seats: Sequence[str]) -> None:
-    credits = {} if grade.seats is None else grade.seats
-    for seat in credits:
-        if seat not in seats:
-            raise UserError(
-                f"task {task.name}: its grade of {problem.id!r} credits the seat {seat!r}; "
-                f"the seats are {', '.join(seats)}"
-            )
-    for score in (grade.score, *credits.values()):
-        if not math.isfinite(score) or not 0.0 <= score <= 1.0:
-            raise UserError(
-                f"task {task.name}: its grade of {problem.id!r} is {score}; "
-                "grades must lie in [0, 1]: rescale them"
-            )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from satune.core.certificates import HeldOut, StatisticalCertificate, certify
+from satune.core.certificates import HeldOut, StatisticalCertificate, certify, fresh_evidence
 from satune.core.confidence import Spending, lower_bound
 from satune.types import Episode, Key, Problem, UserError
 
@@ -219,11 +219,17 @@ def _pairs(
 
 
 def _differences(pairs: Pairs, old: Sequence[Episode], new: Sequence[Episode]) -> list[float]:
-    """Mean reward of the newcomer's episodes minus the incumbent's, of each problem."""
+    """Mean reward of the newcomer's episodes minus the incumbent's, of each problem. Episodes that
+    the world ended take the worst end, as ``certificates.fresh_evidence`` has it."""
     found, start = [], 0
     for _, samples in pairs:
         end = start + len(samples)
-        found.append(_mean(new[start:end]) - _mean(old[start:end]))
+        sides = [side[start:end] for side in (old, new)]
+        before_1G, after_1G = (
+            torch.tensor([[e.reward for e in side]], dtype=torch.float64) for side in sides
+        )
+        lost, gone = (torch.tensor([[e.masked for e in side]]) for side in sides)
+        found.append(float(fresh_evidence(before_1G, after_1G, missing=(lost, gone))))
         start = end
     assert start == len(old) == len(new)
     return found

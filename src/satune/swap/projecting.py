@@ -39,16 +39,8 @@ class Counted:
 
     def of(self, cast: Cast) -> Callable[[Key, int, int], list[Episode]]:
         def draw(key: Key, offset: int, count: int) -> list[Episode]:
-            episodes = rollout_sync(
-                cast.train_problems(count, offset),
-                self.samples,
-                key,
-                seats=cast.team.seats_for(cast.recipe.rollout.max_new_tokens),
-                protocol=cast.protocol,
-                engine=cast.engine,
-                task=cast.task,
-                progress=lambda done, total: cast.progress(done, total, "projection"),
-            )
+            problems = cast.train_problems(count, offset)
+            episodes = rollout_sync(cast.match(), problems, self.samples, key, label="projection")
             self.tokens += sum(t.completion_tokens for e in episodes for t in e.turns)
             return episodes
 

@@ -18,7 +18,7 @@ from satune.agents.loading import Precision, load_policies
 from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
 from satune.agents.weights import Weights
-from satune.commands.assemble import Cast, Progress, agent_spec, assemble, model_path, team_engine
+from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
 from satune.engines.roles import WithRoles
@@ -27,7 +27,7 @@ from satune.loading import nearest, served
 from satune.team import Team, add_mixtures, read_manifest
 from satune.training.checkpoint import Checkpoints
 from satune.training.run_directory import RunDirectory
-from satune.types import UserError
+from satune.types import Progress, UserError
 
 
 @dataclass(slots=True)

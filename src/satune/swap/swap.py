@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
-from satune.commands.assemble import Cast, Progress, no_progress
+from satune.commands.assemble import Cast
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
 from satune.files.events import Event, Notice, SwapEvent
 from satune.play.evaluation import Evaluation, paired_difference
 from satune.report.monitors import scalar_writer
-from satune.swap.coins import Side, Table
+from satune.swap.coins import hand_over_between
 from satune.swap.handover import mixture_kl
 from satune.swap.output import write_result
 from satune.swap.projecting import EXAMINED, look_at, project_seat
 from satune.swap.request import DELTA, DELTA_OF_ALL, SwapRequest, check_request, kept_answers
 from satune.swap.seat import Candidate, Found, load_found, with_newcomer
-from satune.types import Key, UserError
+from satune.types import Key, Progress, UserError, no_progress
 
 TAKEN = ("accepted", "mixture")
 """Verdicts after which the seat is not the incumbent's alone any more."""
@@ -280,9 +280,9 @@ class _Swap:
 
     def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
         """From the team that was found to the candidate: the tolerance is that of all seats."""
-        found = table_of(self.original.cast).hand_over(
-            side_of(self.original.cast),
-            side_of(candidate.cast),
+        found = hand_over_between(
+            self.original.cast.match(),
+            candidate.cast.match(),
             self.request.hand_over,
             swap_key(self.found, len(self.records)),
             self.spending,
@@ -313,15 +313,3 @@ def swap_key(found: Found, number: int) -> Key:
 def _evaluate(cast: Cast) -> Evaluation:
     """On the problems and with the uniforms of training's evaluations."""
     return cast.evaluate(greedy=False, key=Key(cast.recipe.seed, "evaluate"))
-
-
-def table_of(cast: Cast) -> Table:
-    return Table(
-        cast.task,
-        cast.protocol,
-        lambda done, total: cast.progress(done, total, "hand-over"),
-    )
-
-
-def side_of(cast: Cast) -> Side:
-    return Side(cast.team.seats_for(cast.recipe.rollout.max_new_tokens), cast.engine)

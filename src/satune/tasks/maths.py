@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from satune.tasks import maths_equality
 from satune.tasks.boxes import LONGEST_ANSWER, as_decimal, last_box, same_plainly, tidy
+from satune.tasks.pool import Failure, Workers, processes
 from satune.tasks.sources import Row, read_rows
 from satune.tasks.splits import RowTask, check_fraction
-from satune.tasks.workers import Failure, Workers
-from satune.types import Grade, Problem, UserError
+from satune.types import EpisodeFailure, Grade, Problem, UserError
 
 _INSTRUCTION = (
     "Think the problem through step by step. Finish with the answer alone, in simplest form, "
@@ -64,7 +64,7 @@ class Maths(RowTask):
         rows = read_rows(self.published if data is None else data)
         named = [(place, self._problem(i, place, row)) for i, (place, row) in enumerate(rows)]
         self._keep(named, eval_fraction)
-        self._workers = Workers(maths_equality.build, 1, maths_equality.CALL_SECONDS)
+        self._workers = Workers(maths_equality.build, processes(), maths_equality.CALL_SECONDS)
         self._verdicts: dict[tuple[str, str, bool], bool] = {}
 
     def extract(self, text: str) -> str | None:
@@ -114,15 +114,19 @@ class Maths(RowTask):
         key = (tidy(reference), tidy(answer), symmetric)
         if symmetric and key[0] > key[1]:
             key = (key[1], key[0], True)
-        if key not in self._verdicts:
+        verdict = self._verdicts.get(key)
+        if verdict is None:
             verdict = self._workers.call(*key)
             if isinstance(verdict, Failure):
+                if verdict.kind == "died":
+                    raise EpisodeFailure(f"worker: {verdict.text}", policy=False)
                 # Not kept: on a busy machine the next attempt may be in time.
                 return False, f"not comparable: {verdict.text}"
+            # Several threads grade: another one may empty it at any moment.
             if len(self._verdicts) >= _MOST_VERDICTS:
                 self._verdicts.clear()
             self._verdicts[key] = verdict
-        return self._verdicts[key], ""
+        return verdict, ""
 
     def _problem(self, number: int, place: str, row: Row) -> Problem:
         fields = {name.lower(): value for name, value in row.items()}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.types import (
     Completion,
@@ -96,14 +97,12 @@ def demonstrate(
             "name a model directory or a hub id instead"
         )
     renderer = _RecordingRenderer()
-    rollout_sync(
-        problems(math.ceil(count / len(seats))),
-        1,
-        Key(seed, "demonstrate"),
-        seats=[Seat(name, name, renderer, Sampling(1)) for name in seats],
-        protocol=protocol,
-        engine=_ExpertEngine(expert, error),
-        task=task,
+    match = Match(
+        [Seat(name, name, renderer, Sampling(1)) for name in seats],
+        protocol,
+        _ExpertEngine(expert, error),
+        task,
     )
+    rollout_sync(match, problems(math.ceil(count / len(seats))), 1, Key(seed, "demonstrate"))
     seen = [view.entries for view in renderer.views if any(e.kind == "own" for e in view.entries)]
     return seen[:count]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from satune.agents.rendering import ChatRenderer
 from satune.tiny.settings import TinySettings
-from satune.types import Completion, Entry, ids_of
+from satune.types import Completion, Entry, EpisodeFailure, UserError, ids_of
 
 CHECK_EVERY = 200
 """Steps between two looks at the greedy success, once the planned ones are done."""
@@ -57,7 +57,10 @@ def rows_of(conversation: Sequence[Entry], renderer: ChatRenderer) -> list[Row]:
         if entry.kind != "own":
             continue
         completion = renderer.encode(entry.text) + ids_of([end])
-        prompt = view.prompt(conversation[:at], len(completion)).ids
+        try:
+            prompt = view.prompt(conversation[:at], len(completion)).ids
+        except EpisodeFailure as failure:
+            raise UserError(f"tiny agents: a demonstration does not fit: {failure}") from failure
         view.wrote(Completion(entry.text, "stop", 0, completion))
         assert prompt is not None
         if prompt[: len(ids)] != ids:

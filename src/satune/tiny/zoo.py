@@ -35,14 +35,13 @@ from transformers import (
 from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.tiny.tokenizers import MAX_LENGTH, llama_tokenizer, qwen3_tokenizer
 from satune.tiny.training import TinySettings, imitate, rows_of
-from satune.types import Entry, UserError
+from satune.types import Entry, Progress, UserError
 
 # Part of every fingerprint: a base built by an older recipe than this module's is built anew.
 _EDITION = 1
 
 Conversations = Sequence[Sequence[Entry]]
 Success = Callable[[PreTrainedModel, PreTrainedTokenizerBase], float]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)

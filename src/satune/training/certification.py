@@ -293,12 +293,15 @@ def _evidence(
         return values_E.reshape(-1, certify_by.samples)
 
     rewards_old, rewards_new = (by_problem([e.reward for e in side]) for side in (old, new))
+    # What the world ended is not dropped: it takes the worst end.
+    gone_old, gone_new = (by_problem([e.masked for e in side]).bool() for side in (old, new))
     if certify_by.evidence == "fresh":
-        return fresh_evidence(rewards_old, rewards_new)
+        return fresh_evidence(rewards_old, rewards_new, (gone_old, gone_new))
     u_old = by_problem(log_ratios(change, old))
     if certify_by.evidence == "pessimistic":
-        return pessimistic_evidence(rewards_old, u_old, certify_by.clip)
-    return balance_evidence(rewards_old, u_old, rewards_new, by_problem(log_ratios(change, new)))
+        return pessimistic_evidence(rewards_old, u_old, certify_by.clip, gone_old)
+    u_new = by_problem(log_ratios(change, new))
+    return balance_evidence(rewards_old, u_old, rewards_new, u_new, (gone_old, gone_new))
 
 
 def _said(

@@ -13,7 +13,7 @@ import torch
 
 from satune.agents.ports import Learner
 from satune.agents.weights import Weights
-from satune.files.events import Event
+from satune.files.events import Event, count_failures
 from satune.files.interrupts import uninterrupted
 from satune.training.certification import Verdict
 from satune.training.ports import Saved, Store, Watcher, World
@@ -66,6 +66,7 @@ class Training:
                 "step": step,
                 "episodes": len(drawn),
                 "reward": batch.reward,
+                "failures": count_failures(drawn),
                 "tokens": tokens,
                 "seconds": {"rollout": self._rollout_seconds},
             }
@@ -130,6 +131,7 @@ class Training:
             "seats": list(self.seats[agent]),
             "schedule": self.settings.schedule.name,
             "version": self.state.versions[agent],
+            "failures": count_failures(self.state.batch.episodes),
             **known,
             "seconds": {**spent, **known.get("seconds", {})},
         }

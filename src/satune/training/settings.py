@@ -10,17 +10,30 @@ from satune.core.certificates import Evidence
 from satune.core.confidence import Method
 from satune.core.objectives import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
-from satune.ranges import Count, Fraction, MayChange, NotNegative, Part, Range, Whole, check
+from satune.ranges import (
+    Count,
+    Fraction,
+    MayChange,
+    NotNegative,
+    Part,
+    Positive,
+    Range,
+    Share,
+    Whole,
+    check,
+)
 from satune.training.credit import Credit, GroupCredit
 from satune.training.ordering import Order, static
 from satune.training.schedules import Hybrid, Schedule
+from satune.types import FAILURES, GRADING_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
     """What is sampled a rollout: ``problems`` × ``samples`` episodes. ``top_p`` and ``top_k`` must
     stay off. With ``dynamic_sampling`` problems whose rewards are all equal are left out, and
-    others drawn in their place (DAPO)."""
+    others drawn in their place (DAPO). Beyond the share ``failures`` of failed conversations the
+    run stops; a message may take ``grading_seconds`` to be graded."""
 
     problems: Count = 96
     samples: Count = 4
@@ -28,6 +41,8 @@ class RolloutSettings:
     top_p: Part = 1.0
     top_k: Whole = 0
     dynamic_sampling: bool = False
+    failures: Share = FAILURES
+    grading_seconds: Positive = GRADING_SECONDS
 
 
 @dataclass(frozen=True)

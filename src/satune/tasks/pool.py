@@ -48,6 +48,12 @@ class Failure:
     text: str
 
 
+def processes() -> int:
+    """How many graders may compute at a time: one a core that this process may use, at most 8."""
+    mine = getattr(os, "sched_getaffinity", None)
+    return min(len(mine(0)) if mine is not None else os.cpu_count() or 1, 8)
+
+
 class Workers:
     """Up to ``count`` processes; each calls ``build()`` once and then serves what that returned.
 
@@ -180,7 +186,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {json.dumps(sys.path)}; "
-            f"from satune.tasks.workers import serve; serve({theirs.fileno()})"
+            f"from satune.tasks.pool import serve; serve({theirs.fileno()})"
         )
         with theirs:
             # A session of its own: ctrl-C reaches the owner alone, and ending the worker ends

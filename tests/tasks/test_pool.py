@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from satune.tasks.workers import Failure, Workers
+from satune.tasks.pool import Failure, Workers
 from satune.types import UserError
 
 SERVED = """
 import os, signal, sys, time
-from satune.tasks import workers
+from satune.tasks import pool
 
 def build(log=None, fails=False):
     if log:
@@ -60,7 +60,7 @@ def serve(what, value=None):
         signal.signal(signal.SIGALRM, lambda *_: None)
         return signal.alarm(0)
     if what == "nested":
-        inner = workers.Workers(build, 1, 1.0)
+        inner = pool.Workers(build, 1, 1.0)
         return inner.call("pid") == os.getpid() and inner.map([("echo", 1), ("raise",)])
     if what == "child":
         import subprocess
@@ -223,7 +223,7 @@ def test_workers_end_with_the_program(served, tmp_path, ending):
     program.write_text(
         f"import sys; sys.path[:0] = {[str(Path(served.__file__).parent), 'src']!r}\n"
         "import served_module\n"
-        "from satune.tasks.workers import Workers\n"
+        "from satune.tasks.pool import Workers\n"
         "workers = Workers(served_module.build, 1, 5.0)\n"
         "print(workers.call('pid'), flush=True)\n"
         f"{ending}\n"
