@@ -31,29 +31,17 @@ class Snapshot:
 
 
 @dataclass(slots=True)
-class Room:
-    """How many bytes of hidden states may still be held on the CPU."""
-
-    bytes: int
-
-    def take(self, rows: int, row_bytes: int) -> int:
-        """As many of ``rows`` as there is room for, which are then taken."""
-        granted = min(rows, self.bytes // row_bytes)
-        self.bytes -= granted * row_bytes
-        return granted
-
-
-@dataclass(slots=True)
 class States:
     """Hidden states that ``weights`` give at the own tokens of an experience.
 
-    As many as there is ``room`` for are held on the CPU, in the type that the head computes in; the
-    others are computed again when they are asked for. ``project`` is the head with ``weights``.
+    As many as ``room`` bytes are enough for are held on the CPU, in the type that the head computes
+    in; the others are computed again when they are asked for. ``project`` is the head with
+    ``weights``.
     """
 
     weights: Mapping[str, Tensor]
     project: Project
-    room: Room
+    room: int
     tokens: int
     _held_NH: Tensor | None = None
     _place_T: Tensor = field(init=False)
@@ -62,18 +50,28 @@ class States:
     def __post_init__(self) -> None:
         self._place_T = torch.full((self.tokens,), -1)
 
-    def keep(self, scorer: Scorer, tokens_T: Tensor, hidden_TH: Tensor) -> None:
-        """Hold the states [T, H] of these tokens if all of them fit."""
+    def keep(self, scorer: Scorer, tokens_T: Tensor, hidden_TH: Tensor) -> bool:
+        """Hold the states [T, H] of these tokens if all of them fit; tells whether they do."""
         if self._held_NH is None:
             dtype = scorer.policy.autocast or hidden_TH.dtype
             width = hidden_TH.shape[-1]
-            rows = self.room.take(self.tokens, width * dtype.itemsize)
+            rows = min(self.tokens, self.room // (width * dtype.itemsize))
             self._held_NH = torch.empty(rows, width, dtype=dtype)
         end = self._count + len(tokens_T)
-        if end <= len(self._held_NH):
-            self._held_NH[self._count : end] = hidden_TH.detach().cpu()
-            self._place_T[tokens_T] = torch.arange(self._count, end)
-            self._count = end
+        if end > len(self._held_NH):
+            return False
+        self._held_NH[self._count : end] = hidden_TH.detach().cpu()
+        self._place_T[tokens_T] = torch.arange(self._count, end)
+        self._count = end
+        return True
+
+    @torch.no_grad()
+    def fill(self, scorer: Scorer, packed: PackedTurns) -> None:
+        """Compute and hold what there is room for."""
+        with scorer.policy.holding(self.weights):
+            for batch in scorer.batches(packed):
+                if not self.keep(scorer, batch.tokens_T, scorer.states(batch)):
+                    return
 
     @torch.no_grad()
     def at(self, scorer: Scorer, batch: MicroBatch) -> Reference:

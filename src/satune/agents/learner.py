@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from satune.agents.anchor import Anchor, Measurement, Room, Snapshot, States
+from satune.agents.anchor import Anchor, Measurement, Snapshot, States
 from satune.agents.gradient import MiniBatch, NonFinite, back_propagate
 from satune.agents.memory import allowed_bytes
 from satune.agents.moments import Moments
@@ -79,10 +79,11 @@ class LocalLearner:
         """Hold the present weights as the anchor of a step on this experience.
 
         ``weights`` are a copy of them, where the caller has one. The anchor's states are filled by
-        the first mini-batch and by ``complete``. ``reference`` also takes the weights that the run
-        began with (for a reference KL).
+        the first mini-batch and by ``complete``. ``reference`` also holds states under the weights
+        that the run began with (for a reference KL); each then has half of the memory.
         """
-        room = Room(allowed_bytes(self.settings.anchor_memory, torch.device("cpu")))
+        room = allowed_bytes(self.settings.anchor_memory, torch.device("cpu"))
+        room //= 1 + reference
         anchor = Anchor(
             packed,
             self._states_of(self.export() if weights is None else weights, packed, room),
@@ -92,9 +93,10 @@ class LocalLearner:
         if reference:
             assert self._reference is not None, "keep_reference() comes first"
             anchor.reference = self._states_of(self._reference, packed, room)
+            anchor.reference.fill(self._scorer, packed)
         return anchor
 
-    def _states_of(self, weights: Mapping[str, Tensor], packed: PackedTurns, room: Room) -> States:
+    def _states_of(self, weights: Mapping[str, Tensor], packed: PackedTurns, room: int) -> States:
         return States(weights, self.policy.projection_with(weights), room, packed.tokens)
 
     @torch.no_grad()
