@@ -150,6 +150,7 @@ def local_engine(
         seats,
         max_rows=recipe.engine.max_rows,
         cache_tokens=recipe.engine.cache_tokens or DEFAULT_CACHE_TOKENS,
+        memory=recipe.engine.memory,
         order=recipe.engine.order,
     )
 

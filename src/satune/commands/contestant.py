@@ -251,6 +251,7 @@ def _engine(team: Any, section: EngineSection) -> Engine:
         team.seats,
         max_rows=section.max_rows,
         cache_tokens=section.cache_tokens or DEFAULT_CACHE_TOKENS,
+        memory=section.memory,
         order=section.order,
     )
 

@@ -142,6 +142,7 @@ class EngineSection(Section):
     name: Literal["local"] = "local"
     max_rows: Annotated[Count, MayChange()] = 256
     cache_tokens: Annotated[Count | None, MayChange()] = None
+    memory: Annotated[Positive, MayChange()] = 0.5
     order: Literal["exact", "throughput"] | None = None
 
 
