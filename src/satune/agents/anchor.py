@@ -28,6 +28,7 @@ class Snapshot:
     def rest(self) -> None:
         """Move to the CPU, bit for bit: whoever else has this snapshot lets the device go too."""
         self.weights = {name: tensor.cpu() for name, tensor in self.weights.items()}
+        self.optimizer = {name: tensor.cpu() for name, tensor in self.optimizer.items()}
 
 
 @dataclass(slots=True)
