@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 
 import tiny_world
 from far_engine import FarEngine
-from satune.commands import assemble as assembling
+from satune.agents.policy import Policy
 from satune.core.certificates import StatisticalCertificate
-from satune.engines.local import LocalEngine
+from satune.engines.base import ENGINES, LocalSettings
 from satune.files.events import Event
 from satune.swap import projecting
 from satune.swap import swap as swapping
@@ -50,15 +50,20 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-ENGINES: dict[str, Callable[..., LocalEngine]] = {
-    "far": lambda policies, seats, recipe: FarEngine(policies, seats),
-    "near": assembling.local_engine,
-}
+@dataclass(frozen=True)
+class FarSettings:
+    """An engine that keeps weights of its own."""
+
+    conversations: int = 64
+
+    def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> FarEngine:
+        return FarEngine(policies, seats)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
-    """Let whatever is assembled from now on have this engine for its local models."""
-    monkeypatch.setattr(assembling, "local_engine", ENGINES[engine])
+    """Let the engine that is made from now on for "local" be this one."""
+    kinds: dict[str, Any] = {"far": FarSettings, "near": LocalSettings}
+    monkeypatch.setitem(ENGINES, "local", lambda **options: kinds[engine]())
 
 
 def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> None:

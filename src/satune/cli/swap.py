@@ -10,12 +10,15 @@ import typer
 from rich.table import Table
 
 from satune.cli.common import (
+    AllowAddress,
     AsJson,
     Out,
+    TrustCode,
     UnsafeChecks,
     open_console,
     quiet_libraries,
     show_result,
+    trust_of,
 )
 
 
@@ -63,6 +66,8 @@ def swap(
     ] = None,
     out: Out = None,
     unsafe_checks: UnsafeChecks = False,
+    trust: TrustCode = False,
+    allow_address: AllowAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Give seats of a trained team to other models."""
@@ -73,6 +78,7 @@ def swap(
     server: dict[str, Any] = {}
     for text in server_option or []:
         override(server, text)
+    named = [{"model": each, "server": server} for each in model]
     settings = HandOverSettings(tolerance, confidence, problems, samples, looks)
     request = SwapRequest(
         source=source,
@@ -86,6 +92,7 @@ def swap(
         rounds=rounds,
         server=server,
         recipe=recipe,
+        trust=trust_of(trust, None, allow_address, named),
         out=out,
         hand_over=settings,
     )

@@ -109,6 +109,7 @@ async def examine(
     )
     seats = candidate.sampled(wanted.temperature, wanted.max_new_tokens)
     protocol = _protocol(candidate, wanted, seats)
+    candidate.admit({"protocol": protocol})
     match = Match(
         seats,
         load_protocol(
@@ -193,6 +194,7 @@ def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, d
         split = "all" if candidate.held_out or "name" not in own else "eval"
     if candidate.host is not None and takes(name, "host"):
         options = {**options, "host": candidate.asked_task.get("host", candidate.host)}
+    candidate.admit({"task": {"name": name, "data": data and str(data), **options}})
     task = load_task(name, data, seed, None, **options)
     if getattr(task, "fresh", False):
         split = "eval"

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.commands.assemble import Cast
+from satune.commands.trust import remember
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
 from satune.files.events import Event, Notice, SwapEvent
@@ -95,6 +96,7 @@ def _perform(
         write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
         result["out"] = str(out)
         tell("swap", {"stage": found.stage, **event})
+        remember(job.team.cast.recipe.model_dump(mode="json"))
         if found.run is not None and found.recipe.log.tensorboard:
             with scalar_writer(out / "tensorboard") as write:
                 write(cast(SwapEvent, {"event": "swap", "stage": found.stage, **event}))
