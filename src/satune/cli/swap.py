@@ -12,6 +12,7 @@ from rich.table import Table
 from satune.cli.common import (
     AllowAddress,
     AsJson,
+    BreakLock,
     Out,
     TrustCode,
     UnsafeChecks,
@@ -65,6 +66,7 @@ def swap(
         Path | None, typer.Option(help="rollout settings and task for a team directory")
     ] = None,
     out: Out = None,
+    break_lock: BreakLock = False,
     unsafe_checks: UnsafeChecks = False,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
@@ -94,6 +96,7 @@ def swap(
         recipe=recipe,
         trust=trust_of(trust, None, allow_address, named),
         out=out,
+        break_lock=break_lock,
         hand_over=settings,
     )
     result = run_swap(request)

@@ -9,10 +9,11 @@ from typing import Any
 
 from satune.agents.mixture import MixturePolicy
 from satune.config.load import save_recipe
+from satune.files.manifest import FORMAT
 from satune.files.writing import strict_json, write_atomically, written_beside
 from satune.swap.seat import Candidate, Found, weights_of
 from satune.swap.transplant import Newcomer, copy_team, refuse_existing, transplant
-from satune.team import FORMAT, Team, read_manifest
+from satune.team import Team, manifest_of
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError
 
@@ -67,6 +68,8 @@ def _write_run(
     for name, model in newcomers.items():
         where = _save_newcomer(team, name, model, beside / NEWCOMERS, out / NEWCOMERS)
         sections[name] = sections[name].model_copy(update={"model": where})
+    section = recipe.team.model_copy(update={"agents": sections})
+    new = recipe.model_copy(update={"team": section})
     transplant(
         found.run,
         found.checkpoint,
@@ -77,9 +80,9 @@ def _write_run(
         reference=recipe.objective.reference_kl > 0,
         certify_offset=certify_offset,
         event=event,
+        recipe=new.model_dump(mode="json"),
     )
-    section = recipe.team.model_copy(update={"agents": sections})
-    save_recipe(recipe.model_copy(update={"team": section}), target.recipe)
+    save_recipe(new, target.recipe)
     team.save(target.team, final=out / "team")
 
 
@@ -109,7 +112,7 @@ def _save_newcomer(team: Team, name: str, model: str, beside: Path, final: Path)
 
 
 def _write_team(found: Found, candidate: Candidate, beside: Path, out: Path) -> None:
-    team, manifest = candidate.cast.team, read_manifest(found.path)
+    team, manifest = candidate.cast.team, manifest_of(found.path)
     old = manifest["agents"]
     kept = {n: old[n] for n in team.specs if n not in candidate.newcomers}
     dirs = [folder for entry in kept.values() for folder in _folders(entry)]

@@ -20,7 +20,14 @@ from satune.swap.coins import hand_over_between
 from satune.swap.handover import mixture_kl
 from satune.swap.output import write_result
 from satune.swap.projecting import EXAMINED, look_at, project_seat
-from satune.swap.request import DELTA, DELTA_OF_ALL, SwapRequest, check_request, kept_answers
+from satune.swap.request import (
+    DELTA,
+    DELTA_OF_ALL,
+    SwapRequest,
+    check_request,
+    kept_answers,
+    swap_lock,
+)
 from satune.swap.seat import Candidate, Found, load_found, with_newcomer
 from satune.types import Key, Progress, UserError, no_progress
 
@@ -44,7 +51,7 @@ def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | 
         if watch is not None:
             watch(cast(Event | Notice, {"event": kind, **fields}))
 
-    with kept_answers(request, found, out) as answers:
+    with swap_lock(request, out), kept_answers(request, found, out) as answers:
         return _perform(request, found, out, Servers(answers=answers), progress, tell)
 
 

@@ -21,11 +21,11 @@ from satune.files.writing import (
     disk_errors,
     identity,
     link,
-    strict_json,
     tensor_errors,
     write_atomically,
 )
 from satune.training.run_directory import RunDirectory
+from satune.training.state_file import read_state, write_state
 from satune.types import UserError
 
 
@@ -52,6 +52,7 @@ def transplant(
     reference: bool,
     certify_offset: int,
     event: Mapping[str, Any],
+    recipe: Mapping[str, Any],
 ) -> None:
     """Write ``checkpoint`` of ``source``, its events and episodes into ``target``, where a resume
     finds them.
@@ -62,12 +63,13 @@ def transplant(
         reference: whether a newcomer's weights are to be its reference as well.
         certify_offset: problems of the stream for certificates that are used up by now.
         event: the fields of the ``swap`` event.
+        recipe: what the new run goes on under, as plain values.
 
     A stage that the checkpoint stands in the middle of is closed where it stands: its experience
     is another team's. The event then names it under ``closed_stage``.
     """
     path = source.checkpoints / checkpoint
-    held = json.loads((path / "state.json").read_text())
+    held = read_state(path)
     state: dict[str, Any] = held["state"]
     kept = [name for name in agents if name not in newcomers]
     fields = dict(event)
@@ -95,6 +97,10 @@ def transplant(
         target.episodes.mkdir()
         target.checkpoints.mkdir()
     _copy_records(source, target, held["sizes"])
+    if source.certify.exists():
+        # All of it: what was spent on any way that the run went stays spent.
+        with disk_errors(target.certify):
+            shutil.copy2(source.certify, target.certify)
     target.append_event(cast(SwapEvent, {"event": "swap", **fields}))
     beside = target.checkpoints / f"stage-{state['stage']:04d}"
     with disk_errors(beside):
@@ -116,8 +122,9 @@ def transplant(
         "learner_steps": _of(held["learner_steps"], kept, agents),
         "sizes": target.sizes(),
         "files": files,
+        "recipe": recipe,
     }
-    write_atomically(beside / "state.json", strict_json(held) + "\n")
+    write_state(beside, held)
 
 
 def _of(counts: Mapping[str, int], kept: Sequence[str], agents: Sequence[str]) -> dict[str, int]:
