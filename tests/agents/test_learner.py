@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from satune.agents.learner import Anchor, LocalLearner, NonFinite, OptimizerSettings
+from satune.agents.anchor import Anchor, States
+from satune.agents.learner import LocalLearner, NonFinite, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.policy import Policy
 from satune.core.objectives import OBJECTIVES, ObjectiveSettings
@@ -86,6 +87,14 @@ def train(
         learner.accumulate(anchor, range(packed.episodes), ADVANTAGES_E, WEIGHTS_E, objective)
         learner.complete(anchor)
         learner.step()
+
+
+def states_of(learner: LocalLearner, states: States) -> Tensor:
+    """All of them [T, H], by token."""
+    scorer, packed = learner._scorer, pack(TURNS)
+    hidden = [(b.tokens_T, states.at(scorer, b).hidden_TH) for b in scorer.batches(packed)]
+    order_T = torch.cat([tokens_T for tokens_T, _ in hidden]).argsort()
+    return torch.cat([each_TH for _, each_TH in hidden])[order_T]
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -309,8 +318,9 @@ def test_the_first_mini_batch_fills_the_anchor():
         learner.complete(anchor)
         assert bool(anchor.known_T.all())
         anchors.append(anchor)
-    for anchor in anchors[1:]:
-        assert torch.allclose(anchor.hidden_TH, anchors[0].hidden_TH, rtol=0, atol=1e-6)
+    held = [states_of(learner, each.states) for each in anchors]
+    for anchor, states_TH in zip(anchors[1:], held[1:], strict=True):
+        assert torch.allclose(states_TH, held[0], rtol=0, atol=1e-6)
         assert torch.allclose(anchor.logprobs_T, anchors[0].logprobs_T, rtol=0, atol=1e-6)
 
 
@@ -441,7 +451,7 @@ def test_interpolation():
     learner.wake()
     start = learner.export()
     train(learner, pack(TURNS), 2)
-    target, moments = learner.export(), learner.optimizer_state(copy=True)
+    target, moments = learner.export(), learner.optimizer_state()
     for scale, expected in ((0.0, start), (1.0, target)):
         learner.interpolate(start, target, scale)
         assert same(learner.export(), expected)
@@ -464,11 +474,11 @@ def test_resting_changes_nothing(offload, dtype, tmp_path: Path):
             learner.wake()
             train(learner, packed, 2)
             if rests:
-                moments = learner.optimizer_state(copy=True)
+                moments = learner.optimizer_state()
                 learner.rest()
-                assert learner._optimizer is None
+                assert not learner.moments.awake
                 assert same(learner.optimizer_state(), moments)
-                assert bool(learner._resting) == (offload == "cpu")
+                assert bool(learner.moments._resting) == (offload == "cpu")
                 learner.wake()
                 assert same(learner.optimizer_state(), moments)
                 learner.rest()
@@ -493,8 +503,8 @@ def test_restored_moments_rest_where_moments_rest(offload, tmp_path: Path):
     snapshot.rest()
     assert same(snapshot.weights, weights) and same(snapshot.optimizer, moments)
     learner.restore(snapshot)
-    assert bool(learner._resting) == (offload != "disk")
-    assert (learner._resting_file is not None) == (offload == "disk")
+    assert bool(learner.moments._resting) == (offload != "disk")
+    assert learner.moments._on_disk == (offload == "disk")
     assert same(learner.optimizer_state(), moments) and same(learner.export(), weights)
     learner.wake()
     assert same(learner.optimizer_state(), moments)
@@ -537,7 +547,13 @@ def test_reference_weights_are_the_beginnings():
     learner.load_weights(start)
     at_start: Anchor = learner.anchor(pack(TURNS))
     learner.complete(at_start)
-    assert torch.allclose(anchor.reference_TH, at_start.hidden_TH, rtol=0, atol=1e-12)
+    assert anchor.reference is not None
+    states_TH = states_of(learner, anchor.reference)
+    assert torch.allclose(states_TH, states_of(learner, at_start.states), rtol=0, atol=1e-12)
+    # Held or computed again, they are the same; the learner's own weights are in their place.
+    learner.load_weights(before)
+    assert torch.equal(states_of(learner, anchor.reference), states_TH)
+    assert same(learner.export(), before)
 
 
 # -- failures -------------------------------------------------------------------------------------

@@ -317,6 +317,10 @@ def test_describe_knows_published_models(satune: Run, recipe: Path) -> None:
     assert bob["parameters"] == 4_022_468_096
     # Two x 36 layers x 8 heads x 128 numbers of 4 bytes.
     assert bob["cache"] == {"token": 4 * 73_728, "message": 100 * 4 * 73_728}
+    # They are held in the type that attention computes in.
+    code, stdout, stderr = satune("describe", recipe, hub, "optimizer.autocast=bfloat16", "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["agents"]["bob"]["cache"]["token"] == 2 * 73_728
     # 24 bytes a parameter: weights, gradients, two moments, anchor and proposal, 4 bytes each.
     short = found["memory"]["together"] - 80e9
     assert short == pytest.approx(24 * 4_022_468_096 - 80e9, rel=1e-3)

@@ -287,13 +287,12 @@ def test_the_context_limit():
 
 def test_equal_prompts_are_fed_once():
     policy = tiny_policy()
+    engine = engine_of(policy)
     fed = count_fed(policy)
     prompts = {"p": (1, 2, 3, 4, 5), "q": (7, 8, 9)}
     draws = [
         (ids, KEY.at(problem=n, sample=i, seat="a")) for n, ids in prompts.items() for i in range(8)
     ]
-    engine = engine_of(policy)
-    fed.clear()  # what a new engine looks at the model with
     found = draw(engine, draws)
     assert fed[0] == (2, 5)  # two rows, padded to the longer
     # Then one token a row and step: everything written but each row's last is fed.
@@ -303,9 +302,8 @@ def test_equal_prompts_are_fed_once():
 
 def test_a_next_turn_feeds_what_is_new():
     policy = tiny_policy(family="gpt_neox")
-    fed = count_fed(policy)
     engine = engine_of(policy)
-    fed.clear()
+    fed = count_fed(policy)
     said = play(engine, ["a", "a", "a"], 1)[0]
     # Each turn feeds its prompt but for what the last turn fed (all but its newest token).
     expected, before = 0, 0
@@ -313,9 +311,9 @@ def test_a_next_turn_feeds_what_is_new():
         expected += len(ids) - before + completion.completion_tokens - 1
         before = len(ids) + completion.completion_tokens - 1
     assert sum(rows * new for rows, new in fed) == expected
-    engine = engine_of(policy, cache_tokens=0)
+    other = engine_of(policy, cache_tokens=0)
     fed.clear()
-    without = play(engine, ["a", "a", "a"], 1)[0]
+    without = play(other, ["a", "a", "a"], 1)[0]
     assert sum(rows * new for rows, new in fed) > expected
     for (ids, kept), (other_ids, fresh) in zip(said, without, strict=True):
         assert ids == other_ids and kept.ids == fresh.ids
@@ -398,9 +396,8 @@ def test_the_order_of_asking_does_not_matter():
 
 def test_it_decodes_when_nobody_can_go_on_without_it():
     policy = tiny_policy()
-    fed = count_fed(policy)
     engine = engine_of(policy)
-    fed.clear()
+    fed = count_fed(policy)
 
     async def one(sample: int) -> None:
         key = KEY.at(sample=sample, seat="a")

@@ -135,7 +135,7 @@ def test_what_cannot_be_brought_inside_is_reverted_bit_for_bit(
     learner = run.learners["ann"]
     # A first accepted step, so that there are moments to be restored.
     assert step(run, experience).accepted
-    before, moments, steps = learner.export(), learner.optimizer_state(copy=True), learner.steps
+    before, moments, steps = learner.export(), learner.optimizer_state(), learner.steps
     assert moments and steps > 0
     outcome = step(run, experience, delta=1e-12, backtracks=2)
     assert not outcome.accepted
@@ -181,7 +181,7 @@ def test_a_reward_that_is_not_a_number_reverts_and_says_so(recipe: Path, tmp_pat
     run, experience = fresh(recipe, tmp_path / "run")
     learner = run.learners["ann"]
     assert step(run, experience).accepted
-    before, moments, steps = learner.export(), learner.optimizer_state(copy=True), learner.steps
+    before, moments, steps = learner.export(), learner.optimizer_state(), learner.steps
     outcome = step(run, damaged(experience, math.nan))
     assert not outcome.accepted and "not finite" in outcome.event["reason"]
     assert outcome.event["scale"] == 0.0 and "kl" not in outcome.event

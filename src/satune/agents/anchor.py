@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from satune.agents.packing import PackedTurns
+from satune.agents.packing import MicroBatch, PackedTurns
+from satune.agents.scoring import Scorer
+from satune.core.logprobs import Project, Reference
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """An agent's parameters, and its optimiser's state, bit for bit."""
+    """An agent's parameters, and its optimiser's state, bit for bit.
+
+    The optimiser's state lies on the CPU and may be what a learner rests with: it is not to be
+    written to.
+    """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -26,27 +32,80 @@ class Snapshot:
 
 
 @dataclass(slots=True)
-class Anchor:
-    """The policy before the step on one experience: hidden states [T, H], log-probabilities [T].
+class States:
+    """Hidden states that ``weights`` give at the own tokens of an experience.
 
-    Filled where asked for (``known_T``): the first mini-batch of a step is scored at the anchor
-    anyway, so its states are kept from there instead of computed twice.
+    As many as ``room`` bytes are enough for are held on the CPU, in the type that the head computes
+    in; the others are computed again when they are asked for. ``project`` is the head with
+    ``weights``.
     """
 
-    snapshot: Snapshot
+    weights: Mapping[str, Tensor]
+    project: Project
+    room: int
+    tokens: int
+    _held_NH: Tensor | None = None
+    _place_T: Tensor = field(init=False)
+    _count: int = 0
+
+    def __post_init__(self) -> None:
+        self._place_T = torch.full((self.tokens,), -1)
+
+    def keep(self, scorer: Scorer, tokens_T: Tensor, hidden_TH: Tensor) -> bool:
+        """Hold the states [T, H] of these tokens if all of them fit; tells whether they do."""
+        if self._held_NH is None:
+            dtype = scorer.policy.autocast or hidden_TH.dtype
+            width = hidden_TH.shape[-1]
+            rows = min(self.tokens, self.room // (width * dtype.itemsize))
+            self._held_NH = torch.empty(rows, width, dtype=dtype)
+        end = self._count + len(tokens_T)
+        if end > len(self._held_NH):
+            return False
+        self._held_NH[self._count : end] = hidden_TH.detach().cpu()
+        self._place_T[tokens_T] = torch.arange(self._count, end)
+        self._count = end
+        return True
+
+    @torch.no_grad()
+    def fill(self, scorer: Scorer, packed: PackedTurns) -> None:
+        """Compute and hold what there is room for."""
+        with scorer.policy.holding(self.weights):
+            for batch in scorer.batches(packed):
+                if not self.keep(scorer, batch.tokens_T, scorer.states(batch)):
+                    return
+
+    @torch.no_grad()
+    def at(self, scorer: Scorer, batch: MicroBatch) -> Reference:
+        """The states of a batch's own tokens on the policy's device, held or computed again."""
+        place_T = self._place_T[batch.tokens_T]
+        if self._held_NH is not None and bool((place_T >= 0).all()):
+            return Reference(self._held_NH[place_T].to(scorer.policy.device), self.project)
+        with scorer.policy.holding(self.weights):
+            return Reference(scorer.states(batch), self.project)
+
+
+@dataclass(slots=True)
+class Anchor:
+    """The policy before the step on one experience: its states, and log-probabilities [T].
+
+    Filled where asked for (``known_T``): the first mini-batch of a step is scored at the anchor
+    anyway, so its states are kept from there instead of computed twice. ``reference`` has the
+    states under the weights the run began with, where a reference KL needs them.
+    """
+
     packed: PackedTurns
-    hidden_TH: Tensor | None
+    states: States
     logprobs_T: Tensor
     known_T: Tensor
-    reference_TH: Tensor | None = None
-    project: Any = None
-    reference_project: Any = None
+    reference: States | None = None
 
-    def keep(self, tokens_T: Tensor, hidden_TH: Tensor, logprobs_T: Tensor) -> None:
-        if self.hidden_TH is None:
-            shape = (self.packed.tokens, hidden_TH.shape[-1])
-            self.hidden_TH = torch.empty(shape, dtype=hidden_TH.dtype)
-        self.hidden_TH[tokens_T] = hidden_TH.detach().cpu()
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.states.weights
+
+    def keep(self, scorer: Scorer, tokens_T: Tensor, hidden_TH: Tensor, logprobs_T: Tensor) -> None:
+        """Take what was scored at the anchor."""
+        self.states.keep(scorer, tokens_T, hidden_TH)
         self.logprobs_T[tokens_T] = logprobs_T.detach().cpu().to(self.logprobs_T.dtype)
         self.known_T[tokens_T] = True
 

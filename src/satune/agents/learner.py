@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from satune.agents.anchor import Anchor, Measurement, Snapshot
-from satune.agents.packing import MicroBatch, PackedTurns, micro_batches, padded_budget
+from satune.agents.anchor import Anchor, Measurement, Snapshot, States
+from satune.agents.gradient import MiniBatch, NonFinite, back_propagate
+from satune.agents.memory import allowed_bytes
+from satune.agents.moments import Moments
+from satune.agents.packing import PackedTurns, padded_budget
 from satune.agents.policy import Policy
-from satune.agents.prefixes import states_of
+from satune.agents.scoring import Scorer
 from satune.agents.specs import OptimizerSettings
-from satune.core.logprobs import Reference, TokenScores, score_tokens
-from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, objective_loss
-
-
-class NonFinite(ArithmeticError):
-    """A loss or a gradient was NaN or infinite; the step has to be reverted."""
+from satune.core.objectives import ObjectiveSettings
 
 
 @dataclass(slots=True)
@@ -38,18 +34,24 @@ class LocalLearner:
     frozen: bool = False
     scratch: Path | None = None
     steps: int = 0
+    moments: Moments = field(init=False)
     _parameters: dict[str, torch.nn.Parameter] = field(init=False)
-    _budget: int = field(init=False)
-    _optimizer: torch.optim.AdamW | None = field(init=False, default=None)
-    _resting: dict[str, Tensor] = field(init=False, default_factory=dict)
-    _resting_file: Path | None = field(init=False, default=None)
+    _scorer: Scorer = field(init=False)
     _reference: dict[str, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._budget = padded_budget(self.settings.micro_batch_tokens, self.policy.device)
-        self._parameters = self.policy.trainable()
+        settings, policy = self.settings, self.policy
+        self._parameters = policy.trainable()
         for parameter in self._parameters.values():
             parameter.requires_grad_(not self.frozen)
+        # Checkpointed layers keep no keys and values to share.
+        self._scorer = Scorer(
+            policy,
+            padded_budget(settings.micro_batch_tokens, policy.device),
+            share_prompts=not settings.gradient_checkpointing,
+        )
+        file = self.scratch and self.scratch / f"{policy.name}.optimizer.safetensors"
+        self.moments = Moments(self._parameters, settings, file)
 
     @property
     def device(self) -> str:
@@ -57,75 +59,72 @@ class LocalLearner:
 
     # -- scoring ---------------------------------------------------------------------------------
 
-    def _states(self, batch: MicroBatch) -> Tensor:
-        # Checkpointed layers keep no keys and values to share.
-        share = not self.settings.gradient_checkpointing
-        return states_of(self.policy, batch.to(self.policy.device), share_prompts=share)
-
     @torch.no_grad()
     def score(self, packed: PackedTurns) -> Tensor:
         """Log-probabilities [T] (CPU) of the own tokens at the agent's temperature."""
-        logprobs_T = torch.empty(packed.tokens, dtype=self._statistics_dtype())
-        for batch in micro_batches(packed, self._budget, whole_episodes=False):
-            scores = self._score(self._states(batch), packed, batch)
+        scorer = self._scorer
+        logprobs_T = torch.empty(packed.tokens, dtype=scorer.dtype)
+        for batch in scorer.batches(packed):
+            scores = scorer.score(scorer.states(batch), packed, batch)
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
         return logprobs_T
 
-    def _score(
-        self, hidden_TH: Tensor, packed: PackedTurns, batch: MicroBatch, **wanted: Any
-    ) -> TokenScores:
-        targets_T = packed.targets_T[batch.tokens_T].to(hidden_TH.device)
-        return score_tokens(
-            hidden_TH,
-            targets_T,
-            self.policy.project,
-            temperature=self.policy.temperature,
-            **wanted,
-        )
-
-    def anchor(self, packed: PackedTurns, *, reference: bool = False) -> Anchor:
+    def anchor(
+        self,
+        packed: PackedTurns,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        reference: bool = False,
+    ) -> Anchor:
         """Hold the present weights as the anchor of a step on this experience.
 
-        Its states are filled by the first mini-batch and by ``complete``. ``reference`` also scores
-        the experience under the weights the run began with (for a reference KL).
+        ``weights`` are a copy of them, where the caller has one. The anchor's states are filled by
+        the first mini-batch and by ``complete``. ``reference`` also holds states under the weights
+        that the run began with (for a reference KL); each then has half of the memory.
         """
+        room = allowed_bytes(self.settings.anchor_memory, torch.device("cpu"))
+        room //= 1 + reference
         anchor = Anchor(
-            snapshot=self.snapshot(),
-            packed=packed,
-            hidden_TH=None,
-            logprobs_T=torch.zeros(packed.tokens, dtype=self._statistics_dtype()),
+            packed,
+            self._states_of(self.export() if weights is None else weights, packed, room),
+            logprobs_T=torch.zeros(packed.tokens, dtype=self._scorer.dtype),
             known_T=torch.zeros(packed.tokens, dtype=torch.bool),
         )
-        anchor.project = self.policy.projection_with(anchor.snapshot.weights)
         if reference:
             assert self._reference is not None, "keep_reference() comes first"
-            anchor.reference_TH = self._reference_states(packed, self._reference)
-            anchor.reference_project = self.policy.projection_with(self._reference)
+            anchor.reference = self._states_of(self._reference, packed, room)
+            anchor.reference.fill(self._scorer, packed)
         return anchor
+
+    def _states_of(self, weights: Mapping[str, Tensor], packed: PackedTurns, room: int) -> States:
+        return States(weights, self.policy.projection_with(weights), room, packed.tokens)
 
     @torch.no_grad()
     def complete(self, anchor: Anchor) -> None:
-        """Fill the anchor's states where no mini-batch has; only right while at the anchor."""
-        missing = torch.unique(anchor.packed.episode_T[~anchor.known_T]).tolist()
+        """Score the anchor where no mini-batch has; only right while at the anchor."""
+        scorer, packed = self._scorer, anchor.packed
+        missing = torch.unique(packed.episode_T[~anchor.known_T]).tolist()
         if not missing:
             return
-        for batch in micro_batches(anchor.packed, self._budget, missing, whole_episodes=False):
-            hidden_TH = self._states(batch)
-            scores = self._score(hidden_TH, anchor.packed, batch)
-            anchor.keep(batch.tokens_T, hidden_TH, scores.logprobs_T)
+        for batch in scorer.batches(packed, missing):
+            hidden_TH = scorer.states(batch)
+            scores = scorer.score(hidden_TH, packed, batch)
+            anchor.keep(scorer, batch.tokens_T, hidden_TH, scores.logprobs_T)
 
     @torch.no_grad()
     def measure(self, anchor: Anchor) -> Measurement:
         """Exact full-vocabulary KL per own token between the present weights and the anchor."""
-        packed = anchor.packed
-        shape, dtype = (packed.tokens,), self._statistics_dtype()
-        kl_T, reverse_T, logprobs_T = (torch.zeros(shape, dtype=dtype) for _ in range(3))
-        for batch in micro_batches(packed, self._budget, whole_episodes=False):
-            scores = self._score(
-                self._states(batch),
+        scorer, packed = self._scorer, anchor.packed
+        assert bool(anchor.known_T.all()), "the anchor was not completed"
+        kl_T, reverse_T, logprobs_T = (
+            torch.zeros(packed.tokens, dtype=scorer.dtype) for _ in range(3)
+        )
+        for batch in scorer.batches(packed):
+            scores = scorer.score(
+                scorer.states(batch),
                 packed,
                 batch,
-                anchor=self._held(anchor.hidden_TH, anchor.project, batch),
+                anchor=anchor.states.at(scorer, batch),
                 reverse=True,
             )
             assert scores.kl_T is not None and scores.reverse_kl_T is not None
@@ -133,15 +132,6 @@ class LocalLearner:
             reverse_T[batch.tokens_T] = scores.reverse_kl_T.cpu()
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
         return Measurement(kl_T, reverse_T, logprobs_T)
-
-    def _held(self, hidden_TH: Tensor | None, project: Any, batch: MicroBatch) -> Reference:
-        assert hidden_TH is not None, "the anchor was not completed"
-        return Reference(hidden_TH[batch.tokens_T].to(self.policy.device), project)
-
-    def _statistics_dtype(self) -> torch.dtype:
-        trained = [p for part in self.policy.parts for p in part.trainable().values()]
-        double = any(p.dtype == torch.float64 for p in trained)
-        return torch.float64 if double else torch.float32
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -156,65 +146,20 @@ class LocalLearner:
         """Add the gradient of one mini-batch, ``episodes`` of the anchor's experience.
 
         ``advantages_E`` and ``weights_E`` cover the whole experience. Micro-batches are cut by the
-        token budget; the mini-batch's totals are the denominators, so any cut gives the same sum.
+        token budget, between turns where an episode is longer (see ``agents.gradient``); the
+        mini-batch's totals are the denominators, so any cut gives the same sum.
         Returns the objective's metrics as sums. Raises NonFinite.
         """
-        packed = anchor.packed
-        chosen = torch.zeros(packed.episodes, dtype=torch.bool)
-        chosen[list(episodes)] = True
-        mask_T = chosen[packed.episode_T]
-        token_total = float(mask_T.sum())
-        if token_total == 0:
-            return {}
-        known = bool(anchor.known_T[mask_T].all())
-        # At the anchor the KL and its gradient are zero: nothing to add to the loss.
-        here = objective if known else replace(objective, beta=0.0)
-        totals: dict[str, float] = {}
+        mini_batch = MiniBatch(self._scorer, anchor, episodes, advantages_E, weights_E, objective)
         with self.policy.checkpointing(self.settings.gradient_checkpointing):
-            for batch in micro_batches(packed, self._budget, episodes, whole_episodes=True):
-                hidden_TH = self._states(batch)
-                wanted: dict[str, Any] = {"entropy": here.entropy != 0.0}
-                if here.beta > 0.0:
-                    wanted["anchor"] = self._held(anchor.hidden_TH, anchor.project, batch)
-                if here.reference_kl > 0.0:
-                    wanted["reference"] = self._held(
-                        anchor.reference_TH, anchor.reference_project, batch
-                    )
-                scores = self._score(hidden_TH, packed, batch, **wanted)
-                if not known:
-                    anchor.keep(batch.tokens_T, hidden_TH, scores.logprobs_T)
-                device, rows = hidden_TH.device, list(batch.episodes)
-                # The batch's episodes are sorted: an episode's place among them is its number.
-                episode_T = torch.searchsorted(torch.tensor(rows), packed.episode_T[batch.tokens_T])
-                loss, metrics = objective_loss(
-                    ObjectiveBatch(
-                        logprobs_T=scores.logprobs_T,
-                        anchor_logprobs_T=anchor.logprobs_T[batch.tokens_T].to(device),
-                        episode_T=episode_T.to(device),
-                        turn_T=packed.turn_T[batch.tokens_T].to(device),
-                        advantages_E=advantages_E[rows].to(device, scores.logprobs_T.dtype),
-                        weights_E=weights_E[rows].to(device, scores.logprobs_T.dtype),
-                        episode_total=float(len(episodes)),
-                        token_total=token_total,
-                        kl_T=scores.kl_T,
-                        reference_kl_T=scores.reference_kl_T,
-                        entropy_T=scores.entropy_T,
-                    ),
-                    here,
-                )
-                if not math.isfinite(float(loss.detach())):
-                    raise NonFinite("the loss is not finite")
-                loss.backward()
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + float(value)
-        return totals
+            return mini_batch.accumulate(self.settings.micro_batch_tokens)
 
     def step(self) -> float:
         """One optimiser step on the accumulated gradient; returns its norm before clipping.
 
         Raises NonFinite (gradients dropped, weights untouched) where the norm is not finite.
         """
-        assert self._optimizer is not None, "wake() comes before step()"
+        assert self.moments.awake, "wake() comes before step()"
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
@@ -226,9 +171,7 @@ class LocalLearner:
                 gradient.mul_(limit / norm)
         self.steps += 1
         warm = self.settings.warmup_steps
-        rate = self.settings.lr * min(1.0, self.steps / (warm + 1))
-        self._optimizer.param_groups[0]["lr"] = rate
-        self._optimizer.step()
+        self.moments.step(self.settings.lr * min(1.0, self.steps / (warm + 1)))
         self.drop_gradients()
         return norm
 
@@ -240,10 +183,14 @@ class LocalLearner:
         """Gradient of Σ_t c_t log π(token t) by parameter; leaves weights and gradients alone."""
         accumulated = {name: p.grad for name, p in self._parameters.items()}
         self.drop_gradients()
-        for batch in micro_batches(packed, self._budget, whole_episodes=False):
-            hidden_TH = self._states(batch)
-            logprobs_T = self._score(hidden_TH, packed, batch).logprobs_T
-            (logprobs_T * coefficients_T[batch.tokens_T].to(logprobs_T)).sum().backward()
+        scorer = self._scorer
+        with self.policy.checkpointing(self.settings.gradient_checkpointing):
+            for batch in scorer.batches(packed):
+                scores = scorer.score(scorer.states(batch), packed, batch)
+                back_propagate(
+                    {"logprobs_T": scores.logprobs_T},
+                    {"logprobs_T": coefficients_T[batch.tokens_T]},
+                )
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
         for name, parameter in self._parameters.items():
             parameter.grad = accumulated[name]
@@ -261,7 +208,8 @@ class LocalLearner:
             parameter.copy_(weights[name])
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.export(), self.optimizer_state(copy=True), self.steps)
+        """The agent as it is now; of the optimiser's state nothing more is held on the device."""
+        return Snapshot(self.export(), self.optimizer_state(), self.steps)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Bit-exact return to a snapshot, optimiser included."""
@@ -289,79 +237,23 @@ class LocalLearner:
     def reference_weights(self) -> dict[str, Tensor] | None:
         return self._reference
 
-    @torch.no_grad()
-    def _reference_states(self, packed: PackedTurns, reference: Mapping[str, Tensor]) -> Tensor:
-        present = self.export()
-        self.load_weights(reference)
-        hidden: Tensor | None = None
-        for batch in micro_batches(packed, self._budget, whole_episodes=False):
-            states_TH = self._states(batch).cpu()
-            if hidden is None:
-                hidden = torch.empty(packed.tokens, states_TH.shape[-1], dtype=states_TH.dtype)
-            hidden[batch.tokens_T] = states_TH
-        self.load_weights(present)
-        assert hidden is not None
-        return hidden
-
     # -- the optimiser's memory ------------------------------------------------------------------
 
     def wake(self) -> None:
         """Bring the optimiser into memory for this agent's step."""
-        if self._optimizer is not None or self.frozen:
-            return
-        state, self._resting = self.optimizer_state(), {}
-        self._resting_file = None
-        self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=self.settings.lr,
-            betas=self.settings.betas,
-            eps=self.settings.eps,
-            weight_decay=self.settings.weight_decay,
-            foreach=True,
-        )
-        self._fill(state)
+        if not self.frozen:
+            self.moments.wake()
 
     def rest(self) -> None:
         """Let the optimiser go; its moments rest on the CPU or on disk until the next step."""
-        if self._optimizer is None:
-            return
-        state, self._optimizer = self.optimizer_state(), None
-        self._put_away(state)
+        self.moments.rest()
 
-    def _put_away(self, state: Mapping[str, Tensor]) -> None:
-        stays = self.settings.offload == "none"
-        state = {n: t if stays else t.cpu() for n, t in state.items()}
-        self._resting, self._resting_file = state, None
-        if self.settings.offload == "disk" and self.scratch is not None and state:
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            self._resting_file = self.scratch / f"{self.policy.name}.optimizer.safetensors"
-            save_file({n: t.contiguous() for n, t in state.items()}, self._resting_file)
-            self._resting = {}
-
-    def optimizer_state(self, *, copy: bool = False) -> dict[str, Tensor]:
-        """The moments as flat named tensors (``<parameter>|exp_avg``, ...), wherever they are."""
-        if self._optimizer is None:
-            found = load_file(self._resting_file) if self._resting_file else self._resting
-        else:
-            found = {
-                f"{name}|{key}": value
-                for name, parameter in self._parameters.items()
-                for key, value in self._optimizer.state.get(parameter, {}).items()
-            }
-        return {n: t.detach().clone() for n, t in found.items()} if copy else dict(found)
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The moments as flat named tensors (``<parameter>|exp_avg``, ...) on the CPU, which are
+        not to be written to: they may be what the optimiser rests with."""
+        return self.moments.state()
 
     def load_optimizer_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Have these moments, which nobody may write to later, after so many steps."""
         self.steps = steps
-        if self._optimizer is None:
-            self._put_away(state)
-        else:
-            self._fill(state)
-
-    def _fill(self, state: Mapping[str, Tensor]) -> None:
-        assert self._optimizer is not None
-        self._optimizer.state.clear()
-        for entry, value in state.items():
-            name, key = entry.rsplit("|", 1)
-            parameter = self._parameters[name]
-            device = "cpu" if key == "step" else parameter.device
-            self._optimizer.state[parameter][key] = value.to(device, copy=True)
+        self.moments.load(state)

@@ -91,6 +91,15 @@ class PackedTurns:
         units = self._ordered(whole_episodes)
         return _filled([unit for unit in units if unit[0].episode in wanted], budget)
 
+    def longer_than(self, budget: int, episodes: Sequence[int]) -> set[int]:
+        """Those of ``episodes`` that are more than ``budget`` padded tokens and could be cut."""
+        wanted = set(episodes)
+        return {
+            unit[0].episode
+            for unit in self._ordered(whole_episodes=True)
+            if unit[0].episode in wanted and len(unit) > 1 and len(unit) * _width(unit) > budget
+        }
+
     def _ordered(self, whole_episodes: bool) -> tuple[Unit, ...]:
         """All units by length, those of one length by their first own token."""
         if whole_episodes not in self._units:

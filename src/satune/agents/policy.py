@@ -179,6 +179,20 @@ class Policy:
         return project
 
     @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside the block the policy's own parameters are ``weights`` (names as in trainable),
+        without a copy of those that lie on its device already."""
+        own = self.trainable()
+        present = {name: parameter.data for name, parameter in own.items()}
+        for name, parameter in own.items():
+            parameter.data = weights[name].to(parameter)
+        try:
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data = present[name]
+
+    @contextmanager
     def checkpointing(self, enabled: bool) -> Iterator[None]:
         """Gradient checkpointing for the block; the models only do it in training mode."""
         if not enabled:

@@ -26,7 +26,11 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and how a step's mini-batches are cut. ``micro_batch_tokens`` counts padded tokens."""
+    """AdamW, how a step's mini-batches are cut and what is held between them.
+
+    ``micro_batch_tokens`` counts padded tokens. ``anchor_memory`` bounds the hidden states that are
+    held: up to 1 a share of the memory that is free, above 1 bytes.
+    """
 
     lr: Rate = 1e-5
     weight_decay: Annotated[float, Range(ge=0, le=1e6)] = 0.01
@@ -35,5 +39,6 @@ class OptimizerSettings:
     warmup_steps: Whole = 0
     max_grad_norm: Positive = 1.0
     micro_batch_tokens: Annotated[Count, MayChange()] = 16384
+    anchor_memory: Annotated[float, Range(ge=0), MayChange()] = 0.25
     gradient_checkpointing: Annotated[bool, MayChange()] = False
     offload: Annotated[Literal["cpu", "disk", "none"], MayChange()] = "cpu"

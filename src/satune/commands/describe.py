@@ -68,8 +68,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
             total += entry["memory"]["weights"]
             if numbers is not None:
-                # Keys and values have at most the weights' precision, under autocast too.
-                token = numbers * (_BYTES[recipe.team.dtype] if section.lora else master)
+                # Keys and values are held in the type that attention computes in.
+                held = _BYTES[recipe.team.dtype] if section.lora else master
+                autocast = recipe.optimizer.autocast
+                token = numbers * (held if autocast is None else _BYTES[autocast])
                 entry["cache"] = {"token": token, "message": token * recipe.rollout.max_new_tokens}
         agents[name] = entry
     steps = sum(agent["trained"] for agent in agents.values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from satune.loading import check_options, load_object
-from satune.ranges import Count, MayChange
+from satune.ranges import Count, MayChange, Positive
 from satune.types import Engine
 
 if TYPE_CHECKING:
@@ -35,12 +35,14 @@ class EngineSettings(Protocol):
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
     """Completions are drawn in this process. ``max_rows`` bounds a batch, ``cache_tokens`` what is
-    kept an agent between the turns of a conversation (null: the engine's own bound). In the order
-    ``exact`` batches depend on the conversations alone, so that a resumed run equals an
-    uninterrupted one; ``throughput`` waits for nobody; null is exact on the CPU."""
+    kept an agent between the turns of a conversation (null: the engine's own bound). ``memory``
+    bounds keys and values: up to 1 a share of what is free when the engine is made, above 1 bytes.
+    In the order ``exact`` batches depend on the conversations alone, so that a resumed run equals
+    an uninterrupted one; ``throughput`` waits for nobody; null is exact on the CPU."""
 
     max_rows: Annotated[Count, MayChange()] = 256
     cache_tokens: Annotated[Count | None, MayChange()] = None
+    memory: Annotated[Positive, MayChange()] = 0.5
     order: Literal["exact", "throughput"] | None = None
 
     @property
@@ -50,7 +52,9 @@ class LocalSettings:
     def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> Engine:
         from satune.engines.local import LocalEngine
 
-        given: dict[str, Any] = {"max_rows": self.max_rows, "order": self.order}
+        given: dict[str, Any] = {
+            "max_rows": self.max_rows, "memory": self.memory, "order": self.order,
+        }  # fmt: skip
         if self.cache_tokens is not None:
             given["cache_tokens"] = self.cache_tokens
         return LocalEngine(policies, seats, **given)

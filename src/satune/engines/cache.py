@@ -28,11 +28,13 @@ class RowCache(Cache):
 
     Set ``positions`` [rows, n] before a forward of n new tokens a row: they are written there, and
     attention sees the first ``used`` places under the mask the caller gives. A forward may be of
-    the first rows only.
+    the first rows only. ``dtype`` is the type that attention computes in, where that is another
+    than the type that keys and values come in (None: it is the same).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__(layers=[])
+        self.dtype = dtype
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.positions: Tensor | None = None
@@ -44,10 +46,22 @@ class RowCache(Cache):
     def rows(self) -> int:
         return self.keys[0].shape[0] if self.keys else 0
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token of a row takes; known once there are rows."""
+        layers = (*self.keys, *self.values)
+        return sum(each.shape[1] * each.shape[3] * each.itemsize for each in layers)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         assert self.positions is not None
+        if self.dtype is not None:
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         if layer_idx == len(self.keys):
             rows, heads, _, dim = key_states.shape
             self.keys.append(key_states.new_zeros(rows, heads, self.capacity, dim))
@@ -64,14 +78,19 @@ class RowCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.used
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens a row."""
+    def reserve(self, capacity: int, *, most: int | None = None, rows: int | None = None) -> None:
+        """Make room for ``capacity`` tokens a row, and no more than ``most`` where that is enough;
+        of the first ``rows`` only, if the others are given up."""
         if capacity <= self.capacity:
             return
         # Twice as much: a growing conversation is moved a few times only.
-        self.capacity = rounded(max(capacity, min(self.capacity * 2, self.capacity + _GROWTH)))
+        ahead = max(capacity, min(self.capacity * 2, self.capacity + _GROWTH))
+        if most is not None:
+            ahead = max(capacity, min(ahead, most // _BLOCK * _BLOCK))
+        self.capacity = rounded(ahead)
         for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
+            for layer, held in enumerate(tensors):
+                old = held if rows is None else held[:rows]
                 length = old.shape[2]
                 grown = old.new_empty(*old.shape[:2], self.capacity, old.shape[3])
                 grown[:, :, :length] = old
@@ -154,9 +173,27 @@ class PrefixStore:
         self._kept: dict[tuple[object, ...], _Kept] = {}
         self._tokens = 0
 
+    @property
+    def nbytes(self) -> int:
+        blocks = {id(kept.block): kept.block for kept in self._kept.values()}
+        return sum(block.nbytes for block in blocks.values())
+
     def clear(self) -> None:
         self._kept.clear()
         self._tokens = 0
+
+    def drop_oldest(self) -> bool:
+        """Forget whatever lies in one block with what was kept first; False if nothing is kept."""
+        for oldest in list(self._kept)[:1]:
+            for owner in list(self.companions(oldest)):
+                self.forget(owner)
+            return True
+        return False
+
+    def block_of(self, owner: tuple[object, ...]) -> RowCache | None:
+        """What holds the states of ``owner``, perhaps with others'."""
+        kept = self._kept.get(owner)
+        return None if kept is None else kept.block
 
     def forget(self, owner: tuple[object, ...]) -> None:
         kept = self._kept.pop(owner, None)

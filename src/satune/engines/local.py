@@ -13,10 +13,15 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+
+from satune.agents.memory import allowed_bytes
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore
-from satune.engines.probe import refuse_unservable
-from satune.engines.rows import ConversationId, Request, Rows, conversation_id
+from satune.engines.probe import token_bytes
+from satune.engines.request import ConversationId, Request, conversation_id
+from satune.engines.room import Room
+from satune.engines.rows import Rows
 from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of, logprobs_of
 
 Order = Literal["exact", "throughput"]
@@ -26,8 +31,10 @@ class LocalEngine:
     """Samples from policies in this process. ``seats`` names the agent of each seat.
 
     ``max_rows`` bounds a batch, ``prefill_tokens`` the padded tokens of one prompt forward,
-    ``cache_tokens`` what is kept an agent between the turns of a conversation. ``order`` is exact
-    or throughput (see the module; None: exact on the CPU, throughput on any other device).
+    ``cache_tokens`` what is kept an agent between the turns of a conversation. ``memory`` bounds
+    the keys and values of both together: up to 1 a share of what is free on the device when the
+    engine is made, above 1 bytes. ``order`` is exact or throughput (see the module; None: exact on
+    the CPU, throughput on any other device).
     """
 
     def __init__(
@@ -38,6 +45,7 @@ class LocalEngine:
         max_rows: int = 256,
         prefill_tokens: int = 16384,
         cache_tokens: int = 1 << 20,
+        memory: float = 0.5,
         order: Order | None = None,
     ) -> None:
         self.policies = dict(policies)
@@ -56,8 +64,10 @@ class LocalEngine:
         self._changes = 0
         self._changed: asyncio.Event | None = None
         self._decoding: list[Request] = []
-        for name, policy in self.policies.items():
-            refuse_unservable(name, policy)
+        self._token_bytes = {name: token_bytes(name, p) for name, p in self.policies.items()}
+        device = next(iter(self.policies.values())).device if policies else torch.device("cpu")
+        waiting = self._waiting if self.order == "throughput" else {}
+        self._room = Room(allowed_bytes(memory, device), self._stores, waiting)
 
     # -- what rollouts call ----------------------------------------------------------------------
 
@@ -122,6 +132,7 @@ class LocalEngine:
 
     async def _drive(self) -> None:
         self._decoding.clear()  # an earlier driver may have been cut off
+        self._room.clear()
         try:
             await (self._in_lock_step() if self.order == "exact" else self._side_by_side())
         except Exception as error:
@@ -176,8 +187,11 @@ class LocalEngine:
 
     def _rows(self, agent: str) -> Rows:
         return Rows(
+            agent,
             self.policies[agent],
             self._stores[agent],
+            self._room,
+            self._token_bytes[agent],
             self.prefill_tokens,
             lambda conversation: conversation in self._open,
         )
@@ -202,20 +216,28 @@ class LocalEngine:
         free = limit - len(rows.requests)
         # A prompt forward for one row costs almost what it costs for many.
         enough = min(len(waiting), max(1, self.max_rows // 8))
+        taken: list[Request] = []
         if waiting and (not rows.requests or free >= enough):
             waiting.sort(key=lambda request: request.key)
             taken = rows.choose(waiting, free)
+        if taken:
             chosen = set(map(id, taken))
             waiting[:] = [request for request in waiting if id(request) not in chosen]
             taken = [request for request in taken if not request.future.done()]
             # A prompt's forward may fail before they have a row.
             self._decoding += taken
             finished = rows.admit(taken)
-        else:
+        elif rows.requests:
             finished = rows.step()
+        else:
+            return False  # another agent's rows have all the room
         for request in finished:
             self._decoding.remove(request)
             self._finish(agent, request)
+        for request in rows.given_up:
+            self._decoding.remove(request)
+        waiting += rows.given_up
+        rows.given_up.clear()
         return bool(finished)
 
     def _finish(self, agent: str, request: Request) -> None:

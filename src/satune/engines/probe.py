@@ -13,8 +13,10 @@ from satune.types import UserError
 _SERVED = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def refuse_unservable(agent: str, policy: Policy) -> None:
-    """Raise UserError where the policy's model keeps another state than keys and values, or is
+def token_bytes(agent: str, policy: Policy) -> int:
+    """Bytes that a token's keys and values take while the local engine serves the policy.
+
+    Raises: UserError where the policy's model keeps another state than keys and values, or is
     another model when its rows are of different length, one row's tokens behind another's."""
     for part in policy.parts:
         kinds = set(getattr(part.config, "layer_types", None) or [])
@@ -26,7 +28,7 @@ def refuse_unservable(agent: str, policy: Policy) -> None:
                 "choose another model"
             )
     try:
-        difference = _difference(policy)
+        difference, held = _tried(policy)
     except Exception as error:  # whatever the model's own code comes to
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
@@ -39,6 +41,7 @@ def refuse_unservable(agent: str, policy: Policy) -> None:
             "length (it counts positions from the cache's end, or masks on its own); choose "
             "another model"
         )
+    return held
 
 
 def _kind(policy: Policy) -> str:
@@ -46,14 +49,14 @@ def _kind(policy: Policy) -> str:
 
 
 @torch.no_grad()
-def _difference(policy: Policy) -> float:
+def _tried(policy: Policy) -> tuple[float, int]:
     """How far logits of two rows, decoded together after prompts of four tokens and of one, lie
-    from those of either row alone, as a share of the largest logit."""
+    from those of either row alone, as a share of the largest logit; and the bytes of a token."""
     lengths, new = (4, 1), 2
     vocabulary = min(part.config.vocab_size for part in policy.parts)
     ids = (torch.arange(1, 7, device=policy.device) * 7) % vocabulary
     places = torch.arange(4, device=policy.device)
-    cache = RowCache()
+    cache = RowCache(policy.parts[0].autocast)
     cache.reserve(6)
 
     def feed(ids_RS: torch.Tensor, positions_RS: torch.Tensor, used: int) -> torch.Tensor:
@@ -77,4 +80,4 @@ def _difference(policy: Policy) -> float:
         seen = torch.isfinite(alone)
         scale = alone[seen].abs().max().clamp(min=1.0)
         worst = max(worst, float((together[seen] - alone[seen]).abs().max() / scale))
-    return worst
+    return worst, cache.token_bytes

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,42 +10,10 @@ from torch import Tensor
 from satune.agents.packing import padded
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore, RowCache, rounded
+from satune.engines.request import ROOM_AHEAD, ConversationId, Request
+from satune.engines.room import Room
 from satune.engines.sampling import sample_tokens
-from satune.types import Completion, Ids, Key, Sampling, ids_of
-
-ConversationId = tuple[object, ...]
-
-# Places a cache holds free for tokens to come; it grows beyond when they do.
-_ROOM_AHEAD = 256
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A completion that is waited for, and what of it is written."""
-
-    key: Key
-    ids: Ids
-    sampling: Sampling
-    future: asyncio.Future[Completion]
-    rng: random.Random = field(init=False)
-    written: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.rng = self.key.rng("tokens")
-
-    @property
-    def conversation(self) -> ConversationId:
-        return conversation_id(self.key)
-
-    @property
-    def owner(self) -> ConversationId:
-        return (*self.conversation, self.key.seat)
-
-
-def conversation_id(key: Key) -> ConversationId:
-    """What the keys of all turns of one conversation have in common."""
-    return (key.stage, key.step, key.draw, key.problem, key.sample)
+from satune.types import ids_of
 
 
 class Rows:
@@ -56,33 +21,85 @@ class Rows:
 
     Behind them lie the rows of finished requests until they are given to the store: moving a few
     rows as they finish is cheap, moving all of them would cost more than the step itself.
+
+    All stays inside ``room``, in which a token takes ``token_bytes``, as long as one row does.
+    Where rows outgrow it, the last by their keys are given up: their requests are then in
+    ``given_up``, to be admitted again, when prompt and what is written are fed anew.
     """
 
     def __init__(
         self,
+        agent: str,
         policy: Policy,
         store: PrefixStore,
+        room: Room,
+        token_bytes: int,
         prefill_tokens: int,
         is_open: Callable[[ConversationId], bool],
     ) -> None:
+        self.agent = agent
         self.policy = policy
         self.store = store
+        self.room = room
+        self.token_bytes = token_bytes
         self.prefill_tokens = prefill_tokens
         self.is_open = is_open
         self.requests: list[Request] = []
-        self.cache = RowCache()
+        self.given_up: list[Request] = []
+        self._begin(self._empty())
         self._done: list[tuple[Request, int]] = []
         self._eos = policy.eos_ids
 
+    def _empty(self) -> RowCache:
+        return RowCache(self.policy.parts[0].autocast)
+
+    def _begin(self, cache: RowCache) -> None:
+        self.cache = cache
+        self.room.decodes(self.agent, cache)
+
     def choose(self, waiting: Sequence[Request], free: int) -> list[Request]:
-        """The first ``free`` of those waiting; for an empty batch rather those who were together in
-        the batch of the first of them, since their states can then stay in place."""
+        """The first ``free`` of those waiting, as many as there is room for; for an empty batch
+        rather those who were together in the batch of the first of them, since their states can
+        then stay in place. None only while other rows have the room."""
         if not self.requests and waiting:
             companions = self.store.companions(waiting[0].owner)
-            together = [request for request in waiting if request.owner in companions]
-            if len(together) * 4 >= min(len(waiting), free) * 3:
-                return together[:free]
-        return list(waiting[:free])
+            together = [request for request in waiting if request.owner in companions][:free]
+            if len(together) * 4 >= min(len(waiting), free) * 3 and self._stay(together):
+                return together
+        first = waiting[:free]
+        tokens = self._places_for(first)
+        if not self.requests and tokens:
+            self.room.make(self.agent, tokens[-1] * self.token_bytes, keep=self.room.limit // 2)
+        fitting = self._fitting(tokens)
+        if tokens and not self.requests and not fitting and self.room.alone(self.agent):
+            self.room.make(self.agent, tokens[0] * self.token_bytes)
+            fitting = max(1, self._fitting(tokens))
+        return list(first[:fitting])
+
+    def _stay(self, requests: Sequence[Request]) -> bool:
+        """Whether the block of the store in which the states of all of these lie may become the
+        batch, with places for what they will write."""
+        block = self.store.block_of(requests[0].owner)
+        assert block is not None
+        places = max(block.capacity, *(request.ahead for request in requests))
+        rows = max(block.rows, len(requests))
+        return rows * places * self.token_bytes <= self.room.left(self.agent) + block.nbytes
+
+    def _places_for(self, requests: Sequence[Request]) -> list[int]:
+        """How many tokens' places are taken once the first k of ``requests`` are admitted, for each
+        k from 1; with those of a prompt that is fed beside the rows."""
+        held, capacity, widest = len(self.requests), self.cache.capacity, 0
+        found: list[int] = []
+        for count, request in enumerate(requests, held + 1):
+            widest = max(widest, request.ahead)
+            capacity = max(capacity, widest)
+            beside = widest if held or count * capacity > self.prefill_tokens else 0
+            found.append(max(count, self.cache.rows) * capacity + beside)
+        return found
+
+    def _fitting(self, tokens: Sequence[int]) -> int:
+        left = self.room.left(self.agent) // self.token_bytes
+        return sum(each <= left for each in tokens)
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> list[Request]:
@@ -93,19 +110,19 @@ class Rows:
                 return self._sampled(logits_RV, 0)
         # What was finished since the last admission may be what these requests go on with.
         self._hand_over(whole=False)
-        cached = [self.store.match(request.owner, request.ids) for request in requests]
+        cached = [self.store.match(request.owner, request.fed) for request in requests]
         first: dict[object, int] = {}
         source: list[int] = []
         distinct: list[int] = []
         for index, request in enumerate(requests):
-            name: object = request.ids.tobytes() if cached[index] == 0 else index
+            name: object = request.fed.tobytes() if cached[index] == 0 else index
             if name not in first:
                 first[name] = len(distinct)
                 distinct.append(index)
             source.append(first[name])
         order = sorted(
             range(len(distinct)),
-            key=lambda d: (len(requests[distinct[d]].ids) - cached[distinct[d]], d),
+            key=lambda d: (len(requests[distinct[d]].fed) - cached[distinct[d]], d),
         )
         finished: list[Request] = []
         for chunk in self._chunks(order, distinct, requests, cached):
@@ -119,7 +136,7 @@ class Rows:
             take = torch.tensor([place[source[i]] for i in members], device=last_RH.device)
             # A request that its first token has ended already lies where the next rows go.
             self._hand_over(whole=False)
-            length = max(len(requests[i].ids) for i in members)
+            length = max(len(requests[i].fed) for i in members)
             start = len(self.requests)
             self.cache.append(cache, take, length, held=start)
             self.requests.extend(requests[i] for i in members)
@@ -130,15 +147,18 @@ class Rows:
     def _go_on(self, requests: Sequence[Request]) -> Tensor | None:
         """Feed what is new in prompts whose states lie in one block of the store, in place; logits
         of their last tokens, or None where it cannot be done."""
-        cached = [self.store.match(request.owner, request.ids) for request in requests]
-        fresh = [r.ids[start:] for r, start in zip(requests, cached, strict=True)]
+        cached = [self.store.match(request.owner, request.fed) for request in requests]
+        fresh = [r.fed[start:] for r, start in zip(requests, cached, strict=True)]
         width = max(map(len, fresh), default=0)
-        if not all(cached) or len(requests) * width > self.prefill_tokens:
+        if not requests or not all(cached) or len(requests) * width > self.prefill_tokens:
+            return None
+        if not self._stay(requests):
             return None
         found = self.store.take([request.owner for request in requests])
         if found is None:
             return None
-        self.cache, rows = found
+        cache, rows = found
+        self._begin(cache)
         count = len(requests)
         free = sorted(set(range(count)) - set(rows))
         place = dict(zip(sorted(row for row in rows if row >= count), free, strict=True))
@@ -146,9 +166,9 @@ class Rows:
         order = sorted(range(count), key=lambda index: place.get(rows[index], rows[index]))
         self.requests, self._done = [requests[index] for index in order], []
         ids_RS = padded([fresh[i] for i in order], width)
-        room = max(r.sampling.max_new_tokens for r in requests)
+        new = max(request.remaining for request in requests)
         self.cache.used = max(cached) + width
-        self.cache.reserve(self.cache.used + min(room, _ROOM_AHEAD))
+        self.cache.reserve(self.cache.used + min(new, ROOM_AHEAD))
         device = self.policy.device
         positions_RS = torch.tensor([cached[i] for i in order])[:, None] + torch.arange(width)
         hidden_RSH = _extend(self.policy, ids_RS.to(device), positions_RS.to(device), self.cache)
@@ -162,10 +182,17 @@ class Rows:
         requests: Sequence[Request],
         cached: Sequence[int],
     ) -> list[list[int]]:
+        """The prompts of ``order`` in forwards; ``beside`` the rows is what room leaves."""
+        held = max(len(self.requests) + len(requests), self.cache.rows)
+        places = max([self.cache.capacity, *(request.ahead for request in requests)])
+        beside = self.room.left(self.agent) // self.token_bytes - held * places
         chunks: list[list[int]] = []
         for d in order:
-            width = len(requests[distinct[d]].ids) - cached[distinct[d]]
-            if chunks and (len(chunks[-1]) + 1) * width <= self.prefill_tokens:
+            width = len(requests[distinct[d]].fed) - cached[distinct[d]]
+            # The first rows of a batch become the batch; all others are copied into it.
+            in_place = len(chunks) == 1 and not self.requests and len(order) == len(requests)
+            limit = self.prefill_tokens if in_place else min(self.prefill_tokens, beside)
+            if chunks and (len(chunks[-1]) + 1) * width <= limit:
                 chunks[-1].append(d)
             else:
                 chunks.append([d])
@@ -180,15 +207,15 @@ class Rows:
         shared: bool,
     ) -> tuple[RowCache, Tensor]:
         starts = [cached[i] for i in indices]
-        fresh = [requests[i].ids[start:] for i, start in zip(indices, starts, strict=True)]
+        fresh = [requests[i].fed[start:] for i, start in zip(indices, starts, strict=True)]
         width = max(len(ids) for ids in fresh)
         ids_RS = padded(fresh, width)
-        cache = RowCache()
+        cache = self._empty()
         cache.used = cache.capacity = max(starts) + width
         if not self.requests:
             # These rows become the batch, as they are unless several requests share one.
-            room = max(requests[i].sampling.max_new_tokens for i in indices)
-            cache.room = rounded(cache.used + min(room, _ROOM_AHEAD))
+            new = max(requests[i].remaining for i in indices)
+            cache.room = rounded(cache.used + min(new, ROOM_AHEAD))
             if not shared:
                 cache.capacity = cache.room
         if any(starts):
@@ -206,15 +233,40 @@ class Rows:
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """Feed every row's newest token and sample the next."""
-        lengths = [len(r.ids) + len(r.written) for r in self.requests]
+        lengths = self._lengths()
+        if max(lengths) > self.cache.capacity:
+            self._grow(max(lengths))
+            lengths = self._lengths()
         longest = max(lengths)
-        self.cache.reserve(longest)
         self.cache.used = longest
         device = self.policy.device
         ids_R1 = torch.tensor([r.written[-1] for r in self.requests], device=device)[:, None]
         positions_R1 = torch.tensor(lengths, device=device)[:, None] - 1
         hidden_R1H = _extend(self.policy, ids_R1, positions_R1, self.cache)
         return self._sampled(self.policy.project(hidden_R1H[:, 0]), 0)
+
+    def _lengths(self) -> list[int]:
+        return [len(r.ids) + len(r.written) for r in self.requests]
+
+    def _grow(self, longest: int) -> None:
+        """Make places for ``longest`` tokens a row; rows that there is no room for are given up."""
+        row = rounded(longest) * self.token_bytes
+        left = self.room.make(self.agent, self.cache.rows * row)
+        rows = None
+        if left < self.cache.rows * row:
+            # Finished turns that lie behind the rows are the first to go.
+            self._done = []
+            self._give_up(len(self.requests) - max(1, left // row))
+            rows, longest = len(self.requests), max(self._lengths())
+        most = left // self.token_bytes // (rows or self.cache.rows)
+        self.cache.reserve(longest, most=most, rows=rows)
+
+    def _give_up(self, count: int) -> None:
+        """Let the last ``count`` requests by their keys wait once more."""
+        if count <= 0:
+            return
+        by_key = sorted(range(len(self.requests)), key=lambda row: self.requests[row].key)
+        self.given_up += self._move_behind(by_key[-count:])
 
     def _sampled(self, logits_RV: Tensor, start: int) -> list[Request]:
         """Give the requests from ``start`` on their next token; returns those that have ended."""
@@ -242,26 +294,32 @@ class Rows:
         return ended
 
     def _retire(self, finished: Sequence[int]) -> None:
-        """Move these rows behind those that go on."""
-        left = len(self.requests) - len(finished)
-        gone = set(finished)
+        """Let these rows be done."""
+        gone = self._move_behind(finished)
+        self._done += [(request, row) for row, request in enumerate(gone, len(self.requests))]
+        if not self.requests:
+            self._hand_over(whole=True)
+            self._begin(self._empty())
+
+    def _move_behind(self, leaving: Sequence[int]) -> list[Request]:
+        """Move these rows behind those that go on; returns their requests in their new order."""
+        left = len(self.requests) - len(leaving)
+        gone = set(leaving)
         last = [row for row in range(left, len(self.requests)) if row not in gone]
-        first = [row for row in finished if row < left]
+        first = [row for row in leaving if row < left]
         pairs = list(zip(first, last, strict=True))
         self.cache.exchange(pairs)
         for here, there in pairs:
             self.requests[here], self.requests[there] = self.requests[there], self.requests[here]
-        self._done += [(self.requests[row], row) for row in range(left, len(self.requests))]
+        behind = self.requests[left:]
         del self.requests[left:]
-        if not self.requests:
-            self._hand_over(whole=True)
-            self.cache = RowCache()
+        return behind
 
     def _hand_over(self, *, whole: bool) -> None:
         """Give the states of finished requests to the store, where the conversation goes on."""
         done = [(r, row) for r, row in self._done if self.is_open(r.conversation)]
         self._done = []
-        if done:
+        if done and (whole or self._may_copy(done)):
             self.store.keep(
                 [request.owner for request, _ in done],
                 [request.ids + ids_of(request.written) for request, _ in done],
@@ -269,6 +327,13 @@ class Rows:
                 [row for _, row in done],
                 whole=whole,
             )
+
+    def _may_copy(self, done: Sequence[tuple[Request, int]]) -> bool:
+        """Whether there is room for the states of these beside the rows."""
+        longest = max(len(request.ids) + len(request.written) for request, _ in done)
+        copied = len(done) * longest * self.token_bytes
+        kept = self.room.kept + copied <= self.room.limit // 2
+        return kept and self.cache.nbytes + copied <= self.room.left(self.agent)
 
 
 def _extend(policy: Policy, ids_RS: Tensor, positions_RS: Tensor, cache: RowCache) -> Tensor:

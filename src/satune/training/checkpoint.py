@@ -269,10 +269,10 @@ class Checkpoints:
 
 _PARTS: dict[str, Callable[[Learner], Mapping[str, Tensor] | None]] = {
     "weights": lambda learner: learner.export(),
-    "optimizer": lambda learner: learner.optimizer_state(copy=True),
+    "optimizer": lambda learner: learner.optimizer_state(),
     "reference": lambda learner: learner.reference_weights,
 }
-"""What a learner keeps between steps; the copies are no longer its own."""
+"""What a learner keeps between steps, as tensors that no later step writes to."""
 
 
 def _stays(text: Mapping[str, Any]) -> bool:

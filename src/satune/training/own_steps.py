@@ -65,7 +65,7 @@ def measure_own_steps(change: Change, episodes: Sequence[Episode]) -> OwnSteps:
         if packed.tokens == 0:
             continue
         with change.undone(name):
-            anchor = learner.anchor(packed)
+            anchor = learner.anchor(packed, change.held[name].snapshot.weights)
             learner.complete(anchor)
         measured = learner.measure(anchor)
         place_T = _places(name, episodes, moments, longest)[packed.turn_T]

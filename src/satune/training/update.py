@@ -90,7 +90,8 @@ def improve(
         event |= {"accepted": False, "scale": 0.0, "reason": "no group's rewards differ"}
         return Outcome(False, beta, nothing_E, event)
     learner.wake()
-    anchor = learner.anchor(packed, reference=settings.objective.reference_kl > 0)
+    before = learner.snapshot()
+    anchor = learner.anchor(packed, before.weights, reference=settings.objective.reference_kl > 0)
     objective = replace(settings.objective, beta=beta)
     try:
         learning = _ascend(
@@ -98,7 +99,7 @@ def improve(
         )
     except NonFinite as error:
         learner.drop_gradients()
-        learner.restore(anchor.snapshot)
+        learner.restore(before)
         learner.rest()
         event |= {"accepted": False, "scale": 0.0, "reason": str(error)}
         event["seconds"] = {"update": time.perf_counter() - started}
@@ -110,7 +111,7 @@ def improve(
 
     event |= learning
     started = time.perf_counter()
-    search, measured, statistics = _enforce(learner, anchor, weights_E, episodes, settings)
+    search, measured, statistics = _enforce(learner, anchor, before, weights_E, episodes, settings)
     learner.rest()
     event["seconds"]["measure"] = time.perf_counter() - started
     accepted = search.decision == "accept"
@@ -133,7 +134,7 @@ def improve(
     first = search.first_statistic
     assert first is not None
     beta = _next_beta(beta, first, settings.trust_region)
-    return Outcome(accepted, beta, log_ratio_E, event, anchor.snapshot)
+    return Outcome(accepted, beta, log_ratio_E, event, before)
 
 
 def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings) -> float:
@@ -205,6 +206,7 @@ def _split(order: Sequence[int], parts: int) -> list[list[int]]:
 def _enforce(
     learner: Learner,
     anchor: Anchor,
+    before: Snapshot,
     weights_E: Tensor,
     episodes: Sequence[Episode],
     settings: UpdateSettings,
@@ -230,11 +232,11 @@ def _enforce(
         if decision == "accept":
             return search, measured, statistics
         if decision == "revert":
-            learner.restore(anchor.snapshot)
+            learner.restore(before)
             return search, measured, statistics
         if proposal is None:
             proposal = learner.export()
-        learner.interpolate(anchor.snapshot.weights, proposal, search.scale)
+        learner.interpolate(before.weights, proposal, search.scale)
 
 
 def _mismatch(anchor: Anchor) -> dict[str, float]:
