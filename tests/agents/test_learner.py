@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from satune.agents.learner import Anchor, LocalLearner, NonFinite, OptimizerSettings
+from satune.agents.learner import Anchor, LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.policy import Policy
+from satune.agents.ports import NonFinite
 from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.types import Turn
 from tiny_models import (

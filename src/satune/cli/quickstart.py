@@ -48,7 +48,7 @@ def quickstart(
 def _swap(directory: Path, recipe: Any) -> dict[str, Any]:
     """One seat to a larger model of the same tokenizer: drawn near, else mixed within delta."""
     from satune.cli.swap import run_swap
-    from satune.swap.request import SwapRequest
+    from satune.commands.swap_request import SwapRequest
 
     seat = list(recipe.team.given_seats())[1]
     teaching = {k: min(v, getattr(recipe.tiny, k)) for k, v in TEACHING.items()}

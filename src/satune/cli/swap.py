@@ -66,9 +66,9 @@ def swap(
     as_json: AsJson = False,
 ) -> None:
     """Give seats of a trained team to other models."""
+    from satune.commands.swap_request import SwapRequest
     from satune.config.load import override
     from satune.swap.handover import HandOverSettings
-    from satune.swap.request import SwapRequest
 
     server: dict[str, Any] = {}
     for text in server_option or []:
@@ -102,7 +102,7 @@ def run_swap(request: Any) -> dict[str, Any]:
     quiet_libraries()
     import torch
 
-    from satune.swap.swap import swap as perform
+    from satune.commands.swap import swap as perform
     from satune.tiny.zoo import is_tiny
 
     if all(is_tiny(each) for each in request.models):

@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from satune.commands.reseat import Found, check_seat, find_team
 from satune.config.schema import ServerSection
 from satune.loading import nearest, served
+from satune.swap.directory import refuse_existing
 from satune.swap.handover import HandOverSettings
-from satune.swap.seat import Found, check_seat, find_team
-from satune.swap.transplant import refuse_existing
 from satune.types import UserError
 
+Given = Literal["project", "handover"]
+"""How a seat is given to a newcomer."""
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
 DELTA, DELTA_OF_ALL = 0.01, 0.004
