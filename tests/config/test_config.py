@@ -22,7 +22,7 @@ from satune.config.derive import OWN, Named, models_in, sections_of
 from satune.config.load import differences, load_recipe, recipe_text, save_recipe
 from satune.core.objectives import OBJECTIVES
 from satune.loading import KEY_VARIABLE
-from satune.protocols.catalog import PROTOCOLS
+from satune.protocols.named import PROTOCOLS
 from satune.tasks.catalog import TASKS, load_task
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS

@@ -51,11 +51,11 @@ class Killed(BaseException):
 
 
 Names = dict[tuple[str, int], str]
+LOCAL = assembling.local_engine
 ENGINES: dict[str, Callable[[Names | None], Callable[..., LocalEngine]]] = {
     "far": lambda names: lambda policies, seats, recipe: FarEngine(policies, seats, names),
-    "near": lambda names: assembling_local,
+    "near": lambda names: LOCAL,
 }
-assembling_local = assembling.local_engine
 
 
 def use(monkeypatch: pytest.MonkeyPatch, engine: str, names: Names | None = None) -> None:

@@ -90,7 +90,7 @@ def shipped_recipe(given: str) -> Path:
     path = find_recipe(given)
     if path is not None:
         return path
-    from satune.config.checks import nearest
+    from satune.loading import nearest
 
     roots = [root for root in _recipe_folders() if root.is_dir()]
     names = [str(p.relative_to(r).with_suffix("")) for r in roots for p in r.rglob("*.yaml")]

@@ -50,7 +50,7 @@ class Counted:
 
 def preview(
     base: Reseated,
-    candidate: Reseated,
+    reseated: Reseated,
     seat: str,
     *,
     delta: float,
@@ -59,10 +59,10 @@ def preview(
 ) -> tuple[dict[str, Any], int]:
     """How the newcomer's projection would lie and lean, on the incumbent's own episodes: the
     alignment score with its standard error, λ, KL; and the tokens that this took."""
-    name = candidate.agent_of(seat)
+    name = reseated.agent_of(seat)
     incumbent = base.cast.team.policies[base.agent_of(seat)]
-    newcomer = candidate.cast.team.policies[name]
-    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    newcomer = reseated.cast.team.policies[name]
+    taken = with_newcomer(base, seat, reseated.newcomers[name], loaded=newcomer)
     old = with_policy(taken, name, incumbent)
     rollouts = Counted(max(2, base.cast.recipe.rollout.samples))
     episodes = rollouts.of(old.cast)(key, offset, PREVIEWED)
@@ -72,7 +72,7 @@ def preview(
 
 def project_seat(
     base: Reseated,
-    candidate: Reseated,
+    reseated: Reseated,
     seat: str,
     *,
     delta: float,
@@ -85,10 +85,10 @@ def project_seat(
     """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
     does not come so near, what ``otherwise`` says: None for a refusal. Also what was measured, and
     the tokens that this took."""
-    name = candidate.agent_of(seat)
-    newcomer = candidate.cast.team.policies[name]
+    name = reseated.agent_of(seat)
+    newcomer = reseated.cast.team.policies[name]
     incumbent = base.cast.team.policies[base.agent_of(seat)]
-    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    taken = with_newcomer(base, seat, reseated.newcomers[name], loaded=newcomer)
     mixture = MixturePolicy(name, incumbent, newcomer, delta)
     if rounds == 0:
         found = Distilled("mixture", "mixed at decode time, as asked", {"decision": "mixture"})

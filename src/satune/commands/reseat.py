@@ -12,16 +12,16 @@ from weakref import WeakKeyDictionary
 
 from safetensors.torch import load_file
 
-from satune.agents.loading import Precision, load_policies
 from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
+from satune.agents.pretrained import Precision, load_policies
 from satune.agents.weights import Weights
 from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
-from satune.loading import nearest, served
+from satune.loading import nearest_hint, served
 from satune.team import Team, add_mixtures, read_manifest
 from satune.training.checkpoint import Checkpoints
 from satune.training.run_directory import RunDirectory
@@ -30,9 +30,13 @@ from satune.types import Progress, UserError
 
 @dataclass(slots=True)
 class Found:
-    """A trained team and where it was found. ``run`` and ``checkpoint`` are None for a team
-    directory, whose recipe is made of its manifest, and of a file if one is given; ``room_said``
-    tells whether these say how long a message may be. ``state`` is the checkpoint's."""
+    """A trained team and where it was found: a run's checkpoint, or a team directory.
+
+    A team directory has neither ``run`` nor ``checkpoint``; its recipe is made from its manifest,
+    and from a file of the user's where one is given. ``room_said`` tells whether the manifest or
+    that file says how long a message may be. ``state`` holds what the checkpoint's state.json has,
+    ``passed`` a line for each newer checkpoint that was damaged and so not used.
+    """
 
     path: Path
     recipe: Recipe
@@ -128,7 +132,9 @@ def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None
 
 def check_seat(found: Found, seat: str) -> None:
     if seat not in found.seats:
-        raise UserError(f"--seat {seat}: the team has no such seat{nearest(seat, found.seats)}")
+        raise UserError(
+            f"--seat {seat}: the team has no such seat{nearest_hint(seat, found.seats)}"
+        )
 
 
 def load_found(found: Found, progress: Progress, servers: Servers | None = None) -> Reseated:
@@ -260,7 +266,7 @@ def with_newcomer(
             "attention": None,
             "lora": None if at_server else had.lora,
             "frozen": bool(at_server) or (had.frozen and incumbent in team.policies),
-            "server": _asked(recipe.team, at_server[0], server or {}) if at_server else None,
+            "server": _server_of(recipe.team, at_server[0], server or {}) if at_server else None,
         }
     )
     if loaded is None:
@@ -290,7 +296,7 @@ def with_newcomer(
     return Reseated(new_cast, base.numbers, kept | {name: model})
 
 
-def _asked(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
+def _server_of(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
     """How a newcomer's server is asked: as the team asks it already, but for what is given."""
     for agent in team.resolved().agents.values():
         there = served(agent.model)

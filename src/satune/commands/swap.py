@@ -92,13 +92,13 @@ def _perform(
     # Every model is loaded, and every method found fit, before the first is measured.
     base, ready = team, []
     for group in groups:
-        candidate = job.seat(base, group)
-        ready.append((base, candidate, job.method(base, candidate, group)))
-        base = candidate
-    for group, (base, candidate, method) in zip(groups, ready, strict=True):
+        reseated = job.seat(base, group)
+        ready.append((base, reseated, job.method(base, reseated, group)))
+        base = reseated
+    for group, (base, reseated, method) in zip(groups, ready, strict=True):
         # Where an earlier newcomer was refused, the others are seated in the team without it.
         fits = job.team is base
-        job.give(group, candidate if fits else job.seat(job.team, group), method)
+        job.give(group, reseated if fits else job.seat(job.team, group), method)
     verdicts = [record["verdict"] for record in job.records]
     result: SwapResult = {
         "source": str(request.source),
@@ -217,17 +217,17 @@ class _Swap:
                 return "handover"
         return "project" if asked == "auto" else asked
 
-    def give(self, group: Sequence[tuple[str, str]], candidate: Reseated, method: Given) -> None:
+    def give(self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given) -> None:
         """Measure one group of seats and, unless it is a dry run, hand them over or refuse."""
         started = time.perf_counter()
-        record = self._measured(group, candidate, method)
+        record = self._measured(group, reseated, method)
         if method == "project":
-            self._preview(candidate, group, record)
+            self._preview(reseated, group, record)
         if not self.request.dry_run:
             if method == "project":
-                self._project(candidate, group, record)
+                self._project(reseated, group, record)
             else:
-                self._hand_over(candidate, record)
+                self._hand_over(reseated, record)
                 if record["verdict"] == "accepted":
                     record["after"] = record["naive"]
                     record["difference"] = record["naive_difference"]
@@ -235,18 +235,18 @@ class _Swap:
         self.records.append(record)
 
     def _measured(
-        self, group: Sequence[tuple[str, str]], candidate: Reseated, method: Given
+        self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given
     ) -> SwapRecord:
         """A record with held-out reward before, and with the newcomers as they are."""
         tokens = 0
         if self.before is None:
             self.before = _evaluate(self.original.cast)
             tokens += self.before.tokens
-        naive = _evaluate(candidate.cast)
+        naive = _evaluate(reseated.cast)
         gain = paired_difference(self.before, naive)
         return {
             "seats": [seat for seat, _ in group],
-            "agents": {seat: candidate.agent_of(seat) for seat, _ in group},
+            "agents": {seat: reseated.agent_of(seat) for seat, _ in group},
             "models": dict(group),
             "method": method,
             "verdict": "measured",
@@ -259,7 +259,7 @@ class _Swap:
         }
 
     def _preview(
-        self, candidate: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
+        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
     ) -> None:
         """What a projection would be, before one is tried."""
         record["projection"] = {}
@@ -267,7 +267,7 @@ class _Swap:
             key = swap_key(self.found, len(self.records)).at(draw=number)
             figures, tokens = preview(
                 self.team,
-                candidate,
+                reseated,
                 seat,
                 delta=self.delta,
                 key=key,
@@ -278,7 +278,7 @@ class _Swap:
             self.tell("alignment", {"seat": seat, **figures})
 
     def _project(
-        self, candidate: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
+        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
     ) -> None:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
         team: Reseated | None = self.team
@@ -288,7 +288,7 @@ class _Swap:
             assert team is not None
             team, found, tokens = project_seat(
                 team,
-                candidate,
+                reseated,
                 seat,
                 delta=self.delta,
                 otherwise=self.request.fallback,
@@ -322,12 +322,13 @@ class _Swap:
         record["verdict"] = "mixture" if "mixture" in decisions else "accepted"
         self.team = team
 
-    def _hand_over(self, candidate: Reseated, record: SwapRecord) -> None:
-        """From the team that was found to the candidate: the tolerance is that of all seats."""
+    def _hand_over(self, reseated: Reseated, record: SwapRecord) -> None:
+        """Hand the seats over from the team that was found to the one with newcomers. All seats of
+        the request share one tolerance."""
         task = self.original.cast.task
         found = hand_over_between(
             self.original.cast.match(),
-            candidate.cast.match(),
+            reseated.cast.match(),
             lambda count, start: draw(task, "certify", count, start),
             self.request.hand_over,
             swap_key(self.found, len(self.records)),
@@ -345,7 +346,7 @@ class _Swap:
             record["lower"], record["claim"] = found.certificate.lower, found.certificate.claim
         record["tokens"] += found.sampled_tokens
         if found.verdict == "accepted":
-            self.team = candidate
+            self.team = reseated
 
     def outcome(self) -> Outcome:
         """The team as it is now, as it is to be written."""

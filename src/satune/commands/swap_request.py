@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from satune.commands.reseat import Found, check_seat, find_team
 from satune.config.schema import ServerSection
-from satune.loading import nearest, served
+from satune.loading import nearest_hint, served
 from satune.swap.directory import refuse_existing
 from satune.swap.handover import HandOverSettings
 from satune.types import UserError
@@ -74,7 +74,7 @@ class SwapRequest:
 def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
     """The team, and where the new one goes; whatever can be refused before models are loaded."""
     if request.method not in METHODS:
-        hint = nearest(request.method, METHODS)
+        hint = nearest_hint(request.method, METHODS)
         raise UserError(f"--method {request.method}: no such method{hint}")
     if request.rounds < 0:
         raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
@@ -126,7 +126,7 @@ def _check_server(request: SwapRequest) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
-        hint = nearest(where, ServerSection.model_fields) if "extra" in first["type"] else ""
+        hint = nearest_hint(where, ServerSection.model_fields) if "extra" in first["type"] else ""
         raise UserError(f"--server-option {where}: {said}{hint}") from None
     if request.server and not any(served(model) for model in request.models):
         raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
