@@ -309,6 +309,12 @@ def test_beyond_a_share_of_failures_the_rollout_stops_and_says_why(failures, bor
         assert ("(2 times)" in line) is (borne + 1 >= 2) and "\n" not in line
 
 
+def test_thoughts_that_never_end_do_not_stop_a_rollout():
+    """A policy that has not learnt to end them would else never get the chance."""
+    episodes, _ = run(lambda *_: "<think>on and on", protocol=solo, failures=0.0)
+    assert all(e.failure is not None and e.reward == 0.0 for e in episodes.values())
+
+
 def test_prompts_are_not_what_fails():
     # A plain exception of a renderer is a mistake in the code, not the policy's.
     class Broken(EntriesRenderer):

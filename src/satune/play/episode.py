@@ -33,6 +33,8 @@ from satune.types import (
     UserError,
 )
 
+CUT_THOUGHT = "unfinished thought"
+"""The kind of failure that a policy may show often while it learns to come to an end."""
 REDRAWN = 2
 """How often a conversation is played anew that the world has ended."""
 
@@ -141,7 +143,7 @@ class _Attempt:
         if make is None:
             answer = await self._answer()
             if answer is not None and answer_part(answer) is None and is_cut(answer):
-                raise EpisodeFailure("unfinished thought: the answer was never given", policy=True)
+                raise EpisodeFailure(f"{CUT_THOUGHT}: the answer was never given", policy=True)
             return self.over(_said(answer), None)
         environment = make(self.problem, self.key.rng("environment"), self.roles.generate)
         while True:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from satune.files.interrupts import uninterrupted
 from satune.play.conversation import together
-from satune.play.episode import Played, converse, graded, play
+from satune.play.episode import CUT_THOUGHT, Played, converse, graded, play
 from satune.play.grading import Graders
 from satune.play.match import Match
 from satune.types import Engine, Episode, Failure, Key, Problem, UserError
@@ -142,7 +142,11 @@ async def play_jobs(
 
 @dataclass(slots=True)
 class Tally:
-    """Counts the episodes of a rollout of ``total``, and stops it beyond ``share`` of failures."""
+    """Counts the episodes of a rollout of ``total``, and stops it beyond ``share`` of failures.
+
+    Thoughts that never ended are no sign of a fault, however many there are: with reward 0 the
+    policy learns to end them.
+    """
 
     share: float
     total: int
@@ -153,7 +157,7 @@ class Tally:
     def add(self, episode: Episode) -> None:
         """Raises UserError when too many have failed."""
         self.done += 1
-        if episode.failure is None:
+        if episode.failure is None or episode.failure.kind == CUT_THOUGHT:
             return
         self.failed.append(episode.failure)
         # One alone never ends a run, however few conversations there are.
