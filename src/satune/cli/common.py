@@ -6,9 +6,9 @@ import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -59,9 +59,10 @@ def say(line: str) -> None:
     print(printable(line), file=sys.stderr)
 
 
-def show_result(
-    value: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]
-) -> None:
+_Result = TypeVar("_Result", bound=Mapping[str, Any])
+
+
+def show_result(value: _Result, as_json: bool, show: Callable[[_Result], None]) -> None:
     if as_json:
         from satune.files.writing import strict_json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,8 +57,8 @@ def _swap(directory: Path, recipe: Any) -> dict[str, Any]:
         directory, [seat], [NEWCOMER], method="project", otherwise="mixture", rounds=ROUNDS,
         tiny=teaching | {"greedy_target": 0.0}, out=directory / "swapped",
     )  # fmt: skip
-    result = run_swap(request)
-    record = result["swaps"][0]
+    result: Mapping[str, Any] = run_swap(request)
+    record: Mapping[str, Any] = result["swaps"][0]
     shown = {name: record[name] for name in SHOWN if name in record}
     return shown | {name: result[name] for name in ("delta", "tokens", "seconds", "out")}
 

@@ -254,7 +254,7 @@ class _Swap:
             "seconds": 0.0,
             "before": self.before.avg_at_k,
             "naive": naive.avg_at_k,
-            "naive_difference": [gain.mean, gain.low, gain.high],
+            "naive_difference": (gain.mean, gain.low, gain.high),
             "problems": gain.problems,
         }
 
@@ -312,7 +312,7 @@ class _Swap:
         gain = paired_difference(self.before, after)
         record["tokens"] += after.tokens
         record["after"] = after.avg_at_k
-        record["difference"] = [gain.mean, gain.low, gain.high]
+        record["difference"] = (gain.mean, gain.low, gain.high)
         decisions = {found["decision"] for found in distillation.values()}
         if "outside" in decisions:
             # Too far to be taken by its divergence; its reward may still speak for it.

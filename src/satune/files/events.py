@@ -178,11 +178,15 @@ class EvalEvent(TypedDict):
     difference: NotRequired[list[float]]
 
 
+Difference = tuple[float, float | None, float | None]
+"""Mean, low and high of a paired difference; no interval where too few problems were played."""
+
+
 class SwapRecord(TypedDict):
     """What became of one group of seats, with its agents and models by seat.
 
     ``before``, ``naive`` and ``after`` are held-out rewards of the old team, of the one with the
-    newcomers as they are, and of the new one; differences are [mean, low, high], to ``before``.
+    newcomers as they are, and of the new one; differences are paired, to ``before``.
     ``projection`` has by seat what was measured before a projection was tried, ``distillation``
     what came of it, and ``projection_reason`` why it was not taken where a hand-over followed.
     ``looks`` are those of a hand-over; ``epsilon`` is the share that the last of them allows,
@@ -199,11 +203,11 @@ class SwapRecord(TypedDict):
     seconds: float
     before: float
     naive: float
-    naive_difference: list[float | None]
+    naive_difference: Difference
     problems: int
     reason: NotRequired[str]
     after: NotRequired[float]
-    difference: NotRequired[list[float | None]]
+    difference: NotRequired[Difference]
     projection: NotRequired[dict[str, dict[str, Any]]]
     distillation: NotRequired[dict[str, dict[str, Any]]]
     kl: NotRequired[dict[str, Any] | None]
