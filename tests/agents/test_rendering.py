@@ -11,7 +11,7 @@ from satune.agents.messages import (
 )
 from satune.agents.rendering import ChatRenderer
 from satune.tiny.zoo import tiny_tokenizer
-from satune.types import Completion, Entry, UserError, ids_of, text_part
+from satune.types import Completion, Entry, EpisodeFailure, UserError, ids_of, text_part
 
 FAMILIES = ("tiny:qwen3-s", "tiny:llama-s")
 TOKENIZERS = {spec: tiny_tokenizer(spec) for spec in FAMILIES}
@@ -299,7 +299,7 @@ def test_what_was_dropped_stays_dropped_and_the_prompt_grows_again():
 
 def test_overflow_that_cannot_be_mended_names_seat_lengths_and_mend():
     renderer = renderer_with(TemplateSettings(), 20)
-    with pytest.raises(UserError, match=r"seat 'b'.*max_new_tokens.*context of 20.*lower"):
+    with pytest.raises(EpisodeFailure, match=r"seat 'b'.*max_new_tokens.*context of 20.*lower"):
         renderer.view("b").prompt([problem("1234567890" * 3), foreign("9")], 4)
 
 
@@ -320,7 +320,7 @@ def test_the_newest_foreign_message_is_never_dropped():
     entries = overflow_entries()
     full = len(RENDERERS["tiny:qwen3-s"].view("b").prompt(entries, 4).ids)
     # Without both long messages (11 tokens each) it does not fit; without all three it would.
-    with pytest.raises(UserError, match="seat 'b'"):
+    with pytest.raises(EpisodeFailure, match="seat 'b'"):
         renderer_with(TemplateSettings(), full + 4 - 22 - 1).view("b").prompt(entries, 4)
 
 

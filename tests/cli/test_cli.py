@@ -482,7 +482,7 @@ def test_directories_that_cannot_be_used(satune: Run, recipe: Path, tmp_path: Pa
     )
     changed = satune("train", recipe, "stages=1", "optimizer.lr=2e-3", "--out", out, "--resume")
     assert "started with another recipe (optimizer.lr)" in (said := refused(changed))
-    assert "or with this file; only stages and where and how" in said
+    assert "or with this file (docs/recipe.md lists what may change" in said
     older = ["--out", str(out), "--resume-from", "stage-0044"]
     assert "no checkpoint 'stage-0044'" in refused(satune("train", recipe, "stages=1", *older))
     assert (out / "events.jsonl").read_bytes() == before

@@ -21,6 +21,7 @@ from satune.config import schema, yaml12
 from satune.config.derive import OWN, Named, models_in, sections_of
 from satune.config.load import differences, load_recipe, recipe_text, save_recipe
 from satune.core.objectives import OBJECTIVES
+from satune.engines.base import ENGINES
 from satune.loading import KEY_VARIABLE
 from satune.protocols.named import PROTOCOLS
 from satune.tasks.catalog import TASKS, load_task
@@ -185,7 +186,7 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
         ("optimizer: {eps: 1e-50}",
          "optimizer.eps: expected a number of at least 1e-30, got 1e-50"),
         ("optimizer: {autocast: fp8}", "optimizer.autocast: expected bfloat16, got 'fp8'"),
-        ("engine: {name: locl}", "engine.name: expected local, got 'locl';"
+        ("engine: {name: locl}", f"engine.name: expected one of {choices(ENGINES)}, got 'locl';"
          " did you mean 'local'?"),
         ("objective: {name: null}", f"objective.name: expected one of {choices(OBJECTIVES)},"
          " got 'None'"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 
 import tiny_world
 from far_engine import FarEngine
-from satune.commands import assemble as assembling
+from satune.agents.policy import Policy
 from satune.commands import project as projecting
 from satune.commands import swap as swapping
 from satune.commands.swap import swap
 from satune.commands.swap_request import SwapRequest
 from satune.core.certificates import StatisticalCertificate
-from satune.engines.local import LocalEngine
+from satune.engines.base import ENGINES, LocalSettings
 from satune.files.events import Event
 from satune.swap.handover import HandOverSettings
 from satune.training import certification
@@ -51,17 +51,27 @@ class Killed(BaseException):
 
 
 Names = dict[tuple[str, int], str]
-LOCAL = assembling.local_engine
-ENGINES: dict[str, Callable[[Names | None], Callable[..., LocalEngine]]] = {
-    "far": lambda names: lambda policies, seats, recipe: FarEngine(policies, seats, names),
-    "near": lambda names: LOCAL,
-}
+
+
+@dataclass(frozen=True)
+class FarSettings:
+    """An engine that keeps weights of its own. Engines with the same ``names`` hold one another to
+    what a number names."""
+
+    names: Names | None = None
+    conversations: int = 64
+
+    def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> FarEngine:
+        return FarEngine(policies, seats, self.names)
+
+
+KINDS = ("far", "near")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, engine: str, names: Names | None = None) -> None:
-    """Let whatever is assembled from now on have this engine for its local models. Far ones hold
-    one another to ``names`` where it is given."""
-    monkeypatch.setattr(assembling, "local_engine", ENGINES[engine](names))
+    """Let the engine that is made from now on for "local" be this one."""
+    settings = {"far": FarSettings(names), "near": LocalSettings()}[engine]
+    monkeypatch.setitem(ENGINES, "local", lambda **options: settings)
 
 
 def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> None:
@@ -145,7 +155,7 @@ def test_every_schedule_gives_the_engine_what_it_needs(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
     found = []
-    for engine in ENGINES:
+    for engine in KINDS:
         use(monkeypatch, engine)
         found.append(trained(recipe, tmp_path / engine, [f"schedule={schedule}"])[1])
     assert found[0] == found[1]
@@ -165,7 +175,7 @@ def test_a_swap_and_the_training_after_it_are_the_same(
         monkeypatch.setattr(projecting, name, 6)
     monkeypatch.setattr(swapping, "PREVIEWED", 6)
     found = []
-    for engine in ENGINES:
+    for engine in KINDS:
         use(monkeypatch, engine, names)
         out = tmp_path / engine
         request = SwapRequest(

@@ -12,7 +12,7 @@ from typing import Any, cast
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.config.schema import AgentSection, Recipe
-from satune.engines.local import LocalEngine
+from satune.engines.base import EngineSettings, engine_settings
 from satune.engines.roles import SCRIPTED, with_roles
 from satune.engines.servers import Servers, with_served
 from satune.files.writing import tensor_errors
@@ -26,7 +26,6 @@ from satune.tiny.demonstrations import demonstrate
 from satune.tiny.zoo import is_tiny, tiny_directory
 from satune.types import Engine, Key, Problem, Progress, Task, TeamProtocol, no_progress
 
-DEFAULT_CACHE_TOKENS = 1 << 20
 GATE_PROBLEMS = 128
 """Problems on which a tiny base must reach its greedy success."""
 
@@ -138,20 +137,13 @@ def assemble(
 
 def team_engine(team: Team, recipe: Recipe, servers: Servers) -> Engine:
     """What draws a team's completions: its own models here, those of served agents there."""
-    local = local_engine(team.policies, team.seats, recipe)
+    local = engine_of(recipe).make(team.policies, team.seats)
     return with_served(local, team.served, team.seats, servers)
 
 
-def local_engine(
-    policies: Mapping[str, Policy], seats: Mapping[str, str], recipe: Recipe
-) -> LocalEngine:
-    return LocalEngine(
-        policies,
-        seats,
-        max_rows=recipe.engine.max_rows,
-        cache_tokens=recipe.engine.cache_tokens or DEFAULT_CACHE_TOKENS,
-        order=recipe.engine.order,
-    )
+def engine_of(recipe: Recipe) -> EngineSettings:
+    """The settings of the recipe's engine."""
+    return engine_settings(recipe.engine.name, recipe.engine.options)
 
 
 def agent_spec(name: str, section: AgentSection, model: str) -> AgentSpec:
@@ -197,7 +189,7 @@ def model_path(
             {"base": policy}, {"base": AgentSpec("base", "", template=template)},
             dict.fromkeys(seats, "base"),
         )  # fmt: skip
-        engine = local_engine({"base": policy}, alone.seats, recipe)
+        engine = engine_of(recipe).make({"base": policy}, alone.seats)
         cast = Cast(taught, task, held_out, protocol, alone, engine)
         return cast.evaluate(greedy=True, key=Key(recipe.tiny.seed, "demonstrate")).avg_at_k
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.agents.sources import misspelt_path
-from satune.config.derive import Section, section_of
+from satune.config.derive import section_of
 from satune.config.load import load_recipe, override, recipe_text
-from satune.config.schema import EngineSection, Recipe
+from satune.config.schema import EngineChoice, Recipe
+from satune.engines.base import ENGINES, EngineSettings, engine_settings
 from satune.engines.roles import OpenServer
 from satune.engines.servers import Servers, with_served
 from satune.loading import nearest_hint
@@ -26,7 +27,7 @@ from satune.types import FAILURES, GRADING_SECONDS, Engine, Sampling, Seat, User
 if TYPE_CHECKING:  # httpx is an extra
     from satune.engines.openai import OpenAIEngine
 
-_S = TypeVar("_S", bound=Section)
+_T = TypeVar("_T")
 
 PAPER_TOKENS = 32768
 PAPER_TEMPERATURE = 0.8
@@ -152,7 +153,7 @@ def local_contestant(
 
 
 def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
-    from satune.commands.assemble import assemble
+    from satune.commands.assemble import assemble, engine_of
 
     # Its roles are those of whatever task is played: the examination attaches them.
     cast = assemble(recipe, progress, servers, roles=False)
@@ -168,7 +169,7 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
         task=recipe.task.model_dump(),
         held_out=recipe.evaluate.data,
         seed=recipe.seed,
-        conversations=2 * recipe.engine.max_rows,
+        conversations=engine_of(recipe).conversations,
         failures=recipe.rollout.failures,
         grading_seconds=recipe.rollout.grading_seconds,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
@@ -184,7 +185,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Contes
     # A run's team plays as it was trained: the recipe beside it says how long a message may be.
     written = directory.parent / "recipe.yaml"
     recipe = load_recipe(written) if directory.name == "team" and written.is_file() else None
-    section = _engine_section(keys, recipe)
+    section = _engine_settings(keys, recipe)
     limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
     return Contestant(
         team.seats_for(limit),
@@ -196,7 +197,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Contes
         asked_task=keys["task"],
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
-        conversations=2 * section.max_rows,
+        conversations=section.conversations,
         **_borne(keys, recipe),
         **_placed(keys),
     )
@@ -212,7 +213,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Contestant:
     agent = re.sub(r"-1$", "", next(iter(seats))) if copies > 1 else next(iter(seats))
     spec = AgentSpec(agent, given, PAPER_TEMPERATURE)
     team = build_team([spec], dict.fromkeys(seats, agent), sharing="separate", **keys["team"])
-    section = _engine_section(keys, None)
+    section = _engine_settings(keys, None)
     local = Path(given).exists()
     return Contestant(
         team.seats_for(_room(team)),
@@ -221,7 +222,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Contestant:
         asked=keys["protocol"],
         task=keys["task"],
         asked_task=keys["task"],
-        conversations=2 * section.max_rows,
+        conversations=section.conversations,
         **_borne(keys),
         **_placed(keys),
     )
@@ -238,43 +239,44 @@ def _room(team: Any) -> int:
     return min([PAPER_TOKENS, *(p.context_limit // 2 for p in team.policies.values())])
 
 
-def _engine(team: Any, section: EngineSection) -> Engine:
+def _engine(team: Any, settings: EngineSettings) -> Engine:
     import torch
-
-    from satune.commands.assemble import DEFAULT_CACHE_TOKENS
-    from satune.engines.local import LocalEngine
 
     size = sum(p.numel() for policy in team.policies.values() for p in policy.model.parameters())
     if size < 10_000_000:
         # Matrices too small to share: two threads were slower than one.
         torch.set_num_threads(1)
-    return LocalEngine(
-        team.policies,
-        team.seats,
-        max_rows=section.max_rows,
-        cache_tokens=section.cache_tokens or DEFAULT_CACHE_TOKENS,
-        order=section.order,
-    )
+    return settings.make(team.policies, team.seats)
 
 
-def _engine_section(keys: dict[str, Any], recipe: Recipe | None) -> EngineSection:
-    return _section(EngineSection, "engine", recipe.engine.model_dump() if recipe else {}, keys)
+def _engine_settings(keys: dict[str, Any], recipe: Recipe | None) -> EngineSettings:
+    written = {"name": recipe.engine.name, **recipe.engine.options} if recipe else {}
+    engine = _checked(TypeAdapter(EngineChoice).validate_python, "engine", written, keys)
+    return engine_settings(engine.name, engine.options)
 
 
 def _borne(keys: dict[str, Any], recipe: Recipe | None = None) -> dict[str, Any]:
     """How many failures an evaluation bears, and for how long it lets a message be graded."""
     written = asdict(recipe.rollout) if recipe else {}
-    found = _section(section_of(RolloutSettings), "rollout", written, keys)
+    section = section_of(RolloutSettings)
+    found = _checked(lambda given: section(**given), "rollout", written, keys)
     return {name: getattr(found, name) for name in _HEEDED["rollout"]}
 
 
-def _section(kind: type[_S], name: str, written: Mapping[str, Any], keys: dict[str, Any]) -> _S:
+def _checked(
+    check: Callable[[dict[str, Any]], _T],
+    name: str,
+    written: Mapping[str, Any],
+    keys: dict[str, Any],
+) -> _T:
     """A recipe's section with what was given for this evaluation."""
     try:
-        return kind(**{**written, **keys[name]})
+        return check({**written, **keys[name]})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, (name, *first["loc"])))
+        # A section with a choice of names has the one that was chosen in its places.
+        place = [part for part in first["loc"] if part not in ENGINES]
+        where = ".".join(map(str, (name, *place)))
         raise UserError(f"command line: {where}: {first['msg'].lower()}") from None
 
 

@@ -20,6 +20,7 @@ from satune.agents.specs import LoraSpec, Rate
 from satune.config.derive import Choice, Derived, Named, OpenSection, Section
 from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
+from satune.engines.base import ENGINES
 from satune.loading import KEY_VARIABLE, served
 from satune.ranges import Count, MayChange, Positive, Range, Text, Whole
 from satune.tiny.settings import TinySettings
@@ -136,21 +137,13 @@ class ProtocolSection(OpenSection):
     name: Text
 
 
-class EngineSection(Section):
-    """What draws the completions. Null leaves the bound, or the order, to the engine."""
-
-    name: Literal["local"] = "local"
-    max_rows: Annotated[Count, MayChange()] = 256
-    cache_tokens: Annotated[Count | None, MayChange()] = None
-    order: Literal["exact", "throughput"] | None = None
-
-
 class LogSection(Section):
     """What is written beside the events."""
 
     tensorboard: Annotated[bool, MayChange()] = False
 
 
+EngineChoice = Annotated[Named, Choice(ENGINES, "local")]
 TERMS = Choice(OBJECTIVES, "sat", 1, ObjectiveSettings, ("reference_kl", "entropy"))
 
 
@@ -171,7 +164,7 @@ class Recipe(Section):
     stages: Annotated[Whole, MayChange()] = 20
     evaluate: Annotated[EvaluateSettings, Derived()] = EvaluateSettings()
     certify: Annotated[CertifySettings, Derived()] = CertifySettings()
-    engine: EngineSection = EngineSection()
+    engine: EngineChoice = Field("local", validate_default=True)  # type: ignore[assignment]
     checkpoint: Annotated[CheckpointSettings, Derived()] = CheckpointSettings()
     log: LogSection = LogSection()
     tiny: Annotated[TinySettings, Derived()] = TinySettings()

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision, load_policies
-from satune.engines.local import LocalEngine
+from satune.engines.base import LocalSettings
 from satune.thoughts import opened_by
 from satune.types import (
     Completion,
@@ -95,11 +95,11 @@ class LocalRole:
     prompt that does not fit even so.
     """
 
-    def __init__(self, policy: Policy, *, max_rows: int = 256) -> None:
+    def __init__(self, policy: Policy) -> None:
         if not policy.tokenizer.chat_template:
             raise UserError("task.host: the model's tokenizer has no chat template; give another")
         self._policy = policy
-        self._engine = LocalEngine({_ROLE: policy}, {_ROLE: _ROLE}, max_rows=max_rows)
+        self._engine = LocalSettings().make({_ROLE: policy}, {_ROLE: _ROLE})
         probe: list[Message] = [
             {"role": "system", "content": "a"},
             {"role": "user", "content": "b"},

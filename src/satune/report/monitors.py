@@ -19,14 +19,14 @@ def scalar_writer(directory: Path) -> Iterator[Callable[[Event], None]]:
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("log.tensorboard: tensorboard is not installed; pip install tensorboard")
-    from tensorboard.summary import Writer
+    from torch.utils.tensorboard import SummaryWriter
 
-    writer = Writer(str(directory))
+    writer = SummaryWriter(str(directory))
 
     def watch(event: Event) -> None:
         step = 0 if event["event"] == "run" else event["stage"]
         for name, value in _scalars(event).items():
-            writer.add_scalar(name, value, step=step)
+            writer.add_scalar(name, value, step)
 
     try:
         yield watch

@@ -1,0 +1,70 @@
+"""The one place that makes an engine. A new one is a module of its own and an entry in ``ENGINES``.
+
+Settings load no model and no library for one: the recipe's schema is derived from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from satune.loading import check_options, load_object
+from satune.ranges import Count, MayChange
+from satune.types import Engine
+
+if TYPE_CHECKING:
+    from satune.agents.policy import Policy
+
+
+class EngineSettings(Protocol):
+    """What is known of an engine before it is made."""
+
+    @property
+    def conversations(self) -> int:
+        """How many conversations may be open at a time, so that the engine is never short of
+        requests."""
+        ...
+
+    def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> Engine:
+        """The engine over policies by agent; ``seats`` maps each seat to its agent. Raises
+        UserError for a model that it does not serve."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """Completions are drawn in this process. ``max_rows`` bounds a batch, ``cache_tokens`` what is
+    kept an agent between the turns of a conversation (null: the engine's own bound). In the order
+    ``exact`` batches depend on the conversations alone, so that a resumed run equals an
+    uninterrupted one; ``throughput`` waits for nobody; null is exact on the CPU."""
+
+    max_rows: Annotated[Count, MayChange()] = 256
+    cache_tokens: Annotated[Count | None, MayChange()] = None
+    order: Literal["exact", "throughput"] | None = None
+
+    @property
+    def conversations(self) -> int:
+        return 2 * self.max_rows
+
+    def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> Engine:
+        from satune.engines.local import LocalEngine
+
+        given: dict[str, Any] = {"max_rows": self.max_rows, "order": self.order}
+        if self.cache_tokens is not None:
+            given["cache_tokens"] = self.cache_tokens
+        return LocalEngine(policies, seats, **given)
+
+
+ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings}
+
+
+def engine_settings(name: str, options: Mapping[str, Any]) -> EngineSettings:
+    """The settings of an engine by its name in ``ENGINES``, or of the user's own
+    (``path/to/file.py:name``). Raises UserError for what cannot be loaded, or options that it does
+    not take."""
+    kind = ENGINES.get(name)
+    if kind is None:
+        kind = load_object(name)
+        check_options(f"engine {name}", kind, options)
+    return kind(**options)
