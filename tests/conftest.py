@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from command_line import Run
-from satune.cli.main import main
+# A state directory for the tests, and for the commands that they start: they neither know nor fill
+# that of whoever runs them. It is removed at the end.
+_STATE = tempfile.TemporaryDirectory(prefix="satune-state-")
+os.environ["SATUNE_STATE"] = _STATE.name
+
+from command_line import Run  # noqa: E402 - keeps the environment as it is when it is imported
+from satune.cli.main import main  # noqa: E402
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from satune.types import UserError
 
@@ -32,10 +32,10 @@ def served(model: str) -> tuple[str, str] | None:
 
     Raises UserError where a part is missing, and for an address that holds more.
     """
-    address, _, name = model.partition("#")
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https"):
+    parts = _server(model)
+    if parts is None:
         return None
+    address, _, name = model.partition("#")
     # None of it is shown: what should not be in an address may be a key.
     if parts.username or parts.password or parts.query:
         raise UserError(
@@ -47,6 +47,23 @@ def served(model: str) -> tuple[str, str] | None:
             f"a model at {parts.hostname or 'no address'}: give http://ADDRESS/v1#MODEL"
         )
     return address, name
+
+
+def address_in(text: str) -> str | None:
+    """The address of a server that ``text`` names, with or without a model behind ``#``, in one
+    form whatever its case and last slash; None for a text that names none. Raises nothing."""
+    parts = _server(text)
+    if parts is None:
+        return None
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
+
+
+def _server(text: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(text.partition("#")[0])
+    except ValueError:  # brackets that hold no IPv6 address: a name like any other
+        return None
+    return parts if parts.scheme in ("http", "https") else None
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -73,6 +90,14 @@ def missing_file(path: Path) -> UserError:
     return UserError(f"{path}: no such file" + (f"; did you mean {close[0]}?" if close else ""))
 
 
+def reference_in(text: str) -> tuple[str, str] | None:
+    """(file or module, name) where ``text`` has the form of an object's reference; None for any
+    other text, which ``load_object`` refuses before it runs anything."""
+    place, _, name = text.rpartition(":")
+    is_module = all(part.isidentifier() for part in place.split("."))
+    return (place, name) if name.isidentifier() and (place.endswith(".py") or is_module) else None
+
+
 def load_object(reference: str, base: Path | None = None) -> Callable[..., Any]:
     """The callable that ``reference`` names. Relative files are sought in ``base`` (default: the
     working directory).
@@ -81,12 +106,13 @@ def load_object(reference: str, base: Path | None = None) -> Callable[..., Any]:
     file that is not Python or raises while it is read (its line and error are named), and an
     object that cannot be called. Errors of a module of a package pass through.
     """
-    place, colon, name = reference.rpartition(":")
-    if not colon or not place or not name.isidentifier():
+    named = reference_in(reference)
+    if named is None:
         raise UserError(
             f"{reference!r}: write path/to/file.py:name or package.module:name, "
             "where name is a function or class"
         )
+    place, name = named
     module = _from_file(place, base) if place.endswith(".py") else _from_package(place)
     if not hasattr(module, name):
         public = [n for n in vars(module) if not n.startswith("_")]

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.agents.rendering import ChatRenderer
-from satune.agents.sources import convert, source_of
+from satune.agents.sources import convert, saved_adapter, source_of
 from satune.agents.specs import ALL_LINEAR, LoraSpec
+from satune.files.names import is_plain
 from satune.loading import served
 from satune.types import Renderer, Sampling, Seat, UserError
 
 FORMAT = 1
+_LARGEST = 1 << 24
+_NEEDED = {"temperature", "template", "sharing", "delta"}
+_TEMPLATE = {each.name for each in fields(TemplateSettings)}
 
 
 @dataclass(slots=True)
@@ -186,17 +190,77 @@ def _plain_generation(policy: Policy) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a team directory. Raises UserError where it is none or of another format."""
+    """The manifest of a team directory, which anybody may have written.
+
+    Raises UserError where it is none, of another format, damaged, or names what lies elsewhere:
+    whatever it says of files stays in ``directory``.
+    """
     path = directory / "manifest.json"
     if not path.is_file():
         raise UserError(f"{directory}: not a team directory (no manifest.json in it)")
+    if path.stat().st_size > _LARGEST:
+        raise UserError(f"{path}: has more than {_LARGEST:,} bytes, which no manifest needs")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')!r}, this satune reads {FORMAT}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged JSON ({type(error).__name__})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise UserError(f"{path}: format {found!r}, this satune reads {FORMAT}")
+    for part in ("agents", "seats", "task", "protocol"):
+        if not isinstance(manifest.get(part), dict):
+            raise UserError(f"{path}: damaged manifest ({part} is missing or has no keys)")
+    for seat, agent in manifest["seats"].items():
+        if not _is_name(seat) or agent not in manifest["agents"]:
+            raise UserError(f"{path}: damaged manifest (seats.{seat} names no agent)")
+    for name, entry in manifest["agents"].items():
+        fault = _fault_of_agent(name, entry, directory)
+        if fault is not None:
+            raise UserError(f"{path}: damaged manifest (agents.{name}: {fault})")
     return manifest
+
+
+def _is_name(name: str) -> bool:
+    return is_plain(name) and "." not in name
+
+
+def _fault_of_agent(name: str, entry: Any, directory: Path) -> str | None:
+    """What is wrong with an agent's entry in a manifest; None for nothing."""
+    if not _is_name(name):
+        return "its name has other characters than letters, digits, '-' and '_'"
+    if not isinstance(entry, dict) or not set(entry) >= _NEEDED:
+        return f"needs {', '.join(sorted(_NEEDED))}"
+    template = entry["template"]
+    if not isinstance(template, dict) or not set(template) <= _TEMPLATE:
+        return f"its template has other keys than {', '.join(sorted(_TEMPLATE))}"
+    chat = template.get("chat")
+    if chat is not None and not (isinstance(chat, str) and "{" in chat):
+        return "its template.chat is no Jinja text"
+    if entry.get("attention") not in (None, "sdpa", "eager"):
+        return "its attention is neither sdpa nor eager"  # transformers would fetch others' code
+    if "served" in entry:
+        model = entry["served"]
+        if not isinstance(model, str) or served(model) is None:
+            return "served is not http://ADDRESS/v1#MODEL"
+        return None
+    for holder in (entry, entry.get("mixture") or {"dir": name}):
+        folder = holder.get("dir") if isinstance(holder, dict) else None
+        if not is_plain(folder):
+            return f"its directory is {folder!r}, which is no name of one beside the manifest"
+        place = directory / str(folder)
+        if not _is_inside(place, directory):
+            return f"its directory {folder} leads out of the team's"
+        saved = saved_adapter(str(place))
+        base = Path(saved.base) if saved else place
+        if (base.is_absolute() or ".." in base.parts) and not _is_inside(base, directory):
+            return f"the base of its adapter is {base}, which lies outside of the team's directory"
+    return None
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    return path.resolve().is_relative_to(directory.resolve())
 
 
 def load_team(

@@ -513,7 +513,7 @@ def test_the_help_names_every_default(satune: Run, monkeypatch: pytest.MonkeyPat
         found = re.match(r"│ +(?:--no-[a-z-]+ )?(-[a-z-]+) ", line)
         if found:
             shown[found[1]] = line.partition("[default: ")[2]
-    flags = {"--greedy", "--stream", "--json", "--help"}
+    flags = {"--greedy", "--stream", "--json", "--trust", "--unsafe-checks", "--help"}
     assert {name for name, default in shown.items() if not default} == flags
     settings = ServerSettings()
     for name, part in {

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from satune.agents.messages import (
@@ -80,9 +79,10 @@ class ChatRenderer(MessageBuilder):
             self._options["chat_template"] = template.chat
         try:
             self._head, self._tail = self._probe()
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and anything may go wrong in it
+            said = " ".join(str(error).split())
             raise UserError(
-                f"template.chat: the chat template cannot be rendered ({error}); "
+                f"template.chat: the chat template cannot be rendered ({said}); "
                 "give one that takes alternating user and assistant messages"
             ) from error
         self.append_only = self._tail is not None

@@ -115,11 +115,14 @@ def saved_adapter(model: str) -> SavedAdapter | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged JSON ({error})") from error
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: names no base model; give base_model_name_or_path")
+    if config.get("megatron_config"):
+        # PEFT would import the module that the file names for it.
+        raise UserError(f"{path}: names a module to import (megatron_core); remove megatron_config")
     beside = path.parent.parent / Path(base).name
     return SavedAdapter(config, str(beside) if beside.exists() else base)
 

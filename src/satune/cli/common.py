@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from satune.files.printing import printable
+from satune.loading import KEY_VARIABLE
 from satune.types import UserError
 
 RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
@@ -27,6 +28,17 @@ UnsafeChecks = Annotated[
         "--unsafe-checks",
         help="run a benchmark's code even where no system calls can be filtered",
         callback=lambda value: _allow_unsafe() if value else value,
+    ),
+]
+TrustCode = Annotated[
+    bool, typer.Option("--trust", help="run the code that a run or team of somebody else names")
+]
+AllowAddress = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL[=VARIABLE]",
+        help="a server that such a run or team may ask, and the variable of its key",
+        show_default=f"none; {KEY_VARIABLE}",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
@@ -44,6 +56,23 @@ def _allow_unsafe() -> bool:
 
     allow_unsafe()
     return True
+
+
+def trust_of(
+    code: bool,
+    overrides: list[str] | None = None,
+    addresses: list[str] | None = None,
+    said: Any = None,
+) -> Any:
+    """What the command line says of other people's files (``commands.trust.Trust``): by its
+    options, by its overrides, and by whatever else is ``said`` in it."""
+    from satune.commands.trust import Trust
+    from satune.config.load import override
+
+    named: dict[str, Any] = {}
+    for text in overrides or []:
+        override(named, text)
+    return Trust.of(code, addresses or [], [named, said])
 
 
 def open_console(*, stderr: bool = False) -> Console:

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from satune.cli.common import (
+    AllowAddress,
     AsJson,
     Interrupted,
     Overrides,
+    TrustCode,
     UnsafeChecks,
     find_recipe,
     open_console,
     quiet_libraries,
     show_result,
+    trust_of,
 )
 from satune.loading import KEY_VARIABLE
 from satune.types import UserError
@@ -157,6 +160,8 @@ def evaluate(
         ),
     ] = None,
     unsafe_checks: UnsafeChecks = False,
+    trust: TrustCode = False,
+    allow_address: AllowAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
@@ -203,6 +208,8 @@ def evaluate(
     server |= ({"stream": True} if stream else {}) | ({} if server_seed else {"seed": False})
     usual = KEY_VARIABLE if base_url is None else ENVIRONMENT_KEY
     servers = Servers(server, usual, directory / "answers.jsonl")
+    said = [benchmark, protocol, options, environment_url]
+    spoken = trust_of(trust, overrides, allow_address, said)
 
     def contestant_of(display: Display) -> Contestant:
         from satune.commands.contestant import local_contestant, served_contestant
@@ -215,7 +222,7 @@ def evaluate(
         else:
             quiet_libraries()
             contestant = local_contestant(
-                team, find_recipe(team), seats, overrides or [], display.progress, servers
+                team, find_recipe(team), seats, overrides or [], display.progress, servers, spoken
             )
             if environment_url is not None:
                 if environment_model is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +56,8 @@ def _swap(directory: Path, recipe: Any) -> dict[str, Any]:
         directory, [seat], [NEWCOMER], method="project", otherwise="mixture", rounds=ROUNDS,
         tiny=teaching | {"greedy_target": 0.0}, out=directory / "swapped",
     )  # fmt: skip
-    result: Mapping[str, Any] = run_swap(request)
-    record: Mapping[str, Any] = result["swaps"][0]
+    result: dict[str, Any] = {**run_swap(request)}
+    record: dict[str, Any] = {**result["swaps"][0]}
     shown = {name: record[name] for name in SHOWN if name in record}
     return shown | {name: result[name] for name in ("delta", "tokens", "seconds", "out")}
 

@@ -9,12 +9,15 @@ import typer
 from rich.table import Table
 
 from satune.cli.common import (
+    AllowAddress,
     AsJson,
     Out,
+    TrustCode,
     UnsafeChecks,
     open_console,
     quiet_libraries,
     show_result,
+    trust_of,
 )
 
 if TYPE_CHECKING:  # a command's options are shown before its libraries are loaded
@@ -67,6 +70,8 @@ def swap(
     ] = None,
     out: Out = None,
     unsafe_checks: UnsafeChecks = False,
+    trust: TrustCode = False,
+    allow_address: AllowAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Give seats of a trained team to other models."""
@@ -77,6 +82,7 @@ def swap(
     server: dict[str, Any] = {}
     for text in server_option or []:
         override(server, text)
+    named = [{"model": each, "server": server} for each in model]
     settings = HandOverSettings(tolerance, confidence, problems, samples, looks)
     request = SwapRequest(
         source=source,
@@ -90,6 +96,7 @@ def swap(
         rounds=rounds,
         server=server,
         recipe=recipe,
+        trust=trust_of(trust, None, allow_address, named),
         out=out,
         hand_over=settings,
     )
@@ -135,7 +142,7 @@ def show_swap(result: SwapResult) -> None:
         )
     console.print(table)
     for record in result["swaps"]:
-        for line in (record.get("reason"), record.get("claim")):
+        for line in (record["reason"], record.get("claim")):
             if line:
                 console.print(
                     f"{', '.join(record['seats'])}: {line}", highlight=False, soft_wrap=True

@@ -14,16 +14,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from satune.cli.common import (
+    AllowAddress,
     AsJson,
     Interrupted,
     Overrides,
     RecipeFile,
+    TrustCode,
     UnsafeChecks,
     open_console,
     quiet_libraries,
     say,
     shipped_recipe,
     show_result,
+    trust_of,
 )
 from satune.files.events import Event
 from satune.loading import served
@@ -41,17 +44,22 @@ def train(
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
     resume_from: Annotated[str | None, typer.Option(help="go on from this checkpoint")] = None,
     unsafe_checks: UnsafeChecks = False,
+    trust: TrustCode = False,
+    allow_address: AllowAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Train the team of a recipe."""
-    from satune.config.load import load_recipe
+    from satune.commands.trust import given_recipe
 
     path = shipped_recipe(recipe)
-    loaded = load_recipe(path, overrides or [])
+    spoken = trust_of(trust, overrides, allow_address)
+    loaded = given_recipe(path, overrides or [], spoken)
     resume = resume or resume_from is not None
     directory = out or (resume and _own_run(path)) or Path("runs") / path.stem
     command = ["satune", "train", recipe, *(overrides or []), "--out", str(directory), "--resume"]
     command += ["--unsafe-checks"] if unsafe_checks else []
+    command += ["--trust"] if trust else []
+    command += [part for url in allow_address or [] for part in ("--allow-address", url)]
     summary = run_training(
         loaded, directory, resume=resume, checkpoint=resume_from, command=shlex.join(command)
     )

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.agents.sources import misspelt_path
+from satune.commands.trust import NOTHING, Trust, given_recipe
 from satune.config.derive import section_of
 from satune.config.load import load_recipe, override, recipe_text
 from satune.config.schema import EngineChoice, Recipe
@@ -63,6 +65,9 @@ class Contestant:
     precision: Precision = field(default_factory=Precision)
     device: str = "auto"
     """Of whoever plays an environment's roles in this process."""
+    admit: Callable[[Mapping[str, Any]], None] = lambda played: None
+    """Is given the task and the protocol before they are loaded, and raises UserError where they
+    would run what the user has not said."""
 
     def sampled(self, temperature: float | None, max_new_tokens: int | None) -> list[Seat]:
         """The seats, with another temperature or limit where one is given."""
@@ -112,17 +117,18 @@ def local_contestant(
     overrides: Sequence[str],
     progress: Any,
     servers: Servers,
+    trust: Trust = NOTHING,
 ) -> Contestant:
     """The team that ``given`` names; ``path`` is where a recipe of that name lies, if one does.
 
     Overrides are those of the recipe; other teams take protocol.*, task.*, engine.*,
     team.device, team.dtype, rollout.failures and rollout.grading_seconds. Raises UserError for
-    whatever cannot be had.
+    whatever cannot be had, and for what ``trust`` does not admit.
     """
     place = Path(given)
     if path is not None and not place.is_dir():
         _one_of_each(copies, "a recipe")
-        contestant = _of_recipe(load_recipe(path, overrides), progress, servers)
+        contestant = _of_recipe(given_recipe(path, overrides, trust), progress, servers)
         given_here: dict[str, Any] = {}
         for text in overrides:
             if text.startswith("task."):
@@ -132,7 +138,7 @@ def local_contestant(
     keys = _keys(overrides)
     if (place / "manifest.json").is_file() or (place / "team" / "manifest.json").is_file():
         _one_of_each(copies, "a team")
-        return _of_directory(place, keys, servers)
+        return _of_directory(place, keys, servers, trust)
     if place.is_dir() and not any(
         any(place.glob(name)) for name in ("config.json", "adapter_config.json", "*.gguf")
     ):
@@ -177,14 +183,17 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
     )
 
 
-def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Contestant:
-    from satune.team import load_team
+def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Trust) -> Contestant:
+    from satune.team import load_team, read_manifest
 
     directory = place if (place / "manifest.json").is_file() else place / "team"
+    admit = partial(trust.admit, where=directory / "manifest.json")
+    admit({"agents": read_manifest(directory)["agents"]})
     team = load_team(directory, **keys["team"])
     # A run's team plays as it was trained: the recipe beside it says how long a message may be.
     written = directory.parent / "recipe.yaml"
-    recipe = load_recipe(written) if directory.name == "team" and written.is_file() else None
+    beside = directory.name == "team" and written.is_file()
+    recipe = load_recipe(written, alone=True) if beside else None
     section = _engine_settings(keys, recipe)
     limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
     return Contestant(
@@ -198,6 +207,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers) -> Contes
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
         conversations=section.conversations,
+        admit=admit,
         **_borne(keys, recipe),
         **_placed(keys),
     )

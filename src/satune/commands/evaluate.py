@@ -109,6 +109,7 @@ async def examine(
     )
     seats = contestant.sampled(wanted.temperature, wanted.max_new_tokens)
     protocol = _protocol(contestant, wanted, seats)
+    contestant.admit({"protocol": protocol})
     match = Match(
         seats,
         load_protocol(
@@ -193,6 +194,7 @@ def _task(contestant: Contestant, wanted: Wanted, seed: int) -> tuple[Task, str,
         split = "all" if contestant.held_out or "name" not in own else "eval"
     if contestant.host is not None and takes(name, "host"):
         options = {**options, "host": contestant.asked_task.get("host", contestant.host)}
+    contestant.admit({"task": {"name": name, "data": data and str(data), **options}})
     task = load_task(name, data, seed, None, **options)
     if getattr(task, "fresh", False):
         split = "eval"

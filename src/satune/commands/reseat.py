@@ -17,10 +17,12 @@ from satune.agents.policy import Policy
 from satune.agents.pretrained import Precision, load_policies
 from satune.agents.weights import Weights
 from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
+from satune.commands.trust import NOTHING, Trust
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
+from satune.files.names import refuse_links
 from satune.loading import nearest_hint, served
 from satune.team import Team, add_mixtures, read_manifest
 from satune.training.checkpoint import Checkpoints
@@ -66,14 +68,17 @@ class Found:
         return self.state["offset"] if self.state else 0
 
 
-def find_team(path: Path, recipe: Path | None) -> Found:
+def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     """The team in a run's newest undamaged checkpoint, or in a team directory; loads no model.
 
-    ``recipe`` gives a team directory what its manifest does not hold. Raises UserError where there
-    is no team, or nothing complete of one.
+    ``recipe``, which is the user's own, gives a team directory what its manifest does not hold.
+    Raises UserError where there is no team, or nothing complete of one, and for what ``trust`` does
+    not admit.
     """
     if (path / "manifest.json").is_file():
         manifest = read_manifest(path)
+        used = ("agents",) if recipe else ("agents", "task", "protocol")
+        trust.admit({part: manifest[part] for part in used}, path / "manifest.json")
         said = recipe is not None or manifest.get("max_new_tokens") is not None
         return Found(path, _recipe_of_team(path, manifest, recipe), room_said=said)
     run = RunDirectory(path)
@@ -82,7 +87,9 @@ def find_team(path: Path, recipe: Path | None) -> Found:
         raise UserError(f"{path}: {what}; give a run's directory, or the team/ in it")
     if recipe is not None:
         raise UserError(f"{path}: a run has its own recipe; drop --recipe {recipe}")
-    loaded = load_recipe(run.recipe)
+    refuse_links(path)
+    loaded = load_recipe(run.recipe, alone=True)
+    trust.admit(loaded.model_dump(mode="json"), run.recipe)
     found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest()
     if found is None:
         raise UserError(f"{path}: the run has no complete checkpoint yet; let it train on")

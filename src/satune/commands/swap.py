@@ -20,6 +20,7 @@ from satune.commands.swap_request import (
     check_request,
     kept_answers,
 )
+from satune.commands.trust import remember
 from satune.config.load import save_recipe
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
@@ -105,7 +106,7 @@ def _perform(
         "checkpoint": found.checkpoint,
         "dry_run": request.dry_run,
         "verdict": _overall(verdicts),
-        "reason": "; ".join(r["reason"] for r in job.records if r.get("reason")),
+        "reason": "; ".join(r["reason"] for r in job.records if r["reason"]),
         "tolerance": request.hand_over.tolerance,
         "confidence": request.hand_over.confidence,
         "delta": job.delta,
@@ -120,6 +121,7 @@ def _perform(
         write_result(source, job.outcome(), out, event)
         result["out"] = str(out)
         tell("swap", event)
+        remember(job.team.cast.recipe.model_dump(mode="json"))
         if found.run is not None and found.recipe.log.tensorboard:
             with scalar_writer(out / "tensorboard") as write:
                 write(event)
@@ -250,6 +252,7 @@ class _Swap:
             "models": dict(group),
             "method": method,
             "verdict": "measured",
+            "reason": "",
             "tokens": tokens + naive.tokens,
             "seconds": 0.0,
             "before": self.before.avg_at_k,
@@ -316,7 +319,7 @@ class _Swap:
         decisions = {found["decision"] for found in distillation.values()}
         if "outside" in decisions:
             # Too far to be taken by its divergence; its reward may still speak for it.
-            record["projection_reason"] = record.get("reason", "")
+            record["projection_reason"] = record["reason"]
             self._hand_over(team, record)
             return
         record["verdict"] = "mixture" if "mixture" in decisions else "accepted"

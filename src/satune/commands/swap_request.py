@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from satune.commands.reseat import Found, check_seat, find_team
+from satune.commands.trust import NOTHING, Trust
 from satune.config.schema import ServerSection
 from satune.loading import nearest_hint, served
 from satune.swap.directory import refuse_existing
@@ -48,6 +49,7 @@ class SwapRequest:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
+    trust: Trust = NOTHING
     out: Path | None = None
     hand_over: HandOverSettings = field(default_factory=HandOverSettings)
 
@@ -86,7 +88,7 @@ def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tup
     out = request.out or source.with_name(source.resolve().name + "-swapped")
     if not request.dry_run:
         refuse_existing(out)
-    found = find_team(source, request.recipe)
+    found = find_team(source, request.recipe, request.trust)
     for seat, model in pairs:
         check_seat(found, seat)
         try:

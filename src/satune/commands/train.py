@@ -11,6 +11,7 @@ from torch import Tensor
 from satune.agents.learner import LocalLearner
 from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast
+from satune.commands.trust import remember
 from satune.config.checks import decisions
 from satune.config.derive import may_change
 from satune.config.load import differences, load_recipe, save_recipe
@@ -143,6 +144,7 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         )
         for name, policy in cast.team.policies.items()
     }
+    remember(recipe.model_dump(mode="json"))
     return Training(
         settings=settings,
         learners=learners,
@@ -194,7 +196,7 @@ def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
     """
     if not directory.recipe.is_file():
         return
-    held = load_recipe(directory.recipe)
+    held = load_recipe(directory.recipe, alone=True)
     changed = [key for key in differences(held, recipe) if not _may_change(key, held, recipe)]
     if changed:
         raise UserError(

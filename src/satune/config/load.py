@@ -26,15 +26,16 @@ from satune.loading import nearest
 from satune.types import UserError
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, alone: bool = False) -> Recipe:
     """The recipe in the file ``path``, over its base if it names one, with ``overrides``
     ("dotted.key=value", YAML) applied.
 
-    A template given as a file is read, so that the recipe stands by itself. Raises ``UserError``,
+    A template given as a file is read, so that the recipe stands by itself; one that is ``alone``,
+    as a run keeps it, names neither that nor a base. Raises ``UserError``,
     one line, for a file that is missing or damaged, a key that is not known or has the wrong
     type, and keys that do not go together. Several faults: the first, and how many more.
     """
-    layers = read_layers(Path(path), _read)
+    layers = read_layers(Path(path), _read_alone if alone else _read)
     data = merge(layers)
     overridden = [override(data, text) for text in overrides]
 
@@ -51,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         # A misspelt key is often the reason why another one is missing.
         errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         raise refuse([_fault(item) for item in errors]) from None
-    recipe = _with_templates(recipe)
+    recipe = _with_templates(recipe, overridden if alone else None)
     found = faults(recipe)
     if found:
         raise refuse(found)
@@ -106,6 +107,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is empty; a recipe needs at least team, task and protocol")
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected keys such as team, task and protocol, got {_show(data)}")
+    return data
+
+
+def _read_alone(path: Path) -> dict[str, Any]:
+    data = _read(path)
+    if "base" in data:
+        raise UserError(f"{path}: base: a run's recipe stands by itself; remove the key")
     return data
 
 
@@ -167,14 +175,16 @@ def override(data: dict[str, Any], text: str) -> str:
     return dotted
 
 
-def _with_templates(recipe: Recipe) -> Recipe:
+def _with_templates(recipe: Recipe, own: Sequence[str] | None) -> Recipe:
+    """The recipe with the templates that it names as files; of those only the keys ``own``, if that
+    is given."""
     agents = {}
     for name, agent in recipe.team.agents.items():
         chat = agent.template.chat
         if chat is not None and "{" not in chat:
             file = Path(chat)
             where = f"team.agents.{name}.template.chat"
-            if not file.is_file():
+            if (own is not None and where not in own) or not file.is_file():
                 raise UserError(
                     _one_line(f"{where}: '{chat}' is neither a Jinja template nor a file")
                 )

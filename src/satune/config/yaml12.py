@@ -10,6 +10,10 @@ from typing import Any
 
 import yaml
 
+LARGEST = 100_000
+"""Values that a recipe may have, each counted as often as an alias repeats it."""
+_DIGITS = 1000
+
 _SCALARS = (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -40,7 +44,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         # YAML 1.1 reads 010 as octal.
-        return int(self.construct_scalar(node))
+        digits = self.construct_scalar(node)
+        if len(digits) > _DIGITS:
+            raise yaml.MarkedYAMLError(
+                problem=f"an integer of more than {_DIGITS} digits", problem_mark=node.start_mark
+            )
+        return int(digits)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
@@ -59,8 +68,36 @@ for _kind, _pattern, _first in _SCALARS:
 
 
 def parse(text: str) -> Any:
-    """The data in ``text``. Raises ``yaml.YAMLError``."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
+    """The data in ``text``. Raises ``yaml.YAMLError``, also for a text that nests too deeply, or
+    whose aliases stand for more than ``LARGEST`` values."""
+    loader = _Loader(text)  # a SafeLoader: builds plain data only
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > LARGEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"its aliases stand for more than {LARGEST:,} values",
+                problem_mark=node.start_mark,
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values the node stands for once each alias is written out."""
+    if id(node) not in known:
+        known[id(node)] = LARGEST + 1  # met again inside itself, it would have no end
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_values(part, known) for part in inner)
+    return known[id(node)]
 
 
 def dump(data: Any) -> str:

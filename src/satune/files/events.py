@@ -205,7 +205,7 @@ class SwapRecord(TypedDict):
     naive: float
     naive_difference: Difference
     problems: int
-    reason: NotRequired[str]
+    reason: str
     after: NotRequired[float]
     difference: NotRequired[Difference]
     projection: NotRequired[dict[str, dict[str, Any]]]

@@ -29,6 +29,7 @@ from satune.agents.anchor import Snapshot
 from satune.agents.ports import Learner
 from satune.core.confidence import Spending
 from satune.files.arrays import append_rows, files_of_rows, read_rows
+from satune.files.names import is_plain
 from satune.files.writing import (
     WRITING,
     identity,
@@ -206,10 +207,12 @@ class Checkpoints:
         try:
             state = json.loads((path / "state.json").read_text())
             files = state["files"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return f"{path}/state.json: damaged checkpoint (unreadable)"
         if state.get("format") != FORMAT:
             return f"{path}: checkpoint format {state.get('format')!r}, this satune reads {FORMAT}"
+        if not _stays(state):
+            return f"{path}/state.json: damaged checkpoint (a name or size in it is none)"
         for relative, recorded in files.items():
             if not (path / relative).is_file():
                 return f"{path / relative}: damaged checkpoint (missing file)"
@@ -265,6 +268,18 @@ def _file(agent: str, part: str) -> str:
 
 def _text(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
+
+
+def _stays(text: Mapping[str, Any]) -> bool:
+    """Whether what a state names are files beside one another, with sizes that a file can have: a
+    resume reads, cuts and removes them, and anybody may have written their names."""
+    try:
+        sizes = text["sizes"]
+        names = [*text["files"], *sizes["episodes"], *text["state"]["certify"]["held"]]
+        bytes_of = [sizes["events"], *sizes["episodes"].values()]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return all(map(is_plain, names)) and all(type(n) is int and 0 <= n < 1 << 63 for n in bytes_of)
 
 
 def _pair(numbers: Sequence[int]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from satune.files.arrays import append_rows, files_of_rows, read_rows
 from satune.files.events import Event, append_event, read_events
+from satune.files.names import is_plain, refuse_links
 from satune.files.writing import disk_errors, strict_json, sync_directory, write_atomically
 from satune.types import UserError
 
@@ -48,8 +49,10 @@ class RunDirectory:
         """Make the directory, refusing one with contents that a new run would mix with.
 
         Raises ``UserError`` if it holds a run and ``resume`` is not asked for, if it holds
-        anything else, or if it cannot be written.
+        anything else, or if it cannot be written; and for a run with a link that leads out of it.
         """
+        if resume:
+            refuse_links(self.path)
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not resume:
@@ -113,9 +116,11 @@ class RunDirectory:
     def truncate(self, sizes: Mapping[str, Any]) -> None:
         """Cut events and episodes back to ``sizes``; files of episodes not listed are removed.
 
-        Nothing is changed and ``UserError`` raised if a file is shorter than recorded.
+        Nothing is changed and ``UserError`` raised if a file is shorter than recorded. The names in
+        ``sizes`` are those of files beside one another, as ``Checkpoints.damage`` holds.
         """
         kept: dict[str, int] = dict(sizes["episodes"])
+        assert all(map(is_plain, kept))
         cuts = {self.events: int(sizes["events"])}
         cuts.update({self.episodes / name: int(size) for name, size in kept.items()})
         for path, size in cuts.items():
