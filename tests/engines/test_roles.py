@@ -188,7 +188,7 @@ def test_a_template_that_refuses_instructions_gets_them_with_the_first_question(
     )
     host = LocalRole(policy)
     messages = [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}]
-    assert policy.tokenizer.decode(host._ids(messages)).replace(" ", "") == "1\n\n2;"
+    assert policy.tokenizer.decode(host._ids(host._text(messages))).replace(" ", "") == "1\n\n2;"
     policy.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         LocalRole(policy)
