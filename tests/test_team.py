@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, LoraSpec
 from satune.agents.rendering import TemplateSettings
-from satune.team import Team, build_team, load_team, read_manifest
+from satune.team import Team, build_team, load_team, manifest_of
 from satune.tiny.tokenizers import llama_tokenizer, qwen3_tokenizer
 from satune.types import UserError
 from tiny_models import tiny_lm
@@ -202,7 +202,7 @@ def test_a_bfloat16_base_under_float32_adapters(tmp_path):
 
 def test_the_manifest(tmp_path):
     separate_team(tmp_path).save(tmp_path / "team")
-    manifest = read_manifest(tmp_path / "team")
+    manifest = manifest_of(tmp_path / "team")
     assert manifest["seats"] == {"one": "writer", "two": "critic", "three": "writer"}
     assert manifest["agents"]["writer"]["dir"] == "writer"
     assert manifest["agents"]["writer"]["temperature"] == 0.7
@@ -210,9 +210,9 @@ def test_the_manifest(tmp_path):
     path = tmp_path / "team" / "manifest.json"
     path.write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(UserError, match="format 99, this satune reads 1"):
-        read_manifest(tmp_path / "team")
+        manifest_of(tmp_path / "team")
     path.write_text('{"format": 1,\n "seats": }')
     with pytest.raises(UserError, match=r"manifest.json:2: damaged JSON"):
-        read_manifest(tmp_path / "team")
+        manifest_of(tmp_path / "team")
     with pytest.raises(UserError, match="not a team directory"):
-        read_manifest(tmp_path)
+        manifest_of(tmp_path)

@@ -20,13 +20,12 @@ from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import convert, saved_adapter, source_of
 from satune.agents.specs import ALL_LINEAR, LoraSpec
+from satune.files.manifest import FORMAT, MANIFEST, read_manifest
 from satune.files.names import is_plain
+from satune.files.writing import written_beside
 from satune.loading import served
 from satune.types import Renderer, Sampling, Seat, UserError
 
-FORMAT = 1
-_LARGEST = 1 << 24
-_NEEDED = {"temperature", "template", "sharing", "delta"}
 _TEMPLATE = {each.name for each in fields(TemplateSettings)}
 
 
@@ -82,15 +81,17 @@ class Team:
     def save(self, directory: Path, *, final: Path | None = None) -> None:
         """Write the team: manifest.json and a Hugging Face (or PEFT) directory an agent.
 
-        Written beside and renamed, so that ``directory`` is always whole. ``final``: where it will
-        lie in the end, if elsewhere.
+        Written beside, safely on the disk, and renamed, so that ``directory`` is always whole.
+        ``final``: where it will lie in the end, if elsewhere. Raises UserError where the disk
+        refuses.
         """
-        beside = directory.with_name(directory.name + ".writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        with written_beside(directory) as beside:
+            self._write(beside, final or directory)
+
+    def _write(self, beside: Path, final: Path) -> None:
         bases: dict[str, str] = {}
         for name in self.policies:
-            self.save_agent(name, beside, final or directory, bases)
+            self.save_agent(name, beside, final, bases)
         manifest = {
             "format": FORMAT,
             "seats": self.seats,
@@ -99,9 +100,7 @@ class Team:
             "task": dict(self.task),
             "max_new_tokens": self.max_new_tokens,
         }
-        (beside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        beside.rename(directory)
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an agent."""
@@ -189,32 +188,17 @@ def _plain_generation(policy: Policy) -> None:
     )
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def manifest_of(directory: Path) -> dict[str, Any]:
     """The manifest of a team directory, which anybody may have written.
 
-    Raises UserError where it is none, of another format, damaged, or names what lies elsewhere:
-    whatever it says of files stays in ``directory``.
+    Raises UserError as ``read_manifest``, and where it names what lies elsewhere: whatever it says
+    of files stays in ``directory``.
     """
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{directory}: not a team directory (no manifest.json in it)")
-    if path.stat().st_size > _LARGEST:
-        raise UserError(f"{path}: has more than {_LARGEST:,} bytes, which no manifest needs")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged JSON ({type(error).__name__})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise UserError(f"{path}: format {found!r}, this satune reads {FORMAT}")
-    for part in ("agents", "seats", "task", "protocol"):
-        if not isinstance(manifest.get(part), dict):
-            raise UserError(f"{path}: damaged manifest ({part} is missing or has no keys)")
-    for seat, agent in manifest["seats"].items():
-        if not _is_name(seat) or agent not in manifest["agents"]:
-            raise UserError(f"{path}: damaged manifest (seats.{seat} names no agent)")
+    manifest = read_manifest(directory)
+    path = directory / MANIFEST
+    for seat in manifest["seats"]:
+        if not _is_name(seat):
+            raise UserError(f"{path}: damaged manifest (the seat {seat!r} has no plain name)")
     for name, entry in manifest["agents"].items():
         fault = _fault_of_agent(name, entry, directory)
         if fault is not None:
@@ -230,8 +214,6 @@ def _fault_of_agent(name: str, entry: Any, directory: Path) -> str | None:
     """What is wrong with an agent's entry in a manifest; None for nothing."""
     if not _is_name(name):
         return "its name has other characters than letters, digits, '-' and '_'"
-    if not isinstance(entry, dict) or not set(entry) >= _NEEDED:
-        return f"needs {', '.join(sorted(_NEEDED))}"
     template = entry["template"]
     if not isinstance(template, dict) or not set(template) <= _TEMPLATE:
         return f"its template has other keys than {', '.join(sorted(_TEMPLATE))}"
@@ -267,7 +249,7 @@ def load_team(
     directory: Path, *, dtype: str = "float32", device: str = "auto", seed: int = 0
 ) -> Team:
     """The team in a directory written by ``Team.save``."""
-    manifest = read_manifest(directory)
+    manifest = manifest_of(directory)
     specs: list[AgentSpec] = []
     sharing = "separate"
     for name, entry in manifest["agents"].items():

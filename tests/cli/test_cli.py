@@ -21,6 +21,7 @@ import tiny_world
 from command_line import ENVIRONMENT, Run, refused
 from satune.cli.common import shipped_recipe
 from satune.config.load import load_recipe
+from satune.files.lock import LOCK, locked
 from satune.training.run_directory import RunDirectory
 
 
@@ -151,6 +152,23 @@ def test_nothing_begins_among_other_files(satune: Run, recipe: Path, tmp_path: P
     line = refused(satune("train", recipe, "--out", tmp_path, "--resume"))
     assert line == f"{tmp_path}: is not empty and holds no run; give another --out"
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_at_which_another_process_works(
+    satune: Run, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out / LOCK, str(out)):
+        there = json.loads((out / LOCK).read_text())
+        told = (
+            f"{out}: process {there['pid']} works there since {there['start']} on "
+            f"{there['host']}; wait for it, or give another --out"
+        )
+        for more in ([], ["--resume"], ["--break-lock"]):
+            assert refused(satune("train", recipe, "--out", out, *more)) == told
+        assert refused(satune("eval", recipe, "--out", out)) == told
+        assert [path.name for path in out.iterdir()] == [LOCK]
 
 
 @pytest.fixture
@@ -482,7 +500,7 @@ def test_directories_that_cannot_be_used(satune: Run, recipe: Path, tmp_path: Pa
     )
     changed = satune("train", recipe, "stages=1", "optimizer.lr=2e-3", "--out", out, "--resume")
     assert "started with another recipe (optimizer.lr)" in (said := refused(changed))
-    assert "or with this file (docs/recipe.md lists what may change" in said
+    assert "as it was written (docs/recipe.md lists what may change)" in said
     older = ["--out", str(out), "--resume-from", "stage-0044"]
     assert "no checkpoint 'stage-0044'" in refused(satune("train", recipe, "stages=1", *older))
     assert (out / "events.jsonl").read_bytes() == before

@@ -20,9 +20,10 @@ from satune.commands.reseat import find_team
 from satune.commands.trust import Address, Code, Trust, claims, given_recipe, remember
 from satune.config.load import load_recipe, recipe_text
 from satune.engines.servers import Servers
-from satune.team import load_team, read_manifest
+from satune.team import load_team, manifest_of
 from satune.types import UserError
 
+NO_ENGINE: Any = None
 SERVER = "http://collector.example/v1"
 RECIPE = {
     "team": {"agents": {"a": {"model": "somebody/model"}, "b": {"model": "somebody/model"}}},
@@ -94,6 +95,7 @@ NAMES = {
     "order": {"order": "{it}"},
     "schedule": {"schedule": "{it}"},
     "credit": {"credit": "{it}"},
+    "engine": {"engine": "{it}"},
 }  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def test_a_manifests_code_is_refused(evil: Path, tmp_path: Path, part: str):
 
 def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: Path):
     asked: list[Any] = []
-    contestant = Contestant([], None, {}, task={"name": f"{evil}:thing"}, admit=asked.append)  # type: ignore[arg-type]
+    contestant = Contestant([], NO_ENGINE, {}, task={"name": f"{evil}:thing"}, admit=asked.append)
     _task(contestant, Wanted(benchmark="relay"), 0)
     assert [list(claims(document)) for document in asked] == [[]]
     own = Contestant(
@@ -152,14 +154,23 @@ def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: P
         None,
         {},
         task={"name": f"{evil}:thing"},
-        admit=lambda doc: Trust().admit(doc, "team"),  # type: ignore[arg-type]
+        admit=lambda doc: Trust().admit(doc, "team"),
     )
     assert refusal(_task, own, Wanted(), 0).startswith(f"team: would run {evil}:thing (task.name)")
     assert not (tmp_path / "ran").exists()
     named = Trust.of(said=[f"{evil}:thing"])
-    spoken = Contestant([], None, {}, admit=lambda doc: named.admit(doc, "team"))  # type: ignore[arg-type]
+    spoken = Contestant([], NO_ENGINE, {}, admit=lambda doc: named.admit(doc, "team"))
     refusal(_task, spoken, Wanted(benchmark=f"{evil}:thing"), 0)  # it is no task
     assert (tmp_path / "ran").exists()
+
+
+def test_the_engine_of_the_run_beside_a_team_is_asked_about(evil: Path, tmp_path: Path):
+    run = run_of(tmp_path / "run", RECIPE | {"engine": f"{evil}:thing"})
+    inner = team(run / "team", agents={"a": entry()})
+    known = Trust.of(allowed=[SERVER])
+    line = refusal(local_contestant, str(inner), None, 1, [], print, Servers(), known)
+    assert line.startswith(f"{run}/recipe.yaml: would run {evil}:thing (engine.name)")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_training_used_is_known_until_it_changes(evil: Path, state: Path, tmp_path: Path):
@@ -347,7 +358,7 @@ def test_a_manifest_stays_in_its_directory(tmp_path: Path, name: str):
         config = {"base_model_name_or_path": base}
         (folder / place / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "private").mkdir()
-    for read in (read_manifest, load_team):
+    for read in (manifest_of, load_team):
         line = refusal(read, folder)
         assert (
             line.startswith(f"{folder}/manifest.json: damaged manifest (agents.") and said in line
@@ -360,9 +371,9 @@ def test_a_manifest_stays_in_its_directory(tmp_path: Path, name: str):
 )
 def test_a_manifest_that_is_none_is_one_line(tmp_path: Path, text: str):
     folder = team(tmp_path / "team")
-    assert read_manifest(folder)["seats"] == {"a": "a"}
+    assert manifest_of(folder)["seats"] == {"a": "a"}
     (folder / "manifest.json").write_text(text)
-    assert refusal(read_manifest, folder).startswith(f"{folder}/manifest.json")
+    assert refusal(manifest_of, folder).startswith(f"{folder}/manifest.json")
 
 
 def test_an_adapter_imports_nothing(tmp_path: Path):

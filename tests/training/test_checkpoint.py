@@ -347,13 +347,22 @@ def test_without_an_undamaged_checkpoint_nothing_is_touched(recipe: Path, tmp_pa
     assert len(tiny_world.checkpoints(out).names()) == 2
 
 
-def test_events_shorter_than_recorded_are_refused(recipe: Path, tmp_path: Path) -> None:
+def test_lost_events_cost_no_trained_result(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     go(recipe, out, ["stages=1"], resume=False)
+    before = left(out)
     (out / "summary.json").unlink()
     os.truncate(out / "events.jsonl", 10)
-    with pytest.raises(UserError, match="the run is damaged, start it anew"):
-        go(recipe, out, ["stages=1"], resume=True)
+    capsys.readouterr()
+    go(recipe, out, ["stages=1"], resume=True)
+    said = capsys.readouterr().err
+    assert said.count(f"{out / 'events.jsonl'}: holds 10 bytes where the checkpoint recorded") == 1
+    after = left(out)
+    lost = len(before["events"]) - len(after["events"])
+    assert after | {"events": before["events"]} == before
+    assert lost > 0 and after["events"] == before["events"][lost:]
 
 
 # A disk that refuses

@@ -82,15 +82,30 @@ def test_sizes_of_a_run_without_lines(run: RunDirectory) -> None:
     assert run.sizes() == {"events": 0, "episodes": {}}
 
 
-def test_a_file_shorter_than_recorded_changes_nothing(run: RunDirectory) -> None:
+def test_what_a_file_has_lost_is_said_and_costs_nothing_else(run: RunDirectory) -> None:
     run.append_event(event("stage", stage=1))
     run.append_episodes(1, [episode("a")])
-    before = run.events.read_bytes()
-    with pytest.raises(UserError, match=r"stage-0001\.jsonl: holds \d+ bytes where .* 999"):
-        run.truncate({"events": 0, "episodes": {"stage-0001.jsonl": 999}})
-    with pytest.raises(UserError, match=r"stage-0007\.jsonl: holds 0 bytes"):
-        run.truncate({"events": 0, "episodes": {"stage-0007.jsonl": 1}})
-    assert run.events.read_bytes() == before
+    run.append_episodes(2, [episode("b")])
+    kept = run.read_episodes(1)
+    whole = run.sizes()
+    run.append_event(event("stage", stage=2))
+    with open(run.episodes / "stage-0001.jsonl", "ab") as file:
+        file.write(b'{"id": "tor')
+    held = (run.episodes / "stage-0001.jsonl").stat().st_size
+    lost = {"stage-0001.jsonl": 999, "stage-0002.arrays": 77, "stage-0007.jsonl": 1}
+    lines = run.truncate({"events": whole["events"], "episodes": {**whole["episodes"], **lost}})
+    assert [line.split(";")[0].removeprefix(f"{run.episodes}/") for line in lines] == [
+        f"stage-0001.jsonl: holds {held} bytes where the checkpoint recorded 999",
+        f"stage-0002.arrays: holds {whole['episodes']['stage-0002.arrays']} bytes where the "
+        "checkpoint recorded 77",
+        "stage-0007.jsonl: holds 0 bytes where the checkpoint recorded 1",
+    ]
+    # The whole lines stay, the torn one would be glued to the next.
+    assert run.read_episodes(1) == kept and stages(run) == [1]
+    # Rows whose numbers are lost are set aside: they would be given those that come next.
+    assert run.read_episodes(2) == [] and not (run.episodes / "stage-0002.arrays").exists()
+    assert (run.episodes / "stage-0002.jsonl.damaged").exists()
+    assert not (run.episodes / "stage-0007.jsonl").exists()
 
 
 # Starting
@@ -104,9 +119,60 @@ def test_a_directory_that_holds_a_run_is_refused(run: RunDirectory) -> None:
     with pytest.raises(UserError, match=r"already holds a run; go on with it by --resume"):
         RunDirectory(run.path).start()
     RunDirectory(run.path).start(resume=True)
-    run.write_summary({"reward_after": 1.0})
+
+
+def save_team(run: RunDirectory) -> None:
+    """A team of one agent that lies in it and one that is served elsewhere."""
+    common = {"temperature": 1.0, "template": {}, "sharing": "separate", "delta": None}
+    agents = {"ann": {"dir": "ann", **common}, "bob": {"served": "http://a/v1#M", **common}}
+    (run.team / "ann").mkdir(parents=True)
+    (run.team / "ann" / "model.safetensors").write_bytes(b"weights")
+    manifest = {"format": 1, "seats": {"a": "ann"}, "agents": agents, "protocol": {}, "task": {}}
+    (run.team / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_is_finished_with_its_summary_and_its_whole_team(run: RunDirectory) -> None:
+    assert run.unfinished() == ""
+    run.write_summary({"stages": 1, "reward_after": 1.0})
+    assert run.read_summary() == {"stages": 1, "reward_after": 1.0}
+    assert run.unfinished() == f"{run.team / 'manifest.json'}: is missing"
+    save_team(run)
     assert run.finished
-    assert json.loads(run.summary.read_text()) == {"reward_after": 1.0}
+    (run.team / "ann" / "model.safetensors").unlink()
+    assert run.unfinished() == f"{run.team / 'ann' / '*.safetensors'}: is missing"
+    (run.team / "ann" / "model.safetensors").write_bytes(b"weights")
+    for damage in ("", "{", "[]", '{"reward_after": 1.0}', "\udc80"):
+        run.summary.write_text(damage, errors="surrogateescape")
+        assert run.unfinished() == f"{run.summary}: damaged"
+
+
+def test_a_run_that_is_going_back_is_not_finished(run: RunDirectory) -> None:
+    save_team(run)
+    run.write_summary({"stages": 1})
+    assert run.intended is None
+    with pytest.raises(ZeroDivisionError), run.going_back("stage-0001"):
+        raise ZeroDivisionError
+    assert run.intended == "stage-0001" and not run.finished
+    with run.going_back("stage-0000"):
+        assert run.intended == "stage-0000"
+    assert run.intended is None and run.finished
+    run.intent.write_text("{}")
+    with pytest.raises(UserError, match=r"going-back\.json: damaged; name the checkpoint"):
+        run.intended  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "episodes", "checkpoints", "tensorboard", "optimizers", ".lock", ".writable",
+        "..writable.partial", ".recipe.yaml.partial", ".settings.json.partial",
+    ],
+)  # fmt: skip
+def test_what_a_start_leaves_that_was_cut_off_locks_nothing(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).mkdir() if "." not in left else (tmp_path / left).write_text("")
+    run = RunDirectory(tmp_path)
+    with run.held():
+        run.start()
 
 
 def test_a_checkpoint_alone_is_a_run(run: RunDirectory) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from satune.files.printing import printable
 from satune.loading import KEY_VARIABLE
@@ -39,6 +40,12 @@ AllowAddress = Annotated[
         metavar="URL[=VARIABLE]",
         help="a server that such a run or team may ask, and the variable of its key",
         show_default=f"none; {KEY_VARIABLE}",
+    ),
+]
+BreakLock = Annotated[
+    bool,
+    typer.Option(
+        "--break-lock", help="take a lock that a process on another machine left on the directory"
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
@@ -75,10 +82,20 @@ def trust_of(
     return Trust.of(code, addresses or [], [named, said])
 
 
+class PlainConsole(Console):
+    """A console that shows every text as it stands: what looks like markup is no markup, and what
+    could steer a terminal is replaced. Names, ids, paths and messages come from anybody; a style
+    is given by a ``rich.text.Text``, whose parts are made ``printable`` where they are not ours."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        plain = "\n".join(map(printable, text.split("\n")))
+        return super().render_str(plain, **{**options, "markup": False, "emoji": False})
+
+
 def open_console(*, stderr: bool = False) -> Console:
     """Where results (or, with ``stderr``, progress and notes) are shown. A terminal's lines are
     wrapped to its width; into a file or a pipe each line and each row of a table stays one line."""
-    made = Console(stderr=stderr)
+    made = PlainConsole(stderr=stderr)
     if not made.file.isatty():
         made.width = _UNBOUNDED
     return made

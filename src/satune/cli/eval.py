@@ -16,6 +16,7 @@ import typer
 from satune.cli.common import (
     AllowAddress,
     AsJson,
+    BreakLock,
     Interrupted,
     Overrides,
     TrustCode,
@@ -162,6 +163,7 @@ def evaluate(
     unsafe_checks: UnsafeChecks = False,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
+    break_lock: BreakLock = False,
     as_json: AsJson = False,
 ) -> None:
     """A team on a benchmark: the team, each seat and the majority at a matched sample budget."""
@@ -244,7 +246,7 @@ def evaluate(
             await servers.close()
 
     try:
-        with place(directory), Display(open_console(stderr=True)) as display:
+        with place(directory, break_lock=break_lock), Display(open_console(stderr=True)) as display:
             contestant = contestant_of(display)
             report = asyncio.run(play(contestant, display))
             requests, repeated, reused = (

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from satune.cli.common import AsJson, open_console, say, show_result
 
@@ -56,7 +57,7 @@ def show_lab(found: dict[str, Any]) -> None:
         tightness, kept = bound["median_tightness"], bound["held"] == bound["checked"]
         table.add_row(
             name.replace("_", " "),
-            f"{bound['held']:,}" if kept else f"[red]{bound['held']:,}",
+            Text(f"{bound['held']:,}", style="" if kept else "red"),
             f"{bound['checked']:,}",
             "exact" if tightness is None else f"{tightness:.3g}",
             f"{bound['positive']:,}" if bound["positive"] else "",

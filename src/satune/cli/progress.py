@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.text import Text
 
 from satune.files.events import EvalEvent, Event, Notice, UpdateEvent
+from satune.files.printing import printable
 
 
 class _Rate(ProgressColumn):
@@ -30,7 +31,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             _Rate(),
@@ -50,7 +51,8 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
-    def note(self, text: str) -> None:
+    def note(self, text: str | Text) -> None:
+        """One line for a person; of a plain text nothing is markup."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def progress(self, done: int, total: int, message: str) -> None:
@@ -58,7 +60,7 @@ class Display:
         if self._task is None or message != self._message:
             if self._task is not None:
                 self._bars.remove_task(self._task)
-            self._task = self._bars.add_task(message, total=total)
+            self._task = self._bars.add_task(printable(message), total=total)
             self._message = message
         self._bars.update(self._task, completed=done, total=total)
         if done >= total:
@@ -75,21 +77,20 @@ class Display:
         match event["event"]:
             case "eval":
                 decoding = "greedy" if event["greedy"] else "sampled"
-                self.note(
-                    f"[bold]held-out reward[/] {event['reward']:.3f}{_interval(event)} "
+                told = (
+                    f" {event['reward']:.3f}{_interval(event)} "
                     f"({decoding}, after {event['stage']} stages, {event['problems']} problems)"
                 )
+                self.note(Text.assemble(("held-out reward", "bold"), told))
             case "update":
                 moved = ""
                 if "kl" in event:
                     moved = f"KL {event['kl']['quantile']:.4f} of {event['delta']:g}, "
                 taken = event["accepted"]
-                verdict = f"scale {event['scale']:.2f}" if taken else "[red]reverted[/]"
-                reason = "" if taken else f" ({event['reason']})"
-                self.note(
-                    f"  stage {event['stage']} step {event['step']} {event['agent']}: "
-                    f"{moved}{verdict}{reason}{_certified(event)}"
-                )
+                step = f"  stage {event['stage']} step {event['step']} {event['agent']}: {moved}"
+                reason = "" if taken else printable(f" ({event['reason']})")
+                verdict = f"scale {event['scale']:.2f}" if taken else ("reverted", "red")
+                self.note(Text.assemble(printable(step), verdict, reason, _certified(event)))
             case "look":
                 self.note(
                     f"  hand-over of {', '.join(event['seats'])}: {event['problems']} problems, "

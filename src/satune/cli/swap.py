@@ -11,6 +11,7 @@ from rich.table import Table
 from satune.cli.common import (
     AllowAddress,
     AsJson,
+    BreakLock,
     Out,
     TrustCode,
     UnsafeChecks,
@@ -69,6 +70,7 @@ def swap(
         Path | None, typer.Option(help="rollout settings and task for a team directory")
     ] = None,
     out: Out = None,
+    break_lock: BreakLock = False,
     unsafe_checks: UnsafeChecks = False,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
@@ -98,6 +100,7 @@ def swap(
         recipe=recipe,
         trust=trust_of(trust, None, allow_address, named),
         out=out,
+        break_lock=break_lock,
         hand_over=settings,
     )
     result = run_swap(request)

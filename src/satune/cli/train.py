@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from satune.cli.common import (
     AllowAddress,
     AsJson,
+    BreakLock,
     Interrupted,
     Overrides,
     RecipeFile,
@@ -28,7 +27,7 @@ from satune.cli.common import (
     show_result,
     trust_of,
 )
-from satune.files.events import Event
+from satune.files.events import Event, Note
 from satune.loading import served
 
 
@@ -43,6 +42,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
     resume_from: Annotated[str | None, typer.Option(help="go on from this checkpoint")] = None,
+    break_lock: BreakLock = False,
     unsafe_checks: UnsafeChecks = False,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
@@ -61,7 +61,12 @@ def train(
     command += ["--trust"] if trust else []
     command += [part for url in allow_address or [] for part in ("--allow-address", url)]
     summary = run_training(
-        loaded, directory, resume=resume, checkpoint=resume_from, command=shlex.join(command)
+        loaded,
+        directory,
+        resume=resume,
+        checkpoint=resume_from,
+        command=shlex.join(command),
+        break_lock=break_lock,
     )
     show_result(summary, as_json, show_summary)
 
@@ -73,24 +78,25 @@ def _own_run(recipe: Path) -> Path | None:
 
 
 def run_training(
-    recipe: Any, out: Path, *, resume: bool, checkpoint: str | None, command: str
+    recipe: Any,
+    out: Path,
+    *,
+    resume: bool,
+    checkpoint: str | None,
+    command: str,
+    break_lock: bool = False,
 ) -> dict[str, Any]:
     """Train into ``out`` and return the summary. Raises Interrupted with the command to go on."""
     from satune.cli.progress import Display
     from satune.training.run_directory import RunDirectory
 
     directory = RunDirectory(out)
-    if resume and directory.finished and checkpoint is None:
-        from satune.commands.train import check_recipe_unchanged
-
-        check_recipe_unchanged(directory, recipe)
-        summary = json.loads(directory.summary.read_text())
-        if summary["stages"] >= recipe.stages:
-            say(f"{out}: the run is finished; its summary follows")
-            return summary
-    console = open_console(stderr=True)
+    directory.check_place(resume=resume)
     try:
-        with Display(console) as display:
+        with (
+            directory.held(break_lock=break_lock),
+            Display(open_console(stderr=True)) as display,
+        ):
             return _train(recipe, directory, display, resume=resume, checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise Interrupted(command if directory.holds_run else "") from None
@@ -103,27 +109,30 @@ def _train(
     import torch
 
     from satune.commands.assemble import assemble, overlap_note
-    from satune.commands.train import check_recipe_unchanged, start_training, tolerance_of
+    from satune.commands.train import start_training, tolerance_of
     from satune.files.writing import tensor_errors
     from satune.report.monitors import scalar_writer
-    from satune.report.plots import plot_training
     from satune.tiny.zoo import is_tiny
-    from satune.training.checkpoint import Checkpoints
     from satune.training.trainer import train as run
 
     name: str | None = None
     if resume:
-        check_recipe_unchanged(directory, recipe)
-        found = Checkpoints(directory.checkpoints, recipe.checkpoint.keep).latest(checkpoint)
-        name, passed = found or (None, [])
-        for line in passed:
-            display.note(escape(f"{line}; going on from {name}"))
+        name = _checkpoint(recipe, directory, display, checkpoint)
+        lacking = directory.unfinished()
+        if lacking is None and checkpoint is None:
+            summary = directory.read_summary()
+            assert summary is not None
+            if summary["stages"] >= recipe.stages:
+                say(f"{directory.path}: the run is finished; its summary follows")
+                return summary
+        if lacking:
+            display.note(f"{lacking}; it is written anew")
     # Where there is no run, what stands there is as much in the way as it is without --resume.
     held = directory.holds_run
     directory.start(resume=resume and held)
     if resume and name is None:
         what = "no checkpoint of the run; it begins anew" if held else "no run; a new one begins"
-        display.note(escape(f"{directory.path}: nothing to resume: {what}"))
+        display.note(f"{directory.path}: nothing to resume: {what}")
     local = [a.model for a in recipe.team.agents.values() if served(a.model) is None]
     if all(map(is_tiny, local)):
         # Their matrices are too small to share: two threads were slower than one.
@@ -138,11 +147,11 @@ def _train(
         if resume and name is None:
             # What a run left that ended before its first checkpoint would stand there twice.
             directory.truncate({"events": 0, "episodes": {}})
-        watchers: list[Callable[[Event], None]] = [display.watch]
+        watchers: list[Callable[[Event | Note], None]] = [display.watch]
         if recipe.log.tensorboard:
             watchers.append(stack.enter_context(scalar_writer(directory.path / "tensorboard")))
 
-        def watch(event: Event) -> None:
+        def watch(event: Event | Note) -> None:
             for watcher in watchers:
                 watcher(event)
             if event["event"] == "stage":
@@ -150,10 +159,42 @@ def _train(
 
         training = start_training(cast, directory, watch)
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)
-        figure = plot_training(directory.path, directory.path / "training.png")
-    if figure is None:
-        display.note("figures skipped: pip install 'satune\\[plots]'")
+    _draw(directory, display)
     return summary
+
+
+def _checkpoint(recipe: Any, directory: Any, display: Any, asked_for: str | None) -> str | None:
+    """The checkpoint that a resume goes on from: the one asked for, else the one that a resume was
+    going back to when it was cut off, else the newest undamaged one. None where there is none.
+
+    Raises UserError for a recipe under which the run cannot go on.
+    """
+    from satune.commands.train import check_recipe_unchanged
+    from satune.training.checkpoint import Checkpoints
+
+    store = Checkpoints(directory.checkpoints, recipe.checkpoint.keep)
+    found = store.latest(asked_for or directory.intended)
+    name, passed = found or (None, [])
+    for line in passed:
+        display.note(f"{line}; going on from {name}")
+    check_recipe_unchanged(directory, recipe, None if name is None else store.recipe(name))
+    if directory.holds_run and not directory.recipe.exists():
+        display.note(f"{directory.recipe}: is missing; it is written anew")
+    return name
+
+
+def _draw(directory: Any, display: Any) -> None:
+    """The run's figures. What is in the way of them costs nothing else."""
+    from satune.report.plots import plot_training
+    from satune.types import UserError
+
+    try:
+        figure = plot_training(directory.path, directory.path / "training.png")
+    except UserError as error:
+        display.note(f"figures skipped: {error}")
+        return
+    if figure is None:
+        display.note("figures skipped: pip install 'satune[plots]'")
 
 
 def show_summary(summary: dict[str, Any]) -> None:

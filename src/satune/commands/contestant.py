@@ -184,17 +184,17 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
 
 
 def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Trust) -> Contestant:
-    from satune.team import load_team, read_manifest
+    from satune.team import load_team, manifest_of
 
     directory = place if (place / "manifest.json").is_file() else place / "team"
     admit = partial(trust.admit, where=directory / "manifest.json")
-    admit({"agents": read_manifest(directory)["agents"]})
+    admit({"agents": manifest_of(directory)["agents"]})
     team = load_team(directory, **keys["team"])
     # A run's team plays as it was trained: the recipe beside it says how long a message may be.
     written = directory.parent / "recipe.yaml"
     beside = directory.name == "team" and written.is_file()
     recipe = load_recipe(written, alone=True) if beside else None
-    section = _engine_settings(keys, recipe)
+    section = _engine_settings(keys, recipe, partial(trust.admit, where=written))
     limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
     return Contestant(
         team.seats_for(limit),
@@ -206,8 +206,8 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Tr
         asked_task=keys["task"],
         held_out=recipe.evaluate.data if recipe else None,
         seed=recipe.seed if recipe else 0,
-        conversations=section.conversations,
         admit=admit,
+        conversations=section.conversations,
         **_borne(keys, recipe),
         **_placed(keys),
     )
@@ -259,9 +259,14 @@ def _engine(team: Any, settings: EngineSettings) -> Engine:
     return settings.make(team.policies, team.seats)
 
 
-def _engine_settings(keys: dict[str, Any], recipe: Recipe | None) -> EngineSettings:
+def _engine_settings(
+    keys: dict[str, Any],
+    recipe: Recipe | None,
+    admit: Callable[[Mapping[str, Any]], None] = lambda engine: None,
+) -> EngineSettings:
     written = {"name": recipe.engine.name, **recipe.engine.options} if recipe else {}
     engine = _checked(TypeAdapter(EngineChoice).validate_python, "engine", written, keys)
+    admit({"engine": {"name": engine.name, **engine.options}})
     return engine_settings(engine.name, engine.options)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from satune.commands.contestant import Contestant, file_identity
 from satune.engines.roles import SCRIPTED, with_roles
 from satune.files.lines import JsonLines
-from satune.files.writing import disk_errors, write_atomically
+from satune.files.lock import LOCK, locked
+from satune.files.writing import disk_errors, is_partial, write_atomically
 from satune.play.evaluation import report, summarise
 from satune.play.match import Match
 from satune.play.rollout import rollout
@@ -62,32 +63,50 @@ class Wanted:
 
 
 @contextmanager
-def place(out: Path) -> Iterator[None]:
-    """The directory of an evaluation, made where it is not there. One that is left by an exception
-    before anything was answered is left as it was found.
+def place(out: Path, *, break_lock: bool = False) -> Iterator[None]:
+    """The directory of an evaluation, made where it is not there, and kept to this process. One
+    that is left by an exception before anything was answered is left as it was found.
 
-    Raises UserError for a directory with contents that an evaluation would mix with.
+    Raises UserError for a directory with contents that an evaluation would mix with, and where
+    another process works in it.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    _check_place(out)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        found = {path.name: path.stat().st_size for path in out.iterdir()}
-    begun = "settings.json" in found
-    if not begun and set(found) - {"answers.jsonl"}:
-        raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")
     try:
-        yield
+        with locked(out / LOCK, str(out), break_lock=break_lock):
+            _check_place(out)
+            found = {path.name: path.stat().st_size for path in out.iterdir()}
+            try:
+                yield
+            except BaseException:
+                _leave_as(out, found)
+                raise
     except BaseException:
-        ours = [path for path in map(out.joinpath, _FILES) if path.exists()]
-        grown = any(p.stat().st_size > found.get(p.name, 0) for p in ours if p.suffix == ".jsonl")
-        if not begun and not grown:
-            for path in ours:
-                if path.name not in found:
-                    path.unlink()
-            for folder in made:
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
         raise
+
+
+def _check_place(out: Path) -> None:
+    with disk_errors(out):
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
+    others = [name for name in names - {"answers.jsonl", LOCK} if not is_partial(name)]
+    if "settings.json" not in names and others:
+        raise UserError(f"{out}: is not empty and holds no evaluation; give another --out")
+
+
+def _leave_as(out: Path, found: Mapping[str, int]) -> None:
+    """Take away what an evaluation has begun in ``out`` since ``found`` was there (name to size),
+    where no answer is lost by it."""
+    ours = [path for path in map(out.joinpath, _FILES) if path.exists()]
+    grown = any(p.stat().st_size > found.get(p.name, 0) for p in ours if p.suffix == ".jsonl")
+    if "settings.json" not in found and not grown:
+        for path in ours:
+            if path.name not in found:
+                path.unlink()
 
 
 async def examine(
@@ -227,7 +246,9 @@ def _hold_against(out: Path, settings: dict[str, Any]) -> None:
     try:
         held = json.loads(path.read_text())
     except ValueError:
-        raise UserError(f"{path}: not JSON; give another --out") from None
+        held = None
+    if not isinstance(held, dict):
+        raise UserError(f"{path}: damaged (not JSON); give another --out") from None
     for key, value in now.items():
         if held.get(key) != value:
             raise UserError(

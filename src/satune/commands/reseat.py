@@ -3,7 +3,6 @@ seats."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,9 +23,11 @@ from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
 from satune.files.names import refuse_links
 from satune.loading import nearest_hint, served
-from satune.team import Team, add_mixtures, read_manifest
+from satune.team import Team, add_mixtures, manifest_of
 from satune.training.checkpoint import Checkpoints
+from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
+from satune.training.state_file import read_state
 from satune.types import Progress, UserError
 
 
@@ -61,7 +62,10 @@ class Found:
     @property
     def certify_offset(self) -> int:
         """Problems for certificates that training has used up."""
-        return self.state["state"]["certify"]["offset"] if self.state else 0
+        if self.run is None or not self.state:
+            return 0
+        # A run that went back has drawn problems that its checkpoint knows nothing of.
+        return max(self.state["state"]["certify"]["offset"], Ledger(self.run.certify).end)
 
     @property
     def train_offset(self) -> int:
@@ -76,7 +80,7 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     not admit.
     """
     if (path / "manifest.json").is_file():
-        manifest = read_manifest(path)
+        manifest = manifest_of(path)
         used = ("agents",) if recipe else ("agents", "task", "protocol")
         trust.admit({part: manifest[part] for part in used}, path / "manifest.json")
         said = recipe is not None or manifest.get("max_new_tokens") is not None
@@ -90,11 +94,11 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     refuse_links(path)
     loaded = load_recipe(run.recipe, alone=True)
     trust.admit(loaded.model_dump(mode="json"), run.recipe)
-    found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest()
+    found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest(run.intended)
     if found is None:
         raise UserError(f"{path}: the run has no complete checkpoint yet; let it train on")
     name, passed = found
-    state = json.loads((run.checkpoints / name / "state.json").read_text())
+    state = read_state(run.checkpoints / name)
     return Found(path, loaded, run, name, state, passed)
 
 
@@ -148,7 +152,7 @@ def load_found(found: Found, progress: Progress, servers: Servers | None = None)
     """The team as it is in the checkpoint, ready to play, with no newcomer in it."""
     cast = assemble(found.recipe, progress, servers)
     if found.run is None:
-        manifest, section = read_manifest(found.path), found.recipe.team
+        manifest, section = manifest_of(found.path), found.recipe.team
         add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
         numbers = Numbers()
         return Reseated(with_team(cast, _fitting(found, cast.team), cast.team, numbers), numbers)

@@ -19,6 +19,7 @@ from satune.commands.swap_request import (
     SwapRequest,
     check_request,
     kept_answers,
+    swap_lock,
 )
 from satune.commands.trust import remember
 from satune.config.load import save_recipe
@@ -72,7 +73,7 @@ def swap(
         if watch is not None:
             watch(cast(Event | Notice, {"event": kind, **fields}))
 
-    with kept_answers(request, found, out) as answers:
+    with swap_lock(request, out), kept_answers(request, found, out) as answers:
         return _perform(request, found, out, Servers(answers=answers), progress, tell)
 
 
@@ -357,13 +358,15 @@ class _Swap:
         team, recipe = cast.team, cast.recipe
         sections = recipe.team.resolved().agents
 
-        def write_recipe(path: Path, models: Mapping[str, str]) -> None:
+        def write_recipe(path: Path, models: Mapping[str, str]) -> dict[str, Any]:
             agents = {
                 name: section.model_copy(update={"model": models.get(name, section.model)})
                 for name, section in recipe.team.agents.items()
             }
             placed = recipe.team.model_copy(update={"agents": agents})
-            save_recipe(recipe.model_copy(update={"team": placed}), path)
+            new = recipe.model_copy(update={"team": placed})
+            save_recipe(new, path)
+            return new.model_dump(mode="json")
 
         return Outcome(
             team=team,

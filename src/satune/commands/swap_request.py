@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from satune.commands.reseat import Found, check_seat, find_team
 from satune.commands.trust import NOTHING, Trust
 from satune.config.schema import ServerSection
+from satune.files.lock import LOCK, locked
+from satune.files.writing import disk_errors
 from satune.loading import nearest_hint, served
 from satune.swap.directory import refuse_existing
 from satune.swap.handover import HandOverSettings
@@ -51,6 +53,7 @@ class SwapRequest:
     recipe: Path | None = None
     trust: Trust = NOTHING
     out: Path | None = None
+    break_lock: bool = False
     hand_over: HandOverSettings = field(default_factory=HandOverSettings)
 
     @property
@@ -101,6 +104,22 @@ def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tup
             )
     _check_server(request)
     return found, out
+
+
+@contextmanager
+def swap_lock(request: SwapRequest, out: Path) -> Iterator[None]:
+    """Keep every other swap from writing ``out``, which comes to be at the end alone: the lock lies
+    beside it. Nothing for a dry run, which writes nothing. Raises UserError where another one is at
+    work there."""
+    if request.dry_run:
+        yield
+        return
+    beside = out.absolute()
+    with disk_errors(beside):
+        beside.parent.mkdir(parents=True, exist_ok=True)
+    lock = beside.with_name(f".{beside.name}{LOCK}")
+    with locked(lock, str(out), break_lock=request.break_lock):
+        yield
 
 
 @contextmanager

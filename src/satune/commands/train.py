@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from satune.agents.learner import LocalLearner
@@ -25,6 +26,7 @@ from satune.play.rows import episode_from_row, episode_to_row
 from satune.tasks.catalog import draw, take
 from satune.training.checkpoint import Checkpoints
 from satune.training.credit import load_credit
+from satune.training.ledger import Ledger
 from satune.training.ordering import load_order
 from satune.training.ports import Watcher
 from satune.training.run import Training
@@ -129,7 +131,6 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
     """A training run over a cast, in a directory that was started."""
     recipe = cast.recipe
     settings = training_settings(recipe)
-    save_recipe(recipe, directory.recipe)
     world = LocalWorld(cast, directory)
     if settings.certify.problems:
         # A task without problems for certificates is told now, not after the first step.
@@ -153,12 +154,15 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         world=world,
         directory=directory,
         store=Checkpoints(directory.checkpoints, recipe.checkpoint.keep),
+        ledger=Ledger(directory.certify),
         state=State.beginning(
             list(learners),
             recipe.trust_region.beta,
             Spending(recipe.certify.confidence, declared_decisions(recipe)),
         ),
         watch=watch,
+        recipe=recipe.model_dump(mode="json"),
+        save_recipe=lambda: save_recipe(recipe, directory.recipe),
         evaluates_greedy=recipe.evaluate.greedy,
     )
 
@@ -189,20 +193,34 @@ RESUMABLE = dict(may_change(Recipe))
 """The keys that may be changed when a run is resumed, each with what allows it."""
 
 
-def check_recipe_unchanged(directory: RunDirectory, recipe: Recipe) -> None:
+def check_recipe_unchanged(
+    directory: RunDirectory, recipe: Recipe, recorded: Mapping[str, Any] | None = None
+) -> None:
     """A resumed run goes on under the recipe it was started with, but for ``RESUMABLE``.
 
-    Raises UserError naming the first key that differs.
+    ``recorded`` is the recipe that the checkpoint was made under, as plain values: what somebody
+    has edited in the run's own file is held against it like an override. Without a checkpoint the
+    file is what there is. Raises UserError naming the first key that differs.
     """
-    if not directory.recipe.is_file():
+    if recorded is not None:
+        try:
+            held = Recipe.model_validate(recorded)
+        except ValidationError as error:
+            key = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(
+                f"{directory.path}: another satune trained it (its recipe has {key}); go on with "
+                "that one"
+            ) from None
+    elif directory.recipe.is_file():
+        held = load_recipe(directory.recipe, alone=True)
+    else:
         return
-    held = load_recipe(directory.recipe, alone=True)
     changed = [key for key in differences(held, recipe) if not _may_change(key, held, recipe)]
     if changed:
         raise UserError(
-            f"{directory.recipe}: the run was started with another recipe ({changed[0]}), and "
-            "that decides what comes out; resume with the same recipe and overrides, or with this "
-            "file (docs/recipe.md lists what may change)"
+            f"{directory.path}: the run was started with another recipe ({changed[0]}), and "
+            "that decides what comes out; resume with the same recipe and overrides, or with its "
+            f"own, {directory.recipe} as it was written (docs/recipe.md lists what may change)"
         )
 
 
@@ -213,15 +231,16 @@ def _may_change(key: str, held: Recipe, now: Recipe) -> bool:
         if len(parts) < len(named):
             continue
         if all(a in (b, "NAME") for a, b in zip(named, parts, strict=False)):
-            return mark.allows(*(_value(each, parts[: len(named)]) for each in (held, now)))
+            plain = (each.model_dump(mode="json") for each in (held, now))
+            return mark.allows(*(_value(each, parts[: len(named)]) for each in plain))
     return False
 
 
-def _value(recipe: Recipe, parts: Sequence[str]) -> Any:
-    value: Any = recipe
+def _value(recipe: Any, parts: Sequence[str]) -> Any:
+    """The value of a dotted key of a recipe as plain values; None where there is none."""
     for part in parts:
-        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
-    return value
+        recipe = recipe.get(part) if isinstance(recipe, Mapping) else None
+    return recipe
 
 
 def tolerance_of(recipe: Recipe) -> Tolerance:

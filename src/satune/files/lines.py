@@ -11,12 +11,16 @@ from satune.files.writing import append_bytes, disk_errors, strict_json
 from satune.types import UserError
 
 
-def append_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_lines(
+    path: str | Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = False
+) -> None:
     """Add objects, one a line of strict JSON. A killed process leaves a prefix of the lines.
+    ``sync``: they last through a loss of power when this returns.
 
     Raises UserError where the disk refuses; the file is then as it was.
     """
-    append_bytes(Path(path), ["".join(f"{strict_json(row)}\n" for row in rows).encode()])
+    data = "".join(f"{strict_json(row)}\n" for row in rows).encode()
+    append_bytes(Path(path), [data], sync=sync)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -44,6 +48,13 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that was still being written; nothing where there is no such file."""
+    if path.exists():
+        with disk_errors(path), open(path, "ab") as file:
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+
+
 class JsonLines:
     """An append-only file of objects, one a line, written by one process at a time.
 
@@ -55,8 +66,8 @@ class JsonLines:
         self.path = Path(path)
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+            self.path.touch()
+        cut_torn_line(self.path)
 
     def read(self) -> list[dict[str, Any]]:
         """All objects in order. Raises UserError with file and line for a damaged line."""

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from satune.types import Ids, LogProbs, UserError
 
 WRITING = ".writing"
-"""What the name of a directory ends with while it is being written."""
+"""What the name of a directory ends with while it is being written, or removed."""
+_PARTIAL = ".partial"
 
 _MENDS = {
     errno.ENOSPC: "the disk is full; free some space or give another --out",
@@ -55,7 +56,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     Raises ``UserError`` if the disk is full or the place cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
+    beside = path.with_name(f".{path.name}{_PARTIAL}")
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         with open(beside, "wb") as file:
@@ -66,8 +67,31 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         sync_directory(path.parent)
 
 
-def append_bytes(path: Path, parts: Iterable[bytes | Ids | LogProbs]) -> None:
+def is_partial(name: str) -> bool:
+    """Whether a file of this name is what ``write_atomically`` left when it was cut off."""
+    return name.startswith(".") and name.endswith(_PARTIAL)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory so that a reader finds all of it or none under its name; what a cut
+    leaves is called as if it were being written. Nothing happens where there is none.
+
+    Raises UserError where the disk refuses.
+    """
+    going = directory.with_name(directory.name + WRITING)
+    with disk_errors(directory):
+        if going.exists():
+            shutil.rmtree(going)
+        if directory.exists():
+            directory.rename(going)
+            shutil.rmtree(going)
+
+
+def append_bytes(
+    path: Path, parts: Iterable[bytes | Ids | LogProbs], *, sync: bool = False
+) -> None:
     """Add bytes to a file, which is made if need be. A killed process leaves a prefix of them.
+    ``sync``: they last through a loss of power when this returns.
 
     Raises UserError where the disk refuses; the file is then as it was.
     """
@@ -78,6 +102,9 @@ def append_bytes(path: Path, parts: Iterable[bytes | Ids | LogProbs]) -> None:
                 left = memoryview(part).cast("B")
                 while left:
                     left = left[file.write(left) or 0 :]
+            if sync:
+                os.fsync(file.fileno())
+                sync_directory(path.parent)
         except OSError:
             if path.is_file():  # or what comes next would be glued to half of this
                 file.truncate(whole)

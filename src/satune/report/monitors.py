@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from satune.files.events import Event, UpdateEvent
+from satune.files.events import Event, Note, UpdateEvent
 from satune.types import UserError
 
 
 @contextmanager
-def scalar_writer(directory: Path) -> Iterator[Callable[[Event], None]]:
+def scalar_writer(directory: Path) -> Iterator[Callable[[Event | Note], None]]:
     """A watcher of events that writes reward, KL, violation rate, scale and evaluations.
 
     Raises UserError where TensorBoard is not installed.
@@ -24,7 +24,9 @@ def scalar_writer(directory: Path) -> Iterator[Callable[[Event], None]]:
 
     writer = SummaryWriter(str(directory))
 
-    def watch(event: Event) -> None:
+    def watch(event: Event | Note) -> None:
+        if event["event"] == "note":
+            return
         step = 0 if event["event"] == "run" else event["stage"]
         for name, value in _scalars(event).items():
             writer.add_scalar(name, value, step)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from satune.agents.mixture import MixturePolicy
 from satune.files.events import SwapEvent
+from satune.files.manifest import FORMAT
 from satune.files.writing import (
     disk_errors,
     identity,
@@ -28,8 +29,9 @@ from satune.files.writing import (
     write_atomically,
     written_beside,
 )
-from satune.team import FORMAT, Team, read_manifest
+from satune.team import Team, manifest_of
 from satune.training.run_directory import RunDirectory
+from satune.training.state_file import read_state, write_state
 from satune.types import UserError
 
 NEWCOMERS = "newcomers"
@@ -63,8 +65,8 @@ class Outcome:
     whether any agent is still trained. A newcomer's penalty begins at ``beta``; ``reference``:
     whether its weights are to be its reference as well. ``certify_offset`` problems of the stream
     for certificates are used up by now. ``write_recipe`` writes the recipe of a run that goes on,
-    given the file and where the model of each newcomer lies. ``evidence`` has a row for each
-    episode of a hand-over.
+    given the file and where the model of each newcomer lies, and returns it as plain values.
+    ``evidence`` has a row for each episode of a hand-over.
     """
 
     team: Team
@@ -75,7 +77,7 @@ class Outcome:
     beta: float
     reference: bool
     certify_offset: int
-    write_recipe: Callable[[Path, Mapping[str, str]], None]
+    write_recipe: Callable[[Path, Mapping[str, str]], Mapping[str, Any]]
     evidence: Sequence[Mapping[str, Any]]
 
 
@@ -115,7 +117,7 @@ def _write_run(source: Source, outcome: Outcome, beside: Path, out: Path, event:
         name: _save_newcomer(team, name, model, beside / NEWCOMERS, out / NEWCOMERS)
         for name, model in newcomers.items()
     }
-    outcome.write_recipe(target.recipe, models)
+    recipe = outcome.write_recipe(target.recipe, models)
     transplant(
         source.run,
         source.checkpoint,
@@ -127,6 +129,7 @@ def _write_run(source: Source, outcome: Outcome, beside: Path, out: Path, event:
         reference=outcome.reference,
         certify_offset=outcome.certify_offset,
         event=event,
+        recipe=recipe,
     )
     team.save(target.team, final=out / "team")
 
@@ -143,6 +146,7 @@ def transplant(
     reference: bool,
     certify_offset: int,
     event: SwapEvent,
+    recipe: Mapping[str, Any],
 ) -> None:
     """Write ``checkpoint`` of ``source``, its events and episodes into ``target``, where a resume
     finds them.
@@ -152,12 +156,13 @@ def transplant(
         issued: the highest number of each agent's weights, by now.
         beta, reference, certify_offset: as in ``Outcome``.
         event: the swap; ``stage`` is set here.
+        recipe: what the new run goes on under, as plain values.
 
     A stage that the checkpoint stands in the middle of is closed where it stands: its experience
     is another team's. The event then names it under ``closed_stage``.
     """
     path = source.checkpoints / checkpoint
-    held = json.loads((path / "state.json").read_text())
+    held = read_state(path)
     state: dict[str, Any] = held["state"]
     kept = [name for name in agents if name not in newcomers]
     told: SwapEvent = {**event}
@@ -184,6 +189,10 @@ def transplant(
         target.episodes.mkdir()
         target.checkpoints.mkdir()
     _copy_records(source, target, held["sizes"])
+    if source.certify.exists():
+        # All of it: what was spent on any way that the run went stays spent.
+        with disk_errors(target.certify):
+            shutil.copy2(source.certify, target.certify)
     target.append_event(told)
     beside = target.checkpoints / f"stage-{state['stage']:04d}"
     with disk_errors(beside):
@@ -205,8 +214,9 @@ def transplant(
         "learner_steps": _of(held["learner_steps"], kept, agents),
         "sizes": target.sizes(),
         "files": files,
+        "recipe": recipe,
     }
-    write_atomically(beside / "state.json", strict_json(held) + "\n")
+    write_state(beside, held)
 
 
 def _of(counts: Mapping[str, int], kept: Sequence[str], agents: Sequence[str]) -> dict[str, int]:
@@ -279,7 +289,7 @@ def _save_newcomer(team: Team, name: str, model: str, beside: Path, final: Path)
 def _write_team(
     source: Path, team: Team, newcomers: Mapping[str, str], beside: Path, out: Path
 ) -> None:
-    manifest = read_manifest(source)
+    manifest = manifest_of(source)
     old = manifest["agents"]
     kept = {n: old[n] for n in team.specs if n not in newcomers}
     dirs = [folder for entry in kept.values() for folder in _folders(entry)]

@@ -27,6 +27,7 @@ from satune.core.certificates import (
 )
 from satune.core.confidence import Spending
 from satune.training.change import Change, log_ratios
+from satune.training.ledger import Ledger, Test
 from satune.training.own_steps import measure_own_steps, theory_rows
 from satune.training.ports import World
 from satune.training.settings import CertifySettings, TrainingSettings
@@ -101,6 +102,7 @@ def judge(
     settings: TrainingSettings,
     learners: Mapping[str, Learner],
     world: World,
+    ledger: Ledger,
 ) -> Verdict:
     """Certify the change since the last certificate where one is due, and let the gate decide.
 
@@ -148,7 +150,7 @@ def judge(
         replace(certify.spending),
         certify.offset,
     )
-    _try(trial, settings, world, key)
+    _try(trial, settings, world, ledger, key)
     if trial.verdict == "reverted":
         change.revert()
         trial.versions = {name: before.version for name, before in held.items()}
@@ -203,6 +205,26 @@ def decisions_missing(settings: TrainingSettings, agents: int, state: State) -> 
     )
 
 
+def decisions_spent_ahead(
+    settings: TrainingSettings, agents: int, state: State, ledger: Ledger
+) -> str | None:
+    """What a run that goes back to ``state`` has to know of the tests that it made after it: they
+    stay spent, and those that are declared may not be enough for all that may come. None where they
+    are, or where nothing is ahead."""
+    spending = state.certify.spending
+    if not settings.certify.problems or spending.decisions is None:
+        return None
+    left = tests_left(settings, agents, state.stage, state.step, state.certify.steps)
+    if ledger.used <= spending.used or ledger.used + left <= spending.decisions:
+        return None
+    return (
+        f"{ledger.used} of {spending.decisions} declared tests are made, up to {left} more may "
+        "come: those that were made already, with the same weights, count once; others find "
+        f"{spending.decisions - ledger.used} left, and then what they should test is "
+        + ("refused" if settings.certify.accept == "certified" else "not certified")
+    )
+
+
 def _due(settings: TrainingSettings, order: Sequence[str], steps: int, key: Key) -> bool:
     """Whether ``steps`` steps without a certificate get one after the step that ``key`` names."""
     last = key.step == len(order)
@@ -213,17 +235,25 @@ def _due(settings: TrainingSettings, order: Sequence[str], steps: int, key: Key)
     return finished or steps >= settings.certify.every
 
 
-def _try(trial: Trial, settings: TrainingSettings, world: World, key: Key) -> None:
+def _try(trial: Trial, settings: TrainingSettings, world: World, ledger: Ledger, key: Key) -> None:
     """Test the change, shrinking it as often as the settings allow. The last candidate stays in
     place; a refused one is the caller's to revert."""
     certify = settings.certify
     gated = certify.accept == "certified"
     while True:
-        if trial.spending.exhausted:
+        key = key.at(purpose="certify", draw=len(trial.candidates))
+        test = ledger.enter(
+            key,
+            *trial.change.digests(),
+            spending=trial.spending,
+            offset=trial.offset,
+            problems=certify.problems,
+        )
+        if test is None:
             trial.reason = "the declared number of decisions is used up"
             trial.verdict = "reverted" if gated else "not tested"
             return
-        certificate = _test(trial, settings, world, key.at(draw=len(trial.candidates)))
+        certificate = _test(trial, test, settings, world, key)
         trial.candidates.append([trial.scale, certificate.lower])
         if not gated or certificate.lower >= -certify.tolerance:
             trial.verdict = "kept" if trial.scale == 1.0 else "shrunk"
@@ -237,16 +267,16 @@ def _try(trial: Trial, settings: TrainingSettings, world: World, key: Key) -> No
 
 
 def _test(
-    trial: Trial, settings: TrainingSettings, world: World, key: Key
+    trial: Trial, test: Test, settings: TrainingSettings, world: World, key: Key
 ) -> StatisticalCertificate:
     """One decision on the weights in place; its certificate goes into ``trial``."""
     change, certify_by = trial.change, settings.certify
-    key = key.at(purpose="certify")
-    offset = trial.offset
-    trial.offset += certify_by.problems
+    # Both count on from whatever test was the last one; one that comes again sets nothing back.
+    trial.offset = max(trial.offset, test.end)
+    trial.spending.used = max(trial.spending.used, test.number)
 
     def draw() -> list[Episode]:
-        found = world.certify(key, offset, certify_by.problems, certify_by.samples)
+        found = world.certify(key, test.offset, certify_by.problems, certify_by.samples)
         trial.episodes += len(found)
         trial.tokens += sum(turn.completion_tokens for e in found for turn in e.turns)
         return found
@@ -260,17 +290,16 @@ def _test(
         for name, before in change.held.items():
             world.publish(name, before.version, before.snapshot.weights)
         old = draw()
-    alpha = trial.spending.next()
-    trial.alpha += alpha
+    trial.alpha += test.alpha
     # Only the bounds of the theory need the divergences as well.
     steps = measure_own_steps(change, old) if certify_by.theory else None
     certificate = certify(
         _evidence(change, old, new, certify_by),
         certify_by.evidence,
-        alpha,
+        test.alpha,
         certify_by.method,
         samples=(certify_by.samples, certify_by.samples if new else 0),
-        decision=trial.spending.used,
+        decision=test.number,
         held_out=world.certifies,
         clip=certify_by.clip,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from satune.agents.ports import Learner
+from satune.agents.weights import weights_digest
 from satune.core.ratios import sequence_log_ratio
 from satune.training.state import Held
 from satune.training.update import own_turns
@@ -38,6 +39,12 @@ class Change:
         """The first step that the change consists of; the old team is the team before that step."""
         stage, step = min(held.since for held in self.held.values())
         return {"stage": stage, "step": step}
+
+    def digests(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What tells the old and the new weights of each agent from any others."""
+        old = {name: weights_digest(held.snapshot.weights) for name, held in self.held.items()}
+        new = {name: weights_digest(learner.export()) for name, learner in self.learners.items()}
+        return old, new
 
     @contextmanager
     def undone(self, *names: str) -> Iterator[None]:

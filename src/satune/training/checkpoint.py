@@ -2,8 +2,8 @@
 
 A checkpoint is a directory written beside and renamed: ``state.json``, an agent's weights and
 optimiser as safetensors, and the experience still in use, text and arrays (``files.arrays``).
-Nothing in it depends on the number of processes. state.json lists every file with its size and
-digest.
+Nothing in it depends on the number of processes. state.json (``state_file.py``) lists every file
+with its size and digest.
 
 Tensors are copied when a checkpoint is asked for; the files are written in the background, while
 the next rollout runs, and waited for before the next checkpoint.
@@ -12,7 +12,6 @@ the next rollout runs, and waited for before the next checkpoint.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,23 +26,30 @@ from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.agents.ports import Learner
-from satune.core.confidence import Spending
-from satune.files.arrays import append_rows, files_of_rows, read_rows
+from satune.files.arrays import append_rows, files_of_rows
 from satune.files.names import is_plain
 from satune.files.writing import (
     WRITING,
+    disk_errors,
     identity,
     link,
-    strict_json,
-    write_atomically,
+    remove_tree,
     written_beside,
 )
 from satune.training.ports import Saved, World
-from satune.training.state import Batch, CertifyState, Held, State
+from satune.training.state import State
+from satune.training.state_file import (
+    EXPERIENCE,
+    STATE,
+    agent_file,
+    from_json,
+    pair,
+    read_state,
+    to_json,
+    write_state,
+)
 from satune.types import Episode, UserError
 
-FORMAT = 6
-EXPERIENCE = "experience.jsonl"
 _NAME = re.compile(r"stage-\d+(-step-\d+)?")
 
 
@@ -86,7 +92,7 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         if not self.directory.is_dir():
             return []
-        found = [p.name for p in self.directory.iterdir() if (p / "state.json").is_file()]
+        found = [p.name for p in self.directory.iterdir() if (p / STATE).is_file()]
         return sorted((name for name in found if _NAME.fullmatch(name)), key=_place)
 
     # -- writing ---------------------------------------------------------------------------------
@@ -115,17 +121,17 @@ class Checkpoints:
         for agent, learner in learners.items():
             same = last is not None and last.agents.get(agent) == now.agents[agent]
             for part, find in _PARTS.items():
-                keep(_file(agent, part), same or part == "reference", partial(find, learner))
+                keep(agent_file(agent, part), same or part == "reference", partial(find, learner))
         for agent, held in state.certify.held.items():
             same = last is not None and last.windows.get(agent) == held.since
-            keep(_file(agent, "held"), same, partial(_flat, held.snapshot))
+            keep(agent_file(agent, "held"), same, partial(_flat, held.snapshot))
         episodes: Sequence[Episode] | None = None
         if state.batch is not None and last is not None and last.batch == now.batch:
             linked += [path.name for path in files_of_rows(last.path / EXPERIENCE)]
         elif state.batch is not None:
             episodes = state.batch.episodes
         # The run goes on and changes its state while this is written.
-        text = copy.deepcopy(_to_json(saved, steps))
+        text = copy.deepcopy(to_json(saved, steps))
         self._writing = self._writer.submit(
             self._write, now, last, linked, tensors, episodes, text, world
         )
@@ -160,17 +166,21 @@ class Checkpoints:
                 for path in files_of_rows(beside / EXPERIENCE):
                     now.files[path.name] = identity(path)
             text["files"] = now.files
-            write_atomically(beside / "state.json", strict_json(text) + "\n")
+            write_state(beside, text)
         self._last = now
         self._prune()
 
     def _prune(self) -> None:
         """Remove all but the newest, and the pieces that a killed run left half-way."""
         kept = self.names()[-self.keep :]
-        for path in self.directory.iterdir():
-            name = path.name.removesuffix(WRITING)
-            if _NAME.fullmatch(name) and path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in sorted(self.directory.iterdir()):
+            if path.name in kept or not _NAME.fullmatch(path.name.removesuffix(WRITING)):
+                continue
+            if not path.name.endswith(WRITING):
+                remove_tree(path)
+            elif path.exists():
+                with disk_errors(path):
+                    shutil.rmtree(path)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -205,15 +215,12 @@ class Checkpoints:
         """One line on what is wrong with a checkpoint; None where every file is as recorded."""
         path = self.directory / name
         try:
-            state = json.loads((path / "state.json").read_text())
-            files = state["files"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return f"{path}/state.json: damaged checkpoint (unreadable)"
-        if state.get("format") != FORMAT:
-            return f"{path}: checkpoint format {state.get('format')!r}, this satune reads {FORMAT}"
+            state = read_state(path)
+        except UserError as error:
+            return str(error)
         if not _stays(state):
             return f"{path}/state.json: damaged checkpoint (a name or size in it is none)"
-        for relative, recorded in files.items():
+        for relative, recorded in state["files"].items():
             if not (path / relative).is_file():
                 return f"{path / relative}: damaged checkpoint (missing file)"
             if identity(path / relative) != recorded:
@@ -223,34 +230,40 @@ class Checkpoints:
     def read(self, name: str, world: World) -> Saved:
         """What a checkpoint holds beside the learners; it has to be undamaged."""
         path = self.directory / name
-        text = _text(path)
-        return Saved(_state(text["state"], path, world), text["offset"], text["sizes"])
+        return from_json(read_state(path), path, world)
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """The recipe that an undamaged checkpoint was made under, as plain values."""
+        return read_state(self.directory / name)["recipe"]
 
     def load(self, name: str, learners: Mapping[str, Learner]) -> None:
-        """Put weights, moments and references back bit for bit. Checkpoints that come after this
-        one are removed: the run goes on from here."""
+        """Put weights, moments and references back bit for bit. Nothing is written."""
         path = self.directory / name
-        text = _text(path)
+        text = read_state(path)
         for agent, learner in learners.items():
-            learner.load_weights(load_file(path / _file(agent, "weights")))
-            moments = path / _file(agent, "optimizer")
+            learner.load_weights(load_file(path / agent_file(agent, "weights")))
+            moments = path / agent_file(agent, "optimizer")
             learner.load_optimizer_state(
                 load_file(moments) if moments.is_file() else {}, text["learner_steps"][agent]
             )
-            reference = path / _file(agent, "reference")
+            reference = path / agent_file(agent, "reference")
             if reference.is_file():
                 learner.keep_reference(load_file(reference))
         state, steps, batch = text["state"], text["learner_steps"], text["state"].get("batch")
         self._last = _Written(
             path,
             {agent: (state["versions"][agent], count) for agent, count in steps.items()},
-            {agent: _pair(held["since"]) for agent, held in state["certify"]["held"].items()},
+            {agent: pair(held["since"]) for agent, held in state["certify"]["held"].items()},
             None if batch is None else (state["stage"], batch["drawn_before"]),
             text["files"],
         )
-        for other in self.names():
+
+    def drop_after(self, name: str) -> None:
+        """Remove the checkpoints that come after ``name``, the newest first, and what a killed run
+        left half-way. Raises UserError where the disk refuses."""
+        for other in reversed(self.names()):
             if _place(other) > _place(name):
-                shutil.rmtree(self.directory / other, ignore_errors=True)
+                remove_tree(self.directory / other)
         self._prune()
 
 
@@ -260,14 +273,6 @@ _PARTS: dict[str, Callable[[Learner], Mapping[str, Tensor] | None]] = {
     "reference": lambda learner: learner.reference_weights,
 }
 """What a learner keeps between steps; the copies are no longer its own."""
-
-
-def _file(agent: str, part: str) -> str:
-    return f"{agent}.{part}.safetensors"
-
-
-def _text(path: Path) -> dict[str, Any]:
-    return json.loads((path / "state.json").read_text())
 
 
 def _stays(text: Mapping[str, Any]) -> bool:
@@ -282,11 +287,6 @@ def _stays(text: Mapping[str, Any]) -> bool:
     return all(map(is_plain, names)) and all(type(n) is int and 0 <= n < 1 << 63 for n in bytes_of)
 
 
-def _pair(numbers: Sequence[int]) -> tuple[int, int]:
-    first, second = numbers
-    return first, second
-
-
 def _place(name: str) -> tuple[int, float]:
     """stage-0003-step-1 comes before stage-0003, which closes its stage."""
     parts = name.split("-")
@@ -296,87 +296,3 @@ def _place(name: str) -> tuple[int, float]:
 def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
     parts = {"weights": snapshot.weights, "optimizer": snapshot.optimizer}
     return {f"{part}|{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-
-def _snapshot(path: Path, steps: int) -> Snapshot:
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
-    for name, tensor in load_file(path).items():
-        part, inner = name.split("|", 1)
-        parts[part][inner] = tensor
-    return Snapshot(parts["weights"], parts["optimizer"], steps)
-
-
-_PLAIN = (
-    "stage",
-    "step",
-    "order",
-    "accepted",
-    "betas",
-    "versions",
-    "issued",
-    "opening",
-    "totals",
-    "evaluations",
-)
-"""The fields of the state that are JSON as they are."""
-
-
-def _to_json(saved: Saved, steps: Mapping[str, int]) -> dict[str, Any]:
-    state, certify = saved.state, saved.state.certify
-    fields: dict[str, Any] = {name: getattr(state, name) for name in _PLAIN}
-    fields["certify"] = {
-        "spending": certify.spending.to_dict(),
-        "offset": certify.offset,
-        "steps": certify.steps,
-        "held": {
-            name: {
-                "version": held.version,
-                "since": list(held.since),
-                "changes": held.changes,
-                "steps": held.snapshot.steps,
-            }
-            for name, held in certify.held.items()
-        },
-    }
-    if state.batch is not None:
-        # repr of a float reads back to the same float, so JSON keeps log w bit for bit.
-        fields["batch"] = {
-            "log_weights": state.batch.log_weights,
-            "drawn_before": state.batch.drawn_before,
-            "reward": state.batch.reward,
-            "spent": state.batch.spent,
-        }
-    return {
-        "format": FORMAT,
-        "state": fields,
-        "offset": saved.offset,
-        "learner_steps": dict(steps),
-        "sizes": saved.sizes,
-    }
-
-
-def _state(fields: Mapping[str, Any], path: Path, world: World) -> State:
-    certify, batch = fields["certify"], fields.get("batch")
-    held = {
-        name: Held(
-            _snapshot(path / _file(name, "held"), held["steps"]),
-            held["version"],
-            _pair(held["since"]),
-            held["changes"],
-        )
-        for name, held in certify["held"].items()
-    }
-    spending = Spending.from_dict(certify["spending"])
-    state = State(
-        certify=CertifyState(spending, certify["offset"], certify["steps"], held),
-        **{name: fields[name] for name in _PLAIN},
-    )
-    if batch is not None:
-        state.batch = Batch(
-            [world.from_row(row) for row in read_rows(path / EXPERIENCE)],
-            [float(w) for w in batch["log_weights"]],
-            batch["drawn_before"],
-            float(batch["reward"]),
-            batch["spent"],
-        )
-    return state

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from satune.agents.ports import Learner
-from satune.files.events import Event
+from satune.files.events import Event, Note
 from satune.training.state import State
 from satune.types import Episode, Key
 
@@ -51,19 +51,22 @@ class World(Protocol):
 
 
 class Watcher(Protocol):
-    """Whoever shows progress: called with each event as it is written."""
+    """Whoever shows progress: called with each event as it is written, and with notes, which are
+    not."""
 
-    def __call__(self, event: Event, /) -> None: ...
+    def __call__(self, event: Event | Note, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
     """What a checkpoint holds beside the learners: the run's state, how many training problems
-    were drawn, and the byte lengths of events and episodes (``RunDirectory.sizes``)."""
+    were drawn, the byte lengths of events and episodes (``RunDirectory.sizes``), and the recipe as
+    plain values."""
 
     state: State
     offset: int
     sizes: Mapping[str, Any]
+    recipe: Mapping[str, Any]
 
 
 class Store(Protocol):
@@ -82,4 +85,8 @@ class Store(Protocol):
 
     def load(self, name: str, learners: Mapping[str, Learner]) -> None:
         """Put the learners back to what they were, bit for bit."""
+        ...
+
+    def drop_after(self, name: str) -> None:
+        """Remove what was kept after ``name``: the run goes on from there."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from satune.agents.weights import Weights
 from satune.files.events import Event, count_failures
 from satune.files.interrupts import uninterrupted
 from satune.training.certification import Verdict
+from satune.training.ledger import Ledger
 from satune.training.ports import Saved, Store, Watcher, World
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import needs_rollout
@@ -27,7 +28,8 @@ from satune.types import Episode
 
 @dataclass(slots=True)
 class Training:
-    """State and collaborators of a run."""
+    """State and collaborators of a run. ``recipe`` has the effective recipe as plain values, for
+    checkpoints; ``save_recipe`` writes it where a person finds it."""
 
     settings: TrainingSettings
     learners: Mapping[str, Learner]
@@ -36,8 +38,11 @@ class Training:
     world: World
     directory: RunDirectory
     store: Store
+    ledger: Ledger
     state: State
     watch: Watcher
+    recipe: Mapping[str, Any]
+    save_recipe: Callable[[], None]
     evaluates_greedy: bool = True
     _rollout_seconds: float = 0.0
     _stage_started: float = field(default_factory=time.perf_counter)
@@ -189,7 +194,7 @@ class Training:
         if state.batch and needs_rollout(self.settings.schedule, state.batch, state.step + 1):
             state = replace(state, batch=None)
         with uninterrupted():
-            saved = Saved(state, self.supply.offset, self.directory.sizes())
+            saved = Saved(state, self.supply.offset, self.directory.sizes(), self.recipe)
             self.store.write(name, saved, self.learners, self.world)
 
     def finish_saving(self) -> None:
@@ -199,10 +204,17 @@ class Training:
 
     def restore(self, name: str, saved: Saved) -> None:
         """Go back to a checkpoint: learners, state, stream of problems, events and episodes. The
-        engine is given all weights anew, whatever it has."""
+        engine is given all weights anew, whatever it has.
+
+        What is meant stands in the directory before anything is removed: a resume after a cut
+        finds it there and carries it out."""
         self.store.load(name, self.learners)
         self.state, self.supply.offset = saved.state, saved.offset
-        self.directory.truncate(saved.sizes)
+        with uninterrupted(), self.directory.going_back(name):
+            self.save_recipe()
+            self.store.drop_after(name)
+            for line in self.directory.truncate(saved.sizes):
+                self.watch({"event": "note", "text": line})
         for agent in self.learners:
             self.publish(agent)
 

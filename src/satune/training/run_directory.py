@@ -1,21 +1,35 @@
 """The directory of one run: where everything lies, and how it is written so that it survives.
 
 Events and episodes are appended a line at a time and can be cut back to the lengths a checkpoint
-recorded; everything else is complete or absent.
+recorded; certify.jsonl is never cut back; everything else is complete or absent. One process works
+here at a time.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from satune.files.arrays import append_rows, files_of_rows, read_rows
 from satune.files.events import Event, append_event, read_events
+from satune.files.lines import cut_torn_line
+from satune.files.lock import LOCK, locked
+from satune.files.manifest import missing_part
 from satune.files.names import is_plain, refuse_links
-from satune.files.writing import disk_errors, strict_json, sync_directory, write_atomically
+from satune.files.writing import (
+    disk_errors,
+    is_partial,
+    strict_json,
+    sync_directory,
+    write_atomically,
+)
 from satune.types import UserError
+
+_PROBE = ".writable"
 
 
 class RunDirectory:
@@ -29,7 +43,9 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.team = self.path / "team"
+        self.certify = self.path / "certify.jsonl"
         self.report = self.path / "report.html"
+        self.intent = self.path / "going-back.json"
         self._unsynced: set[Path] = set()
 
     @property
@@ -42,37 +58,97 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the run here came to its end; the summary is the last thing it writes."""
-        return self.summary.exists()
+        """Whether the run here came to its end and still has what it came to."""
+        return self.unfinished() is None
 
-    def start(self, *, resume: bool = False) -> None:
-        """Make the directory, refusing one with contents that a new run would mix with.
+    def unfinished(self) -> str | None:
+        """What a run that says it is finished still lacks, "" where it does not say so; None where
+        it lacks nothing. The summary is the last thing that a run writes."""
+        if not self.summary.exists() or self.intent.exists():
+            return ""
+        if self.read_summary() is None:
+            return f"{self.summary}: damaged"
+        missing = missing_part(self.team)
+        return None if missing is None else f"{missing}: is missing"
 
-        Raises ``UserError`` if it holds a run and ``resume`` is not asked for, if it holds
-        anything else, or if it cannot be written; and for a run with a link that leads out of it.
+    def read_summary(self) -> dict[str, Any] | None:
+        """What ``write_summary`` wrote; None where it is absent or damaged."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return summary if isinstance(summary, dict) and "stages" in summary else None
+
+    def check_place(self, *, resume: bool = False) -> None:
+        """Refuse a directory with contents that a run would mix with; touches nothing.
+
+        Raises ``UserError`` if it holds a run and ``resume`` is not asked for, or if it holds
+        anything else; and for a run with a link that leads out of it.
         """
         if resume:
             refuse_links(self.path)
         with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                if self.holds_run:
+            if self.holds_run:
+                if not resume:
                     raise UserError(
                         f"{self.path}: already holds a run; go on with it by --resume,"
                         " or give another --out"
                     )
-                # A start that failed half-way has left no more than this.
-                ours = (self.episodes, self.checkpoints, self.path / ".writable")
-                if any(item not in ours for item in self.path.iterdir()):
-                    raise UserError(
-                        f"{self.path}: is not empty and holds no run; give another --out"
-                    )
+                return
+            # A start that failed half-way has left no more than this.
+            ours = {"episodes", "checkpoints", "tensorboard", "optimizers", _PROBE, LOCK}
+            items = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+            if any(name not in ours and not is_partial(name) for name in items):
+                raise UserError(f"{self.path}: is not empty and holds no run; give another --out")
+
+    @contextmanager
+    def held(self, *, break_lock: bool = False) -> Iterator[None]:
+        """Make the directory and keep every other process out of it until the block is done.
+
+        Raises UserError where another one works there.
+        """
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / LOCK, str(self.path), break_lock=break_lock):
+            yield
+
+    def start(self, *, resume: bool = False) -> None:
+        """Make what a run writes into. Raises ``UserError`` as ``check_place`` does, and where the
+        directory cannot be written."""
+        self.check_place(resume=resume)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
             self.episodes.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-        # Permissions alone do not tell whether the place can be written.
-        probe = self.path / ".writable"
-        write_atomically(probe, "")
-        probe.unlink()
+            # Permissions alone do not tell whether the place can be written.
+            probe = self.path / _PROBE
+            write_atomically(probe, "")
+            probe.unlink()
+
+    @property
+    def intended(self) -> str | None:
+        """The checkpoint that a resume was going back to when it was cut off. Raises UserError
+        where what says so is damaged."""
+        if not self.intent.exists():
+            return None
+        try:
+            return str(json.loads(self.intent.read_text(encoding="utf-8"))["checkpoint"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self.intent}: damaged; name the checkpoint by --resume-from"
+            ) from None
+
+    @contextmanager
+    def going_back(self, checkpoint: str) -> Iterator[None]:
+        """Note that the run is to go on from ``checkpoint`` for as long as the block removes what
+        came after it. A block that is cut off leaves the note, and it has to be run again."""
+        write_atomically(self.intent, strict_json({"checkpoint": checkpoint}) + "\n")
+        yield
+        with disk_errors(self.path):
+            for directory in (self.checkpoints, self.episodes, self.path):
+                sync_directory(directory)
+            self.intent.unlink()
+            sync_directory(self.path)
 
     def append_event(self, event: Event) -> None:
         """Add one event, with the time."""
@@ -113,33 +189,43 @@ class RunDirectory:
             "episodes": {path.name: path.stat().st_size for path in files},
         }
 
-    def truncate(self, sizes: Mapping[str, Any]) -> None:
-        """Cut events and episodes back to ``sizes``; files of episodes not listed are removed.
+    def truncate(self, sizes: Mapping[str, Any]) -> list[str]:
+        """Cut events and episodes back to ``sizes``; files of episodes not listed are removed, the
+        summary too.
 
-        Nothing is changed and ``UserError`` raised if a file is shorter than recorded. The names in
-        ``sizes`` are those of files beside one another, as ``Checkpoints.damage`` holds.
+        What has been lost from a file stays lost, and costs the run nothing else: it keeps its
+        whole lines, and one line a file says so. The names in ``sizes`` are those of files beside
+        one another, as ``Checkpoints.damage`` holds.
         """
         kept: dict[str, int] = dict(sizes["episodes"])
         assert all(map(is_plain, kept))
         cuts = {self.events: int(sizes["events"])}
         cuts.update({self.episodes / name: int(size) for name, size in kept.items()})
-        for path, size in cuts.items():
-            held = path.stat().st_size if path.exists() else 0
-            if held < size:
-                raise UserError(
-                    f"{path}: holds {held} bytes where the checkpoint recorded {size};"
-                    " the run is damaged, start it anew in another --out"
-                )
+        held = {path: path.stat().st_size if path.exists() else 0 for path in cuts}
+        short = [path for path, size in cuts.items() if held[path] < size]
         with disk_errors(self.path):
+            for path in short:
+                if path.suffix == ".jsonl":
+                    cut_torn_line(path)
+                    continue
+                # Rows that name lost numbers would be given those that are written next.
+                for file in files_of_rows(path.with_suffix(".jsonl")):
+                    file.rename(file.with_name(f"{file.name}.damaged"))
             for path, size in cuts.items():
                 if path.exists():
-                    os.truncate(path, size)
+                    if held[path] > size:
+                        os.truncate(path, size)
                     self._unsynced.add(path)
             for path in self._files_of_episodes():
                 if path.name not in kept:
                     path.unlink()
                     self._unsynced.discard(path)
             self.summary.unlink(missing_ok=True)
+        return [
+            f"{path}: holds {held[path]} bytes where the checkpoint recorded {cuts[path]}; what is "
+            "missing stays missing, the run goes on"
+            for path in short
+        ]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, the last act of a run."""

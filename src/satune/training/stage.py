@@ -46,6 +46,7 @@ def run_stage(training: Training) -> None:
             settings=settings,
             learners=learners,
             world=training.world,
+            ledger=training.ledger,
         )
         del outcome  # it holds the agent as it was, which the next step need not keep in memory
 

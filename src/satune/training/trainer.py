@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from satune.training.certification import decisions_missing
+from satune.training.certification import decisions_missing, decisions_spent_ahead
 from satune.training.run import Training
 from satune.training.self_check import Tolerance, self_check
 from satune.training.stage import run_stage
@@ -53,6 +53,9 @@ def _go_on(training: Training, checkpoint: str) -> None:
     missing = decisions_missing(training.settings, learning, saved.state)
     if missing is not None:
         raise UserError(f"{where}: {missing}")
+    spent = decisions_spent_ahead(training.settings, learning, saved.state, training.ledger)
+    if spent is not None:
+        training.watch({"event": "note", "text": f"{training.ledger.path}: {spent}"})
     training.restore(checkpoint, saved)
 
 
@@ -63,6 +66,7 @@ def _check_episodes(training: Training) -> list[Any]:
 
 
 def _begin(training: Training, tolerance: Tolerance) -> None:
+    training.save_recipe()
     for name in training.learners:
         training.publish(name)
     if training.settings.update.objective.reference_kl > 0:
