@@ -43,7 +43,7 @@ from satune.core.trust_region import TrustRegionSettings
 from satune.engines.local import LocalEngine
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.training.settings import UpdateSettings
 from satune.training.update import improve
 from satune.types import Experience, Grade, Key, Problem, Sampling, Seat

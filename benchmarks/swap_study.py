@@ -245,26 +245,24 @@ def families(out: Path) -> str:
 
 def sides(run: Path) -> Any:
     """The team, and the same with the newcomer of the other family in its second seat."""
-    from satune.swap.seat import Candidate, find_team, load_found, with_newcomer
+    from satune.commands.reseat import find_team, load_found, with_newcomer
 
-    old = Candidate(load_found(find_team(run, None), lambda done, total, what: None))
+    old = load_found(find_team(run, None), lambda done, total, what: None)
     return old, with_newcomer(old, "second", LARGER)
 
 
 def ramps(run: Path) -> dict[str, Any]:
     """Hand-overs of one seat on problems of their own, and the change of reward that they judge."""
     from satune.core.confidence import Spending
-    from satune.swap.handover import HandOverSettings
-    from satune.swap.swap import side_of, table_of
-    from satune.tasks.catalog import take
+    from satune.swap.handover import HandOverSettings, hand_over_between, play_mixture
+    from satune.tasks.catalog import draw, take
     from satune.types import Key
 
     old, new = sides(run)
-    table = table_of(old.cast)
     problems = take(old.cast.task, "eval", TRUTH)
     truth = [
-        [episode.reward for episode, _ in table.play_mixture(
-            side_of(old.cast), side_of(new.cast), problems, 1, Key(1, "swap", draw=98), share
+        [episode.reward for episode, _ in play_mixture(
+            old.cast.match(), new.cast.match(), problems, 1, Key(1, "swap", draw=98), share
         )]
         for share in (0.0, 1.0)
     ]  # fmt: skip
@@ -272,8 +270,10 @@ def ramps(run: Path) -> dict[str, Any]:
     settings = HandOverSettings(RAMP_TOLERANCE, problems=1024, samples=4, looks=3)
     found = []
     for number in range(RAMPS):
-        ramp = table.hand_over(
-            side_of(old.cast), side_of(new.cast), settings, Key(1000 + number, "swap"),
+        ramp = hand_over_between(
+            old.cast.match(), new.cast.match(),
+            lambda count, start: draw(old.cast.task, "certify", count, start),
+            settings, Key(1000 + number, "swap"),
             Spending(settings.confidence, settings.looks), offset=number * 100_000,
         )  # fmt: skip
         shares = [look.allowed for look in ramp.looks]
@@ -296,17 +296,17 @@ def ramps_of(found: dict[str, Any]) -> str:
 
 
 def linearity(run: Path) -> list[dict[str, Any]]:
-    from satune.swap.swap import side_of, table_of
+    from satune.swap.handover import play_mixture
     from satune.tasks.catalog import take
     from satune.types import Key
 
     old, new = sides(run)
     problems = take(old.cast.task, "eval", 1000)
-    table, points = table_of(old.cast), []
+    points = []
     for share in SHARES:
         # Coins and uniforms of one key: the shares differ in who played and in nothing else.
-        mixed = table.play_mixture(
-            side_of(old.cast), side_of(new.cast), problems, 2, Key(0, "swap", draw=99), share
+        mixed = play_mixture(
+            old.cast.match(), new.cast.match(), problems, 2, Key(0, "swap", draw=99), share
         )
         rewards = [
             (a.reward + b.reward) / 2

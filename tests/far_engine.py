@@ -11,7 +11,6 @@ from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.weights import weights_digest
 from satune.engines.local import LocalEngine
-from satune.swap.distill import student_of
 from satune.types import Completion, Key, Prompt, Sampling
 
 
@@ -30,7 +29,7 @@ class FarEngine(LocalEngine):
         **options: Any,
     ) -> None:
         copies = {
-            name: policy if isinstance(policy, MixturePolicy) else student_of(policy, name)
+            name: policy if isinstance(policy, MixturePolicy) else policy.copied(name)
             for name, policy in policies.items()
         }
         super().__init__(copies, seats, **options)

@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str] | None] = {
     "play": GROUND | {"files"},
     "tiny": GROUND | {"files", "agents", "play"},
     "training": TRAINING,
-    "swap": None,
+    "swap": TRAINING | {"training", "play"},
     "report": {"types", "files"},
     "config": None,
     "commands": None,

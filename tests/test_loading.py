@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from satune.loading import check_options, load_object, nearest
+from satune.loading import check_options, load_object, nearest_hint
 from satune.types import UserError
 
 SOURCE = """
@@ -77,5 +77,5 @@ def test_options_are_held_against_the_parameters():
 
 
 def test_nearest_lists_what_there_is():
-    assert nearest("relai", ["relay", "rows"]) == " (nearest: relay; there are: relay, rows)"
-    assert nearest("xyz", ["relay"]) == " (there are: relay)"
+    assert nearest_hint("relai", ["relay", "rows"]) == " (nearest: relay; there are: relay, rows)"
+    assert nearest_hint("xyz", ["relay"]) == " (there are: relay)"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from real_models import models_script, real_model
-from satune.agents.loading import AgentSpec, Precision, load_policies
 from satune.agents.policy import Policy
+from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.types import UserError
 
 WHOLE = b"what two packages bring"

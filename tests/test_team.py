@@ -13,8 +13,8 @@ from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from satune.agents.loading import AgentSpec, LoraSpec
 from satune.agents.policy import Policy
+from satune.agents.pretrained import AgentSpec, LoraSpec
 from satune.agents.rendering import TemplateSettings
 from satune.team import Team, build_team, load_team, manifest_of
 from satune.tiny.tokenizers import llama_tokenizer, qwen3_tokenizer

@@ -66,13 +66,19 @@ def _server(text: str) -> SplitResult | None:
     return parts if parts.scheme in ("http", "https") else None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name most like ``word``, None if none is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def nearest_hint(name: str, known: Iterable[str]) -> str:
     """The text `` (nearest: x; there are: x, y)`` for an error line about an unknown name."""
     names = sorted(set(known))
     if not names:
         return " (there are none)"
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"nearest: {close[0]}; " if close else ""
+    close = nearest(name, names)
+    hint = f"nearest: {close}; " if close else ""
     return f" ({hint}there are: {', '.join(names)})"
 
 
@@ -110,7 +116,7 @@ def load_object(reference: str, base: Path | None = None) -> Callable[..., Any]:
     module = _from_file(place, base) if place.endswith(".py") else _from_package(place)
     if not hasattr(module, name):
         public = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{place}: no {name!r} in it{nearest(name, public)}")
+        raise UserError(f"{place}: no {name!r} in it{nearest_hint(name, public)}")
     found = getattr(module, name)
     if not callable(found):
         raise UserError(f"{reference}: {name} is a {type(found).__name__}, not a function or class")
@@ -127,7 +133,7 @@ def pick(what: str, name: str, known: Mapping[str, Any], base: Path | None = Non
         return load_object(name, base)
     if name in known:
         return known[name]
-    hint = nearest(name, known)
+    hint = nearest_hint(name, known)
     raise UserError(f"unknown {what} {name!r}{hint}; or give path/to/file.py:name")
 
 
@@ -165,7 +171,7 @@ def check_options(
     known = [p.name for p in named]
     for option in options:
         if option not in known and not takes_any:
-            raise UserError(f"{what}: unknown option {option!r}{nearest(option, known)}")
+            raise UserError(f"{what}: unknown option {option!r}{nearest_hint(option, known)}")
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in options:
             raise UserError(f"{what}: option {parameter.name!r} is needed and has no default")

@@ -13,10 +13,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from satune.agents.loading import AgentSpec, Precision, load_policies
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
+from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import convert, saved_adapter, source_of
 from satune.agents.specs import ALL_LINEAR, LoraSpec

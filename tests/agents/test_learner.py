@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from satune.agents.anchor import Anchor, States
-from satune.agents.learner import LocalLearner, NonFinite, OptimizerSettings
+from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.policy import Policy
+from satune.agents.ports import NonFinite
 from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.types import Turn
 from tiny_models import (

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from satune.agents import sources
 from satune.agents.architectures import configuration
-from satune.agents.loading import AgentSpec, LoraSpec
 from satune.agents.policy import Policy
+from satune.agents.pretrained import AgentSpec, LoraSpec
 from satune.agents.sources import convert, source_of
 from satune.team import build_team, load_team
 from satune.types import UserError

@@ -21,7 +21,7 @@ import faulty_server
 import tiny_world
 from benchmark_rows import rows_of
 from faulty_server import FAULTS, Server, written
-from satune.agents.loading import misspelt_path
+from satune.agents.pretrained import misspelt_path
 from satune.cli.main import main
 from satune.commands.evaluate import GENERATED, OTHER_SAMPLES, place
 from satune.engines.openai import ServerSettings

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from satune.commands.evaluate import _hold_against, place
+from satune.commands.swap_request import SwapRequest, swap_lock
 from satune.files.lock import LOCK, locked
-from satune.swap.request import SwapRequest, swap_lock
 from satune.types import UserError
 
 

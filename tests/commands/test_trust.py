@@ -14,12 +14,12 @@ import yaml
 import tiny_world
 from satune.agents.sources import saved_adapter
 from satune.cli.main import main
-from satune.commands.contestant import Candidate, local_candidate
+from satune.commands.contestant import Contestant, local_contestant
 from satune.commands.evaluate import Wanted, _task
+from satune.commands.reseat import find_team
 from satune.commands.trust import Address, Code, Trust, claims, given_recipe, remember
 from satune.config.load import load_recipe, recipe_text
 from satune.engines.servers import Servers
-from satune.swap.seat import find_team
 from satune.team import load_team, manifest_of
 from satune.types import UserError
 
@@ -146,10 +146,10 @@ def test_a_manifests_code_is_refused(evil: Path, tmp_path: Path, part: str):
 
 def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: Path):
     asked: list[Any] = []
-    candidate = Candidate([], NO_ENGINE, {}, task={"name": f"{evil}:thing"}, admit=asked.append)
-    _task(candidate, Wanted(benchmark="relay"), 0)
+    contestant = Contestant([], NO_ENGINE, {}, task={"name": f"{evil}:thing"}, admit=asked.append)
+    _task(contestant, Wanted(benchmark="relay"), 0)
     assert [list(claims(document)) for document in asked] == [[]]
-    own = Candidate(
+    own = Contestant(
         [],
         None,
         {},
@@ -159,7 +159,7 @@ def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: P
     assert refusal(_task, own, Wanted(), 0).startswith(f"team: would run {evil}:thing (task.name)")
     assert not (tmp_path / "ran").exists()
     named = Trust.of(said=[f"{evil}:thing"])
-    spoken = Candidate([], NO_ENGINE, {}, admit=lambda doc: named.admit(doc, "team"))
+    spoken = Contestant([], NO_ENGINE, {}, admit=lambda doc: named.admit(doc, "team"))
     refusal(_task, spoken, Wanted(benchmark=f"{evil}:thing"), 0)  # it is no task
     assert (tmp_path / "ran").exists()
 
@@ -168,7 +168,7 @@ def test_the_engine_of_the_run_beside_a_team_is_asked_about(evil: Path, tmp_path
     run = run_of(tmp_path / "run", RECIPE | {"engine": f"{evil}:thing"})
     inner = team(run / "team", agents={"a": entry()})
     known = Trust.of(allowed=[SERVER])
-    line = refusal(local_candidate, str(inner), None, 1, [], print, Servers(), known)
+    line = refusal(local_contestant, str(inner), None, 1, [], print, Servers(), known)
     assert line.startswith(f"{run}/recipe.yaml: would run {evil}:thing (engine.name)")
     assert not (tmp_path / "ran").exists()
 
@@ -284,8 +284,8 @@ def served_team(folder: Path) -> Path:
 def test_a_manifests_server_gets_neither_prompts_nor_a_key(state: Path, tmp_path: Path):
     folder = served_team(tmp_path / "team")
 
-    def evaluated(trust: Trust) -> Candidate:
-        return local_candidate(str(folder), None, 1, [], print, Servers(), trust)
+    def evaluated(trust: Trust) -> Contestant:
+        return local_contestant(str(folder), None, 1, [], print, Servers(), trust)
 
     for call in (evaluated, lambda trust: find_team(folder, None, trust)):
         line = refusal(call, Trust())

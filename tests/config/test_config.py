@@ -23,7 +23,7 @@ from satune.config.load import differences, load_recipe, recipe_text, save_recip
 from satune.core.objectives import OBJECTIVES
 from satune.engines.base import ENGINES
 from satune.loading import KEY_VARIABLE
-from satune.protocols.catalog import PROTOCOLS
+from satune.protocols.named import PROTOCOLS
 from satune.tasks.catalog import TASKS, load_task
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import tiny_world
-from satune.agents.loading import AgentSpec, Precision, load_policies
+from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.commands.assemble import assemble, no_progress
-from satune.commands.contestant import local_candidate
+from satune.commands.contestant import local_contestant
 from satune.commands.evaluate import Wanted, examine
 from satune.config.load import load_recipe
 from satune.engines.roles import LocalRole, WithRoles, with_roles
@@ -128,11 +128,13 @@ def test_an_evaluation_attaches_roles_once(world, tmp_path, monkeypatch, kind):
     recipe_with(world, f"once-{kind}", host=host)
     (tmp_path / "asking.py").write_text(ASKING)
     path = world[0] / f"once-{kind}.yaml"
-    candidate = local_candidate(str(path), path, 1, ["team.dtype=float64"], no_progress, Servers())
-    candidate.open_server = open_server
+    contestant = local_contestant(
+        str(path), path, 1, ["team.dtype=float64"], no_progress, Servers()
+    )
+    contestant.open_server = open_server
     data, protocol = str(world[0] / "sp.jsonl"), f"{tmp_path / 'asking.py'}:asking"
     wanted = Wanted(samples=1, data=data, protocol=protocol, max_new_tokens=4)
-    report = asyncio.run(examine(candidate, wanted, tmp_path, no_progress))
+    report = asyncio.run(examine(contestant, wanted, tmp_path, no_progress))
     assert report["environment_tokens"] > 0
     # Where the recipe's team lies, and in its precision.
     local = [(str(world[0] / "host"), "cpu", Precision.of("float64"))]
@@ -186,7 +188,7 @@ def test_a_template_that_refuses_instructions_gets_them_with_the_first_question(
     )
     host = LocalRole(policy)
     messages = [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}]
-    assert policy.tokenizer.decode(host._ids(messages)).replace(" ", "") == "1\n\n2;"
+    assert policy.tokenizer.decode(host._ids(host._text(messages))).replace(" ", "") == "1\n\n2;"
     policy.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         LocalRole(policy)

@@ -12,8 +12,8 @@ from satune.engines.routed import RoutedEngine
 from satune.play.match import Match
 from satune.play.rollout import rollout
 from satune.protocols.sequential import chain
-from satune.swap.coins import hand_over_between
-from satune.swap.handover import HandOverSettings
+from satune.swap.handover import HandOverSettings, hand_over_between
+from satune.tasks.catalog import draw
 from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import EntriesRenderer, ScriptedEngine
 from tiny_models import tiny_policy
@@ -110,7 +110,14 @@ def test_a_served_model_takes_a_seat_by_hand_over() -> None:
     for says in ("b", "a"):
         engine = RoutedEngine(incumbent, {"bob": Served(says)}, {})
         new = replace(old, engine=engine)
-        found = hand_over_between(old, new, settings, KEY, Spending(0.05, 3))
+        found = hand_over_between(
+            old,
+            new,
+            lambda count, start: draw(old.task, "certify", count, start),
+            settings,
+            KEY,
+            Spending(0.05, 3),
+        )
         verdicts[says] = found.verdict
         assert found.looks[0].new == float(says == "b")
     assert verdicts == {"b": "accepted", "a": "refused"}

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from satune.play.conversation import Conversation
-from satune.protocols.catalog import PROTOCOLS, load_protocol
 from satune.protocols.discussion import JUDGE, REVISION, ROLES
+from satune.protocols.named import PROTOCOLS, load_protocol
 from satune.types import Key, Problem, UserError
 from scripted import Letters, ScriptedEngine, by_seat, team
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from satune.agents.learner import NonFinite, OptimizerSettings
+from satune.agents.learner import LocalLearner
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
+from satune.agents.ports import NonFinite
+from satune.agents.specs import OptimizerSettings
 from satune.core.divergence import DivergenceStatistics
 from satune.core.logprobs import exact_kl
 from satune.core.projection import alignment_terms
@@ -24,12 +26,10 @@ from satune.swap.distill import (
     Distilled,
     DistillSettings,
     _judge,
-    _step,
     _teach,
     distill,
-    student_of,
 )
-from satune.swap.measurement import examine, measure
+from satune.swap.measurement import measure_projection
 from satune.training.update import own_turns
 from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn, ids_of
 from tiny_models import Alphabet, next_token_logprobs, tiny_lm
@@ -41,8 +41,15 @@ SETTINGS = DistillSettings(
     rounds=100,
     problems=24,
     measure_problems=60,
-    optimizer=OptimizerSettings(lr=3e-3, weight_decay=0.0),
+    lr=3e-3,
 )
+
+
+def learner(
+    student: Policy, tokens: int = 16384, kind: type[LocalLearner] = LocalLearner
+) -> LocalLearner:
+    """Its own learning rate is none that anybody would learn with: each step is given one."""
+    return kind(student, OptimizerSettings(lr=1e6, weight_decay=0.0, micro_batch_tokens=tokens))
 
 
 def policies(dtype: torch.dtype = torch.float32) -> tuple[Policy, Policy, Policy]:
@@ -120,16 +127,19 @@ def _turn(seat: str, moment: int, ids: tuple[int, ...], said: Completion) -> Tur
 
 
 def swapped(
-    parts: tuple[Policy, Policy, Policy], settings: DistillSettings, **changes: Any
+    parts: tuple[Policy, Policy, Policy],
+    settings: DistillSettings,
+    kind: type[LocalLearner] = LocalLearner,
+    **changes: Any,
 ) -> tuple[Distilled, Policy, list[Episode]]:
     bob, old, new = parts
-    student = student_of(new, "ann")
+    student = new.copied("ann")
     here, before = Stage(bob, student), Stage(bob, old)
     done = distill(
         "ann",
         old,
         new,
-        student,
+        learner(student, kind=kind),
         settings,
         **{
             "draw": here.draw,
@@ -209,22 +219,28 @@ def test_it_is_reproducible(story):
 
 def test_it_learns_from_what_it_has_just_seen_and_again_from_earlier_rounds(monkeypatch):
     taught: list[Counter[str]] = []
-    steps: list[tuple[float, int]] = []
+    sizes: list[int] = []
+    rates: list[float] = []
 
-    def teach(learner: Any, teacher: Any, play: Any, episodes: Any, number: int) -> float:
+    def teach(student: Any, teacher: Any, play: Any, episodes: Any, number: int) -> float:
         taught.append(Counter(f"{e.problem.id}/{e.sample}" for e in episodes))
-        return _teach(learner, teacher, play, episodes, number)
+        return _teach(student, teacher, play, episodes, number)
 
-    def step(learner: Any, teacher: Any, packed: Any, episodes: Any) -> float:
-        steps.append((learner.settings.lr, len(episodes)))
-        return _step(learner, teacher, packed, episodes)
+    class Watched(LocalLearner):
+        def distil(self, packed: Any, episodes: Any, mixture: Any) -> float:
+            sizes.append(len(episodes))
+            return super().distil(packed, episodes, mixture)
+
+        def step(self, rate: float | None = None) -> float:
+            assert rate is not None
+            rates.append(rate)
+            return super().step(rate)
 
     monkeypatch.setattr("satune.swap.distill._teach", teach)
-    monkeypatch.setattr("satune.swap.distill._step", step)
     settings = replace(
         SETTINGS, rounds=4, problems=5, passes=3, batch=8, warmup=0.25, measure_problems=4
     )
-    done, _, _ = swapped(policies(), settings)
+    done, _, _ = swapped(policies(), settings, Watched)
     assert done.decision == "mixture"
     fresh = [
         {f"p{n:04d}/{sample}" for n in range(5 * k, 5 * k + 5) for sample in range(2)}
@@ -236,14 +252,14 @@ def test_it_learns_from_what_it_has_just_seen_and_again_from_earlier_rounds(monk
     for number, each in enumerate(taught):
         assert fresh[number] <= set(each) <= set().union(*fresh[: number + 1])
     # At most eight a step: 10 in 2, 20 in 3, 30 in 4.
-    assert [size for _, size in steps] == [5, 5, 6, 7, 7, *[7, 8] * 4]
+    assert sizes == [5, 5, 6, 7, 7, *[7, 8] * 4]
     # Half a cosine over the four rounds, and its first quarter on the way up.
     steps_of = (2, 3, 4, 4)
     shares = [(k + n / of) / 4 for k, of in enumerate(steps_of) for n in range(1, of + 1)]
     expected = [
         3e-3 * min(1.0, 4 * share) * (1 + math.cos(math.pi * share)) / 2 for share in shares
     ]
-    assert [rate for rate, _ in steps] == pytest.approx(expected, abs=1e-15)
+    assert rates == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("otherwise", ["mixture", "refused"])
@@ -278,7 +294,7 @@ def test_both_teams_states_have_to_be_inside(story, newcomer, incumbent, decisio
 
 def test_a_newcomer_inside_is_taken_as_it_is():
     bob, old, _ = policies()
-    near = student_of(old, "new")
+    near = old.copied("new")
     with torch.no_grad():
         for parameter in near.trainable().values():
             parameter.mul_(1.001)
@@ -290,17 +306,17 @@ def test_a_newcomer_inside_is_taken_as_it_is():
 
 def test_what_is_not_finite_is_refused():
     parts = policies()
-    settings = replace(SETTINGS, optimizer=OptimizerSettings(lr=math.inf))
+    settings = replace(SETTINGS, lr=math.inf)
     done, student, _ = swapped(parts, settings)
     assert done.decision == "refused" and done.reason == "the student's logits are not finite"
     assert "kl" not in done.event and same(weights(student), weights(parts[2]))
-    student = student_of(parts[2], "ann")
+    student = parts[2].copied("ann")
     with torch.no_grad():
         next(iter(parts[2].trainable().values()))[:] = math.nan
     with pytest.raises(NonFinite, match="the newcomer's logits are not finite"):
         mixture = MixturePolicy("ann", parts[1], parts[2], 0.1)
         packed = own_turns("ann", Stage(*parts[:2]).draw(Key(1, "swap"), 0, 2))
-        measure(student, mixture, packed)
+        learner(student).distances(packed, mixture)
 
 
 def test_old_weights_in_the_engine_stop_it():
@@ -326,8 +342,8 @@ def test_measurement_is_that_of_the_whole_models():
     episodes = Stage(bob, old).draw(Key(1, "swap"), 0, 5)
     packed = own_turns("ann", episodes)
     # A few tokens at a time: what comes back is in the order of the experience all the same.
-    found = measure(student, mixture, packed, tokens=20)
-    examined = examine(mixture, "ann", episodes, tokens=20)
+    found = learner(student, 20).distances(packed, mixture)
+    examined = measure_projection(mixture, "ann", episodes, tokens=20)
     at = 0
     for episode in episodes:
         turn = episode.turns[1]
@@ -350,7 +366,7 @@ def test_measurement_is_that_of_the_whole_models():
     assert at == packed.tokens
 
 
-def test_examination_says_which_way_the_newcomer_leans():
+def test_the_projection_measured_says_which_way_the_newcomer_leans():
     bob, old, new = policies(torch.float64)
     mixture = MixturePolicy("ann", old, new, 0.1)
     drawn = Stage(bob, old).draw(Key(1, "swap"), 0, 40)
@@ -369,7 +385,7 @@ def test_examination_says_which_way_the_newcomer_leans():
         return rewarded
 
     for sign in (1.0, -1.0):
-        figures = examine(mixture, "ann", liking(sign)).to_dict()
+        figures = measure_projection(mixture, "ann", liking(sign)).to_dict()
         score = figures["alignment"]
         assert sign * score["score"] > 3 * score["standard_error"] > 0
         assert score["problems"] == 40
@@ -377,6 +393,6 @@ def test_examination_says_which_way_the_newcomer_leans():
     assert 0 < figures["lambda"]["low"] < figures["lambda"]["high"] <= 1
     assert figures["infeasible"] == 0 and 0 <= figures["inside"] < 0.5
     alone = [episode for episode in drawn if episode.sample == 0]
-    assert "alignment" not in examine(mixture, "ann", alone).to_dict()
+    assert "alignment" not in measure_projection(mixture, "ann", alone).to_dict()
     with pytest.raises(ValueError, match="wrote nothing"):
-        examine(mixture, "nobody", drawn)
+        measure_projection(mixture, "nobody", drawn)

@@ -16,16 +16,15 @@ from transformers import Qwen3ForCausalLM
 import tiny_world
 from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.commands.assemble import Cast
+from satune.commands.project import MEASURED, PROBLEMS
+from satune.commands.reseat import find_team, load_found, reseated, with_newcomer
+from satune.commands.swap import swap
+from satune.commands.swap_request import SwapRequest
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
-from satune.swap.coins import play_mixture
-from satune.swap.handover import HandOverSettings
-from satune.swap.projecting import MEASURED, PROBLEMS
-from satune.swap.request import SwapRequest
-from satune.swap.seat import Candidate, find_team, load_found, reseated, with_newcomer
-from satune.swap.swap import swap
+from satune.swap.handover import HandOverSettings, play_mixture
 from satune.team import load_team
 from satune.tiny.training import TinySettings, imitate, rows_of
 from satune.tiny.zoo import tiny_tokenizer
@@ -277,7 +276,7 @@ def test_a_projection_outside_delta_can_stay_a_mixture(
     team = load_team(tmp_path / "out", device="cpu")
     assert team.policies["bob"].parts[0] is not team.policies["bob"].parts[1]
     found = find_team(tmp_path / "out", world / "recipe.yaml")
-    cast = load_found(found, lambda done, total, what: None)
+    cast = load_found(found, lambda done, total, what: None).cast
     key = Key(0, "evaluate")
     assert cast.evaluate(greedy=False, key=key).avg_at_k == result["swaps"][0]["after"]
     with pytest.raises(UserError, match="mixture of two models already"):
@@ -296,7 +295,7 @@ def test_a_projection_outside_delta_can_be_judged_by_its_reward(
         delta=1e-6, otherwise="handover", rounds=2,
     )  # fmt: skip
     record = result["swaps"][0]
-    assert record["verdict"] == "accepted" and "above delta" in record["projection"]
+    assert record["verdict"] == "accepted" and "above delta" in record["projection_reason"]
     assert record["looks"] and record["kl"]["newcomer"]["quantile"] > 1e-6
     # Every problem once: samples of one visit the same states.
     rows = record["distillation"]["bob"]["rounds"]
@@ -320,7 +319,7 @@ def test_a_newcomer_inside_delta_is_taken_as_it_is(world: Path, tmp_path: Path) 
     record = result["swaps"][0]
     assert record["method"] == "project" and record["verdict"] == "accepted"
     assert record["difference"][0] == 0.0 and record["kl"]["newcomer"]["violation_rate"] == 0.0
-    assert record["examination"]["bob"]["inside"] == 1.0
+    assert record["projection"]["bob"]["inside"] == 1.0
     go_on(out, 3)
 
 
@@ -400,12 +399,12 @@ def test_a_dry_run_measures_and_writes_nothing(sevens: Path, tmp_path: Path) -> 
         record = found["swaps"][0]
         assert found["verdict"] == "measured" and found["out"] is None
         assert record["naive_difference"][2] < 0 and found["tokens"] > 0
-        assert ("examination" in record) == (method == "project")
+        assert ("projection" in record) == (method == "project")
     assert not list(tmp_path.iterdir()) and digests(sevens) == before
 
 
 def casts(folder: Path) -> tuple[Cast, Cast]:
-    old = Candidate(load_found(find_team(folder / "run", None), lambda done, total, what: None))
+    old = load_found(find_team(folder / "run", None), lambda done, total, what: None)
     return old.cast, with_newcomer(old, "bob", str(folder / "untaught")).cast
 
 
@@ -449,7 +448,7 @@ def test_the_mixtures_episodes_are_those_of_its_sides(sevens: Path, epsilon: flo
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["satune.swap.swap", "satune.cli.main"])
+    context.set_forkserver_preload(["satune.commands.swap", "satune.cli.main"])
     return context
 
 
@@ -504,12 +503,12 @@ def test_killed_at_any_moment_the_run_is_whole_and_the_result_whole_or_absent(
 def test_a_failure_while_writing_leaves_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from satune.swap import output
+    from satune.commands import swap as swapping
 
     def fail(*arguments: Any, **named: Any) -> None:
         raise UserError("disk: full")
 
-    monkeypatch.setattr(output, "save_recipe", fail)
+    monkeypatch.setattr(swapping, "save_recipe", fail)
     with pytest.raises(UserError, match="disk: full"):
         give(world / "run", ("bob", world / "newcomer"), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())

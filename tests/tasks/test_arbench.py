@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmark_rows import rows_of
 from satune.play.match import Match
 from satune.play.rollout import play
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.tasks.arbench import f1_score, parse_host, without_thoughts
 from satune.tasks.arbench_dc import DetectiveCases
 from satune.tasks.arbench_sp import SituationPuzzles

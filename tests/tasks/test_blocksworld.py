@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmark_rows import fuzz, rows_of
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.tasks import block_stacks as stacks
 from satune.tasks.blocks import DOMAIN, blocks_problem
 from satune.tasks.blocksworld import Blocksworld

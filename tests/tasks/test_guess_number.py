@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from satune.play.match import Match
 from satune.play.rollout import play, rollout_sync
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.tasks.guess_number import GuessNumber, feedback
 from satune.tasks.sweep import neighbours, sweep
 from satune.types import Entry, Key, UserError

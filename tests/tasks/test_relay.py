@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.tasks.relay import Relay, last_expression, operations, reduce_once
 from satune.types import Entry, Key, Problem, UserError
 from scripted import ScriptedEngine, expert_writer, team

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.protocols.sequential import chain, round_robin
 from satune.tasks.catalog import take
 from satune.tasks.guess_number import GuessNumber

@@ -13,14 +13,14 @@ import torch
 import tiny_world
 from far_engine import FarEngine
 from satune.agents.policy import Policy
+from satune.commands import project as projecting
+from satune.commands import swap as swapping
+from satune.commands.swap import swap
+from satune.commands.swap_request import SwapRequest
 from satune.core.certificates import StatisticalCertificate
 from satune.engines.base import ENGINES, LocalSettings
 from satune.files.events import Event
-from satune.swap import projecting
-from satune.swap import swap as swapping
 from satune.swap.handover import HandOverSettings
-from satune.swap.request import SwapRequest
-from satune.swap.swap import swap
 from satune.training import certification
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
@@ -50,20 +50,28 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+Names = dict[tuple[str, int], str]
+
+
 @dataclass(frozen=True)
 class FarSettings:
-    """An engine that keeps weights of its own."""
+    """An engine that keeps weights of its own. Engines with the same ``names`` hold one another to
+    what a number names."""
 
+    names: Names | None = None
     conversations: int = 64
 
     def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> FarEngine:
-        return FarEngine(policies, seats)
+        return FarEngine(policies, seats, self.names)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+KINDS = ("far", "near")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, engine: str, names: Names | None = None) -> None:
     """Let the engine that is made from now on for "local" be this one."""
-    kinds: dict[str, Any] = {"far": FarSettings, "near": LocalSettings}
-    monkeypatch.setitem(ENGINES, "local", lambda **options: kinds[engine]())
+    settings = {"far": FarSettings(names), "near": LocalSettings()}[engine]
+    monkeypatch.setitem(ENGINES, "local", lambda **options: settings)
 
 
 def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> None:
@@ -147,7 +155,7 @@ def test_every_schedule_gives_the_engine_what_it_needs(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
     found = []
-    for engine in ENGINES:
+    for engine in KINDS:
         use(monkeypatch, engine)
         found.append(trained(recipe, tmp_path / engine, [f"schedule={schedule}"])[1])
     assert found[0] == found[1]
@@ -157,14 +165,18 @@ def test_every_schedule_gives_the_engine_what_it_needs(
 def test_a_swap_and_the_training_after_it_are_the_same(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    """The projection stays outside delta and is judged by its reward: its student has learnt."""
+    """The projection stays outside delta and is judged by its reward: its student has learnt. Run,
+    every engine of the swap and the training after it give no number to two sets of weights."""
+    names: Names = {}
+    use(monkeypatch, "far", names)
     run, _ = trained(recipe, tmp_path / "run", ["stages=1"])
-    for name in ("EXAMINED", "PROBLEMS", "MEASURED"):
+    of_the_run = dict(names)
+    for name in ("PREVIEWED", "PROBLEMS", "MEASURED"):
         monkeypatch.setattr(projecting, name, 6)
-    monkeypatch.setattr(swapping, "EXAMINED", 6)
+    monkeypatch.setattr(swapping, "PREVIEWED", 6)
     found = []
-    for engine in ENGINES:
-        use(monkeypatch, engine)
+    for engine in KINDS:
+        use(monkeypatch, engine, names)
         out = tmp_path / engine
         request = SwapRequest(
             tmp_path / "run", ["bob"], [str(recipe.parent / "newcomer")], method, rounds=2,
@@ -179,6 +191,11 @@ def test_a_swap_and_the_training_after_it_are_the_same(
         found.append(left(more, out))
         # The newcomer bears bob's name, and numbers that bob's weights never had.
         assert more.state.versions["bob"] > run.state.issued["bob"]
+        if engine == "far":
+            # The newcomer as it came, and its student before a round, after each and at the end.
+            during = {version for agent, version in names if agent == "bob"}
+            assert during == set(range(more.state.issued["bob"] + 1))
+            assert len(during) > len([a for a, _ in of_the_run if a == "bob"]) + 1
     assert found[0] == found[1]
 
 

@@ -19,15 +19,12 @@ from torch import Tensor
 
 from satune.agents.anchor import Anchor
 from satune.agents.packing import MicroBatch
+from satune.agents.ports import NonFinite
 from satune.agents.scoring import Scorer
 from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, objective_loss
 
 Values = dict[str, Tensor]
 """One number a token of each kind, by the name of TokenScores' and ObjectiveBatch's field."""
-
-
-class NonFinite(ArithmeticError):
-    """A loss or a gradient was NaN or infinite; the step has to be reverted."""
 
 
 @dataclass(slots=True)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from satune.agents.anchor import Anchor, Measurement, Snapshot, States
-from satune.agents.gradient import MiniBatch, NonFinite, back_propagate
+from satune.agents.distillation import add_gradient, measure_distances
+from satune.agents.gradient import MiniBatch, back_propagate
 from satune.agents.memory import allowed_bytes
+from satune.agents.mixture import Distances, MixturePolicy
 from satune.agents.moments import Moments
 from satune.agents.packing import PackedTurns, padded_budget
 from satune.agents.policy import Policy
+from satune.agents.ports import NonFinite
 from satune.agents.scoring import Scorer
 from satune.agents.specs import OptimizerSettings
 from satune.core.objectives import ObjectiveSettings
@@ -154,9 +157,30 @@ class LocalLearner:
         with self.policy.checkpointing(self.settings.gradient_checkpointing):
             return mini_batch.accumulate(self.settings.micro_batch_tokens)
 
-    def step(self) -> float:
+    def distil(self, packed: PackedTurns, episodes: Sequence[int], mixture: MixturePolicy) -> float:
+        """Add the gradient of the mean of KL(present weights‖mixture) over the own tokens of
+        ``episodes``, a part of the experience; returns that mean in nats. Raises NonFinite."""
+        checkpointed = self.settings.gradient_checkpointing
+        with self.policy.checkpointing(checkpointed):
+            return add_gradient(
+                self.policy,
+                mixture,
+                packed,
+                episodes,
+                self._budget,
+                share_prompts=not checkpointed,
+            )
+
+    def distances(self, packed: PackedTurns, mixture: MixturePolicy) -> Distances:
+        """Exact full-vocabulary KL per own token between the present weights and a mixture's
+        models. Raises NonFinite where logits are not finite."""
+        return measure_distances(self.policy, mixture, packed, self._budget)
+
+    def step(self, rate: float | None = None) -> float:
         """One optimiser step on the accumulated gradient; returns its norm before clipping.
 
+        ``rate`` is the learning rate of this step where the caller has a schedule of its own; else
+        it is the settings', which rises over their ``warmup_steps``.
         Raises NonFinite (gradients dropped, weights untouched) where the norm is not finite.
         """
         assert self.moments.awake, "wake() comes before step()"
@@ -170,8 +194,9 @@ class LocalLearner:
             for gradient in gradients:
                 gradient.mul_(limit / norm)
         self.steps += 1
-        warm = self.settings.warmup_steps
-        self.moments.step(self.settings.lr * min(1.0, self.steps / (warm + 1)))
+        if rate is None:
+            rate = self.settings.lr * min(1.0, self.steps / (self.settings.warmup_steps + 1))
+        self.moments.step(rate)
         self.drop_gradients()
         return norm
 
@@ -200,12 +225,10 @@ class LocalLearner:
 
     def export(self) -> dict[str, Tensor]:
         """The agent's own parameters, copied."""
-        return {name: p.detach().clone() for name, p in self._parameters.items()}
+        return self.policy.export()
 
-    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(weights[name])
+        self.policy.load_weights(weights)
 
     def snapshot(self) -> Snapshot:
         """The agent as it is now; of the optimiser's state nothing more is held on the device."""

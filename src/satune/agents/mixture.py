@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,17 @@ def tokenizer_difference(incumbent: Any, newcomer: Any) -> str | None:
         ):
             return f"{text!r} is taken apart differently"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """KL [T] of a policy, the student, at own tokens, float64 on the CPU: to and from a mixture's
+    incumbent, to the mixture and to its newcomer."""
+
+    to_incumbent_T: Tensor
+    from_incumbent_T: Tensor
+    to_mixture_T: Tensor
+    to_newcomer_T: Tensor
 
 
 class MixturePolicy(Policy):

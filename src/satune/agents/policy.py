@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,17 @@ class Policy:
         model.eval()
         self._check_head()
 
+    def copied(self, name: str) -> Policy:
+        """A policy called ``name`` over a copy of the model, parameter by parameter."""
+        return Policy(
+            name,
+            copy.deepcopy(self.model),
+            self.tokenizer,
+            self.temperature,
+            adapter=self.adapter,
+            autocast=self.autocast,
+        )
+
     @property
     def parts(self) -> tuple[Policy, ...]:
         """The models whose hidden states this policy's are made of: here it alone."""
@@ -108,6 +120,16 @@ class Policy:
         # A part of the model may be called like the agent; only LoRA's own parts hold adapters.
         own = re.compile(rf"\.lora_\w+\.{re.escape(self.adapter)}(\.|$)")
         return {name: p for name, p in self.model.named_parameters() if own.search(name)}
+
+    def export(self) -> dict[str, Tensor]:
+        """The agent's own parameters by name, copied."""
+        return {name: p.detach().clone() for name, p in self.trainable().items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the agent's own parameters from ``weights``, which ``export`` gave."""
+        for name, parameter in self.trainable().items():
+            parameter.copy_(weights[name])
 
     def activate(self) -> None:
         """Make this agent's adapter the active one of a shared base."""

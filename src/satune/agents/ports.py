@@ -1,4 +1,5 @@
-"""What a learner is asked for, whether its parameters lie in this process or elsewhere."""
+"""What a learner is asked for, whether its parameters lie in this process or elsewhere, and what it
+raises."""
 
 from __future__ import annotations
 
@@ -8,12 +9,17 @@ from typing import Protocol
 from torch import Tensor
 
 from satune.agents.anchor import Anchor, Measurement, Snapshot
+from satune.agents.mixture import Distances, MixturePolicy
 from satune.agents.packing import PackedTurns
 from satune.core.objectives import ObjectiveSettings
 
 
+class NonFinite(ArithmeticError):
+    """A loss, a gradient or logits were NaN or infinite; the step has to be reverted."""
+
+
 class Learner(Protocol):
-    """What training talks to: one agent's parameters and optimiser, never the module itself.
+    """What training and swaps talk to: one agent's parameters and optimiser, never the module.
 
     ``agents.learner.LocalLearner`` says what each call does. ``steps`` counts optimiser steps; a
     ``frozen`` learner is never updated.
@@ -47,7 +53,13 @@ class Learner(Protocol):
         objective: ObjectiveSettings,
     ) -> dict[str, float]: ...
 
-    def step(self) -> float: ...
+    def distil(
+        self, packed: PackedTurns, episodes: Sequence[int], mixture: MixturePolicy
+    ) -> float: ...
+
+    def distances(self, packed: PackedTurns, mixture: MixturePolicy) -> Distances: ...
+
+    def step(self, rate: float | None = None) -> float: ...
 
     def drop_gradients(self) -> None: ...
 

@@ -6,9 +6,9 @@ import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -105,9 +105,10 @@ def say(line: str) -> None:
     print(printable(line), file=sys.stderr)
 
 
-def show_result(
-    value: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]
-) -> None:
+_Result = TypeVar("_Result", bound=Mapping[str, Any])
+
+
+def show_result(value: _Result, as_json: bool, show: Callable[[_Result], None]) -> None:
     if as_json:
         from satune.files.writing import strict_json
 
@@ -136,7 +137,7 @@ def shipped_recipe(given: str) -> Path:
     path = find_recipe(given)
     if path is not None:
         return path
-    from satune.config.checks import nearest
+    from satune.loading import nearest
 
     roots = [root for root in _recipe_folders() if root.is_dir()]
     names = [str(p.relative_to(r).with_suffix("")) for r in roots for p in r.rglob("*.yaml")]

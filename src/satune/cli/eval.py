@@ -31,7 +31,7 @@ from satune.loading import KEY_VARIABLE
 from satune.types import UserError
 
 if TYPE_CHECKING:  # their libraries take seconds to load
-    from satune.commands.contestant import Candidate
+    from satune.commands.contestant import Contestant
 
 
 ENVIRONMENT_KEY = "ENVIRONMENT_API_KEY"
@@ -213,42 +213,42 @@ def evaluate(
     said = [benchmark, protocol, options, environment_url]
     spoken = trust_of(trust, overrides, allow_address, said)
 
-    def candidate_of(display: Display) -> Candidate:
-        from satune.commands.contestant import local_candidate, served_candidate
+    def contestant_of(display: Display) -> Contestant:
+        from satune.commands.contestant import local_contestant, served_contestant
 
         if base_url is not None:
             engine = servers.at(base_url, api_key_env or KEY_VARIABLE)
-            candidate = served_candidate(team, seats, overrides or [], engine)
-            host = environment_model or candidate.seats[0].agent
-            candidate.host = f"{environment_url or base_url}#{host}"
+            contestant = served_contestant(team, seats, overrides or [], engine)
+            host = environment_model or contestant.seats[0].agent
+            contestant.host = f"{environment_url or base_url}#{host}"
         else:
             quiet_libraries()
-            candidate = local_candidate(
+            contestant = local_contestant(
                 team, find_recipe(team), seats, overrides or [], display.progress, servers, spoken
             )
             if environment_url is not None:
                 if environment_model is None:
                     raise UserError("--environment-url: name the model by --environment-model")
-                candidate.host = f"{environment_url}#{environment_model}"
+                contestant.host = f"{environment_url}#{environment_model}"
             elif environment_model is not None:
                 raise UserError("--environment-model: say where it is served, --environment-url")
-        if "host" in candidate.asked_task and (environment_model or environment_url):
+        if "host" in contestant.asked_task and (environment_model or environment_url):
             raise UserError("task.host: who plays it is also said by --environment-*; drop one")
-        candidate.open_server = partial(servers.model, key_variable=environment_key_env)
+        contestant.open_server = partial(servers.model, key_variable=environment_key_env)
         if seat is not None:
-            candidate.only(seat)
-        return candidate
+            contestant.only(seat)
+        return contestant
 
-    async def play(candidate: Candidate, display: Display) -> dict[str, Any]:
+    async def play(contestant: Contestant, display: Display) -> dict[str, Any]:
         try:
-            return await examine(candidate, wanted, directory, display.progress)
+            return await examine(contestant, wanted, directory, display.progress)
         finally:
             await servers.close()
 
     try:
         with place(directory, break_lock=break_lock), Display(open_console(stderr=True)) as display:
-            candidate = candidate_of(display)
-            report = asyncio.run(play(candidate, display))
+            contestant = contestant_of(display)
+            report = asyncio.run(play(contestant, display))
             requests, repeated, reused = (
                 sum(getattr(engine, name) for engine in servers.engines)
                 for name in ("requests", "repeated", "reused")

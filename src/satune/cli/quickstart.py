@@ -48,7 +48,7 @@ def quickstart(
 def _swap(directory: Path, recipe: Any) -> dict[str, Any]:
     """One seat to a larger model of the same tokenizer: drawn near, else mixed within delta."""
     from satune.cli.swap import run_swap
-    from satune.swap.request import SwapRequest
+    from satune.commands.swap_request import SwapRequest
 
     seat = list(recipe.team.given_seats())[1]
     teaching = {k: min(v, getattr(recipe.tiny, k)) for k, v in TEACHING.items()}
@@ -56,8 +56,8 @@ def _swap(directory: Path, recipe: Any) -> dict[str, Any]:
         directory, [seat], [NEWCOMER], method="project", otherwise="mixture", rounds=ROUNDS,
         tiny=teaching | {"greedy_target": 0.0}, out=directory / "swapped",
     )  # fmt: skip
-    result = run_swap(request)
-    record = result["swaps"][0]
+    result: dict[str, Any] = {**run_swap(request)}
+    record: dict[str, Any] = {**result["swaps"][0]}
     shown = {name: record[name] for name in SHOWN if name in record}
     return shown | {name: result[name] for name in ("delta", "tokens", "seconds", "out")}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -21,6 +20,11 @@ from satune.cli.common import (
     show_result,
     trust_of,
 )
+
+if TYPE_CHECKING:  # a command's options are shown before its libraries are loaded
+    from satune.commands.swap import SwapResult
+    from satune.commands.swap_request import SwapRequest
+    from satune.files.events import Difference
 
 
 def swap(
@@ -73,9 +77,9 @@ def swap(
     as_json: AsJson = False,
 ) -> None:
     """Give seats of a trained team to other models."""
+    from satune.commands.swap_request import SwapRequest
     from satune.config.load import override
     from satune.swap.handover import HandOverSettings
-    from satune.swap.request import SwapRequest
 
     server: dict[str, Any] = {}
     for text in server_option or []:
@@ -105,14 +109,14 @@ def swap(
         raise typer.Exit(2)
 
 
-def run_swap(request: Any) -> dict[str, Any]:
+def run_swap(request: SwapRequest) -> SwapResult:
     """The swap with its progress on the terminal."""
     from satune.cli.progress import Display
 
     quiet_libraries()
     import torch
 
-    from satune.swap.swap import swap as perform
+    from satune.commands.swap import swap as perform
     from satune.tiny.zoo import is_tiny
 
     if all(is_tiny(each) for each in request.models):
@@ -121,14 +125,14 @@ def run_swap(request: Any) -> dict[str, Any]:
         return perform(request, display.progress, display.watch)
 
 
-def show_swap(result: dict[str, Any]) -> None:
+def show_swap(result: SwapResult) -> None:
     console = open_console()
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     for column in ("seat", "model", "method", "before", "newcomer as it is", "after", "verdict"):
         table.add_column(column, no_wrap=column not in ("seat", "model"))
     for record in result["swaps"]:
         after = ""
-        if "after" in record:
+        if "after" in record and "difference" in record:
             after = _reward(record["after"], record["difference"])
         table.add_row(
             ", ".join(record["seats"]),
@@ -141,7 +145,7 @@ def show_swap(result: dict[str, Any]) -> None:
         )
     console.print(table)
     for record in result["swaps"]:
-        for line in (record.get("reason"), record.get("claim")):
+        for line in (record["reason"], record.get("claim")):
             if line:
                 console.print(
                     f"{', '.join(record['seats'])}: {line}", highlight=False, soft_wrap=True
@@ -151,7 +155,7 @@ def show_swap(result: dict[str, Any]) -> None:
     console.print(f"{cost}; {where}", highlight=False, soft_wrap=True)
 
 
-def _reward(value: float, difference: Sequence[float]) -> str:
+def _reward(value: float, difference: Difference) -> str:
     mean, low, high = difference
-    interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    interval = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
     return f"{value:.3f}, {mean:+.3f}{interval}"

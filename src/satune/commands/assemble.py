@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from satune.agents.loading import AgentSpec, Precision
 from satune.agents.policy import Policy
+from satune.agents.pretrained import AgentSpec, Precision
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.base import EngineSettings, engine_settings
 from satune.engines.roles import SCRIPTED, with_roles
@@ -18,7 +18,7 @@ from satune.engines.servers import Servers, with_served
 from satune.files.writing import tensor_errors
 from satune.play.evaluation import Evaluation, evaluate
 from satune.play.match import Match
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.tasks.catalog import load_task, take
 from satune.tasks.contamination import Without, note, training_overlaps
 from satune.team import Team, build_team

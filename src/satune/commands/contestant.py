@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from satune.agents.loading import AgentSpec, Precision
 from satune.agents.messages import MessageRenderer, TemplateSettings
+from satune.agents.pretrained import AgentSpec, Precision
 from satune.agents.sources import misspelt_path
 from satune.commands.trust import NOTHING, Trust, given_recipe
 from satune.config.derive import section_of
@@ -22,7 +22,7 @@ from satune.config.schema import EngineChoice, Recipe
 from satune.engines.base import ENGINES, EngineSettings, engine_settings
 from satune.engines.roles import OpenServer
 from satune.engines.servers import Servers, with_served
-from satune.loading import nearest
+from satune.loading import nearest_hint
 from satune.training.settings import RolloutSettings
 from satune.types import FAILURES, GRADING_SECONDS, Engine, Sampling, Seat, UserError
 
@@ -36,7 +36,7 @@ PAPER_TEMPERATURE = 0.8
 
 
 @dataclass(slots=True)
-class Candidate:
+class Contestant:
     """What an evaluation needs to know of a team.
 
     ``protocol``, ``task`` (name, data and options), ``held_out`` (other data for evaluations) and
@@ -79,13 +79,15 @@ class Candidate:
         """Leave this seat alone in the team. Raises UserError if there is none of the name."""
         kept = [seat for seat in self.seats if seat.name == name]
         if not kept:
-            raise UserError(f"--seat: no {name!r}{nearest(name, [s.name for s in self.seats])}")
+            raise UserError(
+                f"--seat: no {name!r}{nearest_hint(name, [s.name for s in self.seats])}"
+            )
         self.seats, self.protocol = kept, {"name": "solo"}
 
 
-def served_candidate(
+def served_contestant(
     names: str, copies: int, overrides: Sequence[str], engine: OpenAIEngine
-) -> Candidate:
+) -> Contestant:
     """Models at a server, a seat each (``names`` are separated by commas), or ``copies`` of one.
     ``engine`` is told the seats' models here. Overrides are protocol.*, task.* and rollout.*."""
     keys = _keys(overrides, ("protocol", "task", "rollout"))
@@ -96,7 +98,7 @@ def served_candidate(
     engine.models = {**engine.models, **seats}
     renderer = MessageRenderer(TemplateSettings())
     sampling = Sampling(PAPER_TOKENS, temperature=PAPER_TEMPERATURE)
-    return Candidate(
+    return Contestant(
         [Seat(name, model, renderer, sampling) for name, model in seats.items()],
         engine,
         {"models": seats},
@@ -108,7 +110,7 @@ def served_candidate(
     )
 
 
-def local_candidate(
+def local_contestant(
     given: str,
     path: Path | None,
     copies: int,
@@ -116,7 +118,7 @@ def local_candidate(
     progress: Any,
     servers: Servers,
     trust: Trust = NOTHING,
-) -> Candidate:
+) -> Contestant:
     """The team that ``given`` names; ``path`` is where a recipe of that name lies, if one does.
 
     Overrides are those of the recipe; other teams take protocol.*, task.*, engine.*,
@@ -126,13 +128,13 @@ def local_candidate(
     place = Path(given)
     if path is not None and not place.is_dir():
         _one_of_each(copies, "a recipe")
-        candidate = _of_recipe(given_recipe(path, overrides, trust), progress, servers)
+        contestant = _of_recipe(given_recipe(path, overrides, trust), progress, servers)
         given_here: dict[str, Any] = {}
         for text in overrides:
             if text.startswith("task."):
                 override(given_here, text)
-        candidate.asked_task = given_here.get("task", {})
-        return candidate
+        contestant.asked_task = given_here.get("task", {})
+        return contestant
     keys = _keys(overrides)
     if (place / "manifest.json").is_file() or (place / "team" / "manifest.json").is_file():
         _one_of_each(copies, "a team")
@@ -156,13 +158,13 @@ def local_candidate(
     return _of_model(given, copies, keys)
 
 
-def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
+def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
     from satune.commands.assemble import assemble, engine_of
 
     # Its roles are those of whatever task is played: the examination attaches them.
     cast = assemble(recipe, progress, servers, roles=False)
     models = {a.model for a in recipe.team.agents.values() if Path(a.model).exists()}
-    return Candidate(
+    return Contestant(
         cast.team.seats_for(recipe.rollout.max_new_tokens),
         cast.engine,
         {
@@ -181,7 +183,7 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Candidate:
     )
 
 
-def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Trust) -> Candidate:
+def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Trust) -> Contestant:
     from satune.team import load_team, manifest_of
 
     directory = place if (place / "manifest.json").is_file() else place / "team"
@@ -194,7 +196,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Tr
     recipe = load_recipe(written, alone=True) if beside else None
     section = _engine_settings(keys, recipe, partial(trust.admit, where=written))
     limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
-    return Candidate(
+    return Contestant(
         team.seats_for(limit),
         with_served(_engine(team, section), team.served, team.seats, servers),
         {"team": _fingerprint(directory)},
@@ -211,7 +213,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Tr
     )
 
 
-def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
+def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Contestant:
     from satune.team import build_team
     from satune.tiny.zoo import is_tiny
 
@@ -223,7 +225,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Candidate:
     team = build_team([spec], dict.fromkeys(seats, agent), sharing="separate", **keys["team"])
     section = _engine_settings(keys, None)
     local = Path(given).exists()
-    return Candidate(
+    return Contestant(
         team.seats_for(_room(team)),
         _engine(team, section),
         {"model": _fingerprint(Path(given)) if local else given, "seats": copies},
@@ -307,7 +309,7 @@ def _keys(
         override(data, text)
     for section in data:
         if section not in known:
-            raise UserError(f"command line: {section}: unknown here{nearest(section, known)}")
+            raise UserError(f"command line: {section}: unknown here{nearest_hint(section, known)}")
     found = {section: data.get(section) or {} for section in known}
     for section, value in found.items():
         if isinstance(value, str):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from satune.commands.contestant import Candidate, file_identity
+from satune.commands.contestant import Contestant, file_identity
 from satune.engines.roles import SCRIPTED, with_roles
 from satune.files.lines import JsonLines
 from satune.files.lock import LOCK, locked
@@ -22,7 +22,7 @@ from satune.play.evaluation import report, summarise
 from satune.play.match import Match
 from satune.play.rollout import rollout
 from satune.play.rows import episode_from_row, episode_to_row
-from satune.protocols.catalog import load_protocol
+from satune.protocols.named import load_protocol
 from satune.tasks.catalog import load_task, take, takes
 from satune.types import Episode, Key, Problem, Progress, Seat, Task, UserError
 
@@ -110,25 +110,25 @@ def _leave_as(out: Path, found: Mapping[str, int]) -> None:
 
 
 async def examine(
-    candidate: Candidate, wanted: Wanted, out: Path, progress: Progress
+    contestant: Contestant, wanted: Wanted, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """Play what is not in ``out`` yet (in its ``place``), and give the report, which is written
     there too.
 
     Raises UserError for what cannot be had, and for an ``out`` that holds another evaluation.
     """
-    seed = candidate.seed if wanted.seed is None else wanted.seed
-    task, split, named = _task(candidate, wanted, seed)
+    seed = contestant.seed if wanted.seed is None else wanted.seed
+    task, split, named = _task(contestant, wanted, seed)
     engine = with_roles(
-        candidate.engine,
+        contestant.engine,
         getattr(task, "role_player", SCRIPTED),
-        precision=candidate.precision,
-        device=candidate.device,
-        open_server=candidate.open_server,
+        precision=contestant.precision,
+        device=contestant.device,
+        open_server=contestant.open_server,
     )
-    seats = candidate.sampled(wanted.temperature, wanted.max_new_tokens)
-    protocol = _protocol(candidate, wanted, seats)
-    candidate.admit({"protocol": protocol})
+    seats = contestant.sampled(wanted.temperature, wanted.max_new_tokens)
+    protocol = _protocol(contestant, wanted, seats)
+    contestant.admit({"protocol": protocol})
     match = Match(
         seats,
         load_protocol(
@@ -140,9 +140,9 @@ async def examine(
         engine,
         task,
         progress=progress,
-        failures=candidate.failures,
-        grading_seconds=candidate.grading_seconds,
-        concurrency=wanted.concurrency or candidate.conversations,
+        failures=contestant.failures,
+        grading_seconds=contestant.grading_seconds,
+        concurrency=wanted.concurrency or contestant.conversations,
         keep_ids=False,
     )
     problems = _problems(task, split, wanted.limit)
@@ -151,7 +151,7 @@ async def examine(
         greedy = all(seat.sampling.temperature == 0 for seat in seats)
         samples = 1 if greedy else SAMPLES.get(named["name"], OTHER_SAMPLES)
     settings = {
-        "team": candidate.identity,
+        "team": contestant.identity,
         "benchmark": {**named, "data": file_identity(named["data"]), "split": split},
         "protocol": {**protocol, "name": file_identity(protocol["name"])},
         "sampling": {seat.name: asdict(seat.sampling) for seat in seats},
@@ -194,26 +194,26 @@ async def examine(
     return found
 
 
-def _task(candidate: Candidate, wanted: Wanted, seed: int) -> tuple[Task, str, dict[str, Any]]:
+def _task(contestant: Contestant, wanted: Wanted, seed: int) -> tuple[Task, str, dict[str, Any]]:
     """The task, the split to play, and the task's name, data and options.
 
     A team's own task is played on what was held out of its training; any other, and data given
     here, whole.
     """
-    own = dict(candidate.task)
+    own = dict(contestant.task)
     name = wanted.benchmark or own.get("name")
     if name is None:
         raise UserError("--benchmark: is needed, the team has no task of its own; give its name")
     itself = own.get("name") in (name, None)
-    kept = own if itself else candidate.asked_task
+    kept = own if itself else contestant.asked_task
     options = {k: v for k, v in kept.items() if k not in ("name", "data")}
     data, split = wanted.data, "all"
     if data is None and itself:
-        data = candidate.held_out or own.get("data")
-        split = "all" if candidate.held_out or "name" not in own else "eval"
-    if candidate.host is not None and takes(name, "host"):
-        options = {**options, "host": candidate.asked_task.get("host", candidate.host)}
-    candidate.admit({"task": {"name": name, "data": data and str(data), **options}})
+        data = contestant.held_out or own.get("data")
+        split = "all" if contestant.held_out or "name" not in own else "eval"
+    if contestant.host is not None and takes(name, "host"):
+        options = {**options, "host": contestant.asked_task.get("host", contestant.host)}
+    contestant.admit({"task": {"name": name, "data": data and str(data), **options}})
     task = load_task(name, data, seed, None, **options)
     if getattr(task, "fresh", False):
         split = "eval"
@@ -228,8 +228,8 @@ def _problems(task: Task, split: str, limit: int | None) -> list[Problem]:
     return rows if limit is None else take(task, split, min(limit, max(1, len(rows))))
 
 
-def _protocol(candidate: Candidate, wanted: Wanted, seats: Sequence[Seat]) -> dict[str, Any]:
-    own, asked = candidate.protocol, candidate.asked
+def _protocol(contestant: Contestant, wanted: Wanted, seats: Sequence[Seat]) -> dict[str, Any]:
+    own, asked = contestant.protocol, contestant.asked
     usual = "solo" if len(seats) == 1 else "vote"
     name = wanted.protocol or asked.get("name") or own.get("name") or usual
     kept = own if own.get("name", name) == name else {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from satune.loading import missing_file, nearest
+from satune.loading import missing_file, nearest_hint
 from satune.play.conversation import plurality
 from satune.play.evaluation import Scores, summary_of_graded
 from satune.play.statistics import mean_components
@@ -105,7 +105,9 @@ def match(task: Task, rows: Sequence[Responses]) -> tuple[list[Problem], int]:
     known = {problem.id: problem for problem in _all_problems(task)}
     for row in rows:
         if row.id not in known:
-            hint = nearest(row.id, known) if len(known) <= 20 else _nearest_of_many(row.id, known)
+            hint = (
+                nearest_hint(row.id, known) if len(known) <= 20 else _nearest_of_many(row.id, known)
+            )
             raise UserError(f"{row.place}: no problem {row.id!r} in the data{hint}")
     return [known[row.id] for row in rows], len(known) - len(rows)
 
@@ -120,7 +122,7 @@ def _all_problems(task: Task) -> list[Problem]:
 
 
 def _nearest_of_many(name: str, known: Mapping[str, Problem]) -> str:
-    hint = nearest(name, known)
+    hint = nearest_hint(name, known)
     shown, _, _ = hint.partition("; there are")
     return f"{shown})" if "nearest" in shown else f" ({len(known)} ids, first {next(iter(known))})"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from satune.config.checks import nearest
+from satune.loading import nearest
 from satune.types import UserError
 
 NAMED = ("task", "protocol", "schedule", "order", "objective", "credit")

@@ -5,11 +5,10 @@ Each check yields ``(path, message)``: the dotted key at fault, and what is wron
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from satune.config.schema import AgentSection, Recipe, ServerSection
-from satune.loading import served
+from satune.loading import nearest, served
 from satune.training.credit import CREDIT
 from satune.training.schedules import SCHEDULES, Schedule
 from satune.types import UserError
@@ -21,12 +20,6 @@ STILL_OR_FREE = (
     "trust_region.enabled to false"
 )
 """What is meant by a δ of 0."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name most like ``word``, None if none is like it."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return close[0] if close else None
 
 
 def faults(recipe: Recipe) -> list[Fault]:

@@ -18,10 +18,11 @@ from pydantic import BaseModel, ValidationError
 
 from satune.config import yaml12
 from satune.config.bases import NAMED, merge, origin, read_layers
-from satune.config.checks import STILL_OR_FREE, Fault, faults, nearest, no_such
+from satune.config.checks import STILL_OR_FREE, Fault, faults, no_such
 from satune.config.derive import models_in, sections_of
 from satune.config.schema import Recipe
 from satune.files.writing import write_atomically
+from satune.loading import nearest
 from satune.types import UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from satune.agents.loading import AgentSpec, Precision, load_policies
 from satune.agents.policy import Policy
+from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.engines.base import LocalSettings
 from satune.thoughts import opened_by
 from satune.types import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from satune.agents.loading import AgentSpec
+from satune.agents.pretrained import AgentSpec
 from satune.engines.answers import Answers
 from satune.engines.routed import RoutedEngine
 from satune.loading import KEY_VARIABLE, served

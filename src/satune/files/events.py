@@ -178,6 +178,48 @@ class EvalEvent(TypedDict):
     difference: NotRequired[list[float]]
 
 
+Difference = tuple[float, float | None, float | None]
+"""Mean, low and high of a paired difference; no interval where too few problems were played."""
+
+
+class SwapRecord(TypedDict):
+    """What became of one group of seats, with its agents and models by seat.
+
+    ``before``, ``naive`` and ``after`` are held-out rewards of the old team, of the one with the
+    newcomers as they are, and of the new one; differences are paired, to ``before``.
+    ``projection`` has by seat what was measured before a projection was tried, ``distillation``
+    what came of it, and ``projection_reason`` why it was not taken where a hand-over followed.
+    ``looks`` are those of a hand-over; ``epsilon`` is the share that the last of them allows,
+    ``tv`` and ``mixture_kl`` what holds exactly of the mixture at that share, ``lower`` the last
+    bound and ``claim`` what it says. ``tokens`` counts what was sampled.
+    """
+
+    seats: list[str]
+    agents: dict[str, str]
+    models: dict[str, str]
+    method: Literal["project", "handover"]
+    verdict: Literal["measured", "accepted", "mixture", "refused", "stopped"]
+    tokens: int
+    seconds: float
+    before: float
+    naive: float
+    naive_difference: Difference
+    problems: int
+    reason: str
+    after: NotRequired[float]
+    difference: NotRequired[Difference]
+    projection: NotRequired[dict[str, dict[str, Any]]]
+    distillation: NotRequired[dict[str, dict[str, Any]]]
+    kl: NotRequired[dict[str, Any] | None]
+    projection_reason: NotRequired[str]
+    looks: NotRequired[list[dict[str, Any]]]
+    epsilon: NotRequired[float]
+    tv: NotRequired[float]
+    mixture_kl: NotRequired[float]
+    lower: NotRequired[float]
+    claim: NotRequired[str]
+
+
 class SwapEvent(TypedDict):
     """Seats were given to other models; ``swaps`` has a record for each group of seats."""
 
@@ -185,7 +227,7 @@ class SwapEvent(TypedDict):
     time: NotRequired[str]
     stage: int
     seats: list[str]
-    swaps: list[dict[str, Any]]
+    swaps: list[SwapRecord]
     source: str
     checkpoint: str | None
     verdict: str

@@ -272,7 +272,7 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
     episodes = evaluation.episodes
     turns = [turn for episode in episodes for turn in episode.turns]
     k = evaluation.team.samples
-    whole = {"conversations": k, **_tokens(turns)}
+    whole = {"conversations": k, **_read_and_written(turns)}
     found: dict[str, Any] = {
         "problems": len(evaluation.problem_ids),
         "k": k,
@@ -285,7 +285,7 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
                 name: {
                     "answers": k,
                     "conversations": k,
-                    **_tokens([turn for turn in turns if turn.seat == name]),
+                    **_read_and_written([turn for turn in turns if turn.seat == name]),
                 }
                 for name in dict.fromkeys(turn.seat for turn in turns)
             },
@@ -384,7 +384,7 @@ def _last(episode: Episode, seat: str) -> str | None:
     return next((turn.text for turn in reversed(episode.turns) if turn.seat == seat), None)
 
 
-def _tokens(turns: Sequence[Turn]) -> dict[str, int | None]:
+def _read_and_written(turns: Sequence[Turn]) -> dict[str, int | None]:
     """Tokens read and written; None where a message was written and no token counted."""
     known = all(turn.completion_tokens or not turn.text for turn in turns)
     return {

@@ -1,1 +1,1 @@
-"""Protocols: who speaks when. ``catalog.load_protocol`` finds them by name."""
+"""Protocols: who speaks when. ``named.load_protocol`` finds them by name."""

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from satune.files.events import Event, Note, UpdateEvent
 from satune.types import UserError
@@ -45,10 +46,10 @@ def _scalars(event: Event) -> dict[str, float]:
             return {f"reward/held_out_{decoding}": event["reward"]}
         case "swap":
             return {
-                f"swap/{'_'.join(record['seats'])}_{name}": record[name]
+                f"swap/{'_'.join(record['seats'])}_{name}": value
                 for record in event["swaps"]
-                for name in ("before", "naive", "after", "lower")
-                if name in record
+                for name, value in cast(dict[str, Any], record).items()
+                if name in ("before", "naive", "after", "lower")
             }
         case "update":
             return _of_update(event)

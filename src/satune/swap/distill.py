@@ -7,32 +7,26 @@ gradient, and taken only where it lies inside δ.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from satune.agents.learner import LocalLearner, NonFinite, OptimizerSettings
-from satune.agents.mixture import MixturePolicy
-from satune.agents.packing import PackedTurns, micro_batches, padded_budget
+from satune.agents.mixture import Distances, MixturePolicy
+from satune.agents.packing import PackedTurns
 from satune.agents.policy import Policy
-from satune.agents.prefixes import states_of
+from satune.agents.ports import Learner, NonFinite
 from satune.agents.weights import Weights
 from satune.core.divergence import DivergenceStatistics
-from satune.core.logprobs import exact_kl
 from satune.core.trust_region import Unit
-from satune.swap.measurement import Distances, measure, statistics_of, student_logits, teach
-from satune.training.update import own_turns
+from satune.swap.measurement import statistics_of
+from satune.training.ports import Draw
+from satune.training.update import mini_batches, own_turns
 from satune.types import Episode, Key, UserError
 
-Draw = Callable[[Key, int, int], list[Episode]]
-"""(key, offset into the problems, how many) -> whole groups of episodes; as training's."""
 Publish = Callable[[int, Mapping[str, Tensor]], None]
 """Gives the engine the student's weights under their version number."""
 Decision = Literal["distilled", "mixture", "refused", "outside"]
@@ -49,8 +43,8 @@ class DistillSettings:
     ``confirm`` times in a row, the weights at rest meanwhile: the first low reading of many is low
     by luck. ``measure_problems`` are played anew for the measurement, by either team.
     ``otherwise`` is what becomes of a student outside delta; "outside" leaves that to the caller.
-    The learning rate rises to the optimiser's over the first ``warmup`` of all rounds and falls
-    with half a cosine to zero. Raises: ValueError if a value lies outside its range.
+    The learning rate rises to ``lr`` over the first ``warmup`` of all rounds and falls with half a
+    cosine to zero. Raises: ValueError if a value lies outside its range.
     """
 
     delta: float = 0.01
@@ -68,7 +62,7 @@ class DistillSettings:
     confidence: float = 0.95
     otherwise: Literal["mixture", "refused", "outside"] = "mixture"
     seed: int = 0
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    lr: float = 1e-5
 
     def __post_init__(self) -> None:
         if not self.delta > 0:
@@ -95,23 +89,11 @@ class Distilled:
     event: dict[str, Any]
 
 
-def student_of(newcomer: Policy, name: str) -> Policy:
-    """A copy of the newcomer to be trained, which is called ``name``."""
-    return Policy(
-        name,
-        copy.deepcopy(newcomer.model),
-        newcomer.tokenizer,
-        newcomer.temperature,
-        adapter=newcomer.adapter,
-        autocast=newcomer.autocast,
-    )
-
-
 def distill(
     agent: str,
     incumbent: Policy,
     newcomer: Policy,
-    student: Policy,
+    student: Learner,
     settings: DistillSettings,
     *,
     draw: Draw,
@@ -121,7 +103,8 @@ def distill(
     offset: int = 0,
     watch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Distilled:
-    """Draw ``student``, the newcomer's copy, to the mixture of both; measure; accept or not.
+    """Draw ``student``, which learns from the newcomer's weights on, to the mixture of both;
+    measure; accept or not.
 
     ``draw`` plays with the student in the seats of ``agent``, ``draw_incumbent`` with the
     incumbent; turns of either bear the agent's name. ``offset`` is the first problem used; the
@@ -132,8 +115,7 @@ def distill(
     """
     started = time.perf_counter()
     teacher = MixturePolicy(agent, incumbent, newcomer, settings.aim * settings.delta)
-    learner = LocalLearner(student, settings.optimizer)
-    before = learner.snapshot()
+    before = student.snapshot()
     rows: list[dict[str, Any]] = []
     event: dict[str, Any] = {
         "delta": settings.delta,
@@ -144,14 +126,14 @@ def distill(
     }
     play = _Play(agent, draw, draw_incumbent, publish, settings, version, offset)
     try:
-        _learn(learner, teacher, play, rows, watch)
+        _learn(student, teacher, play, rows, watch)
         visited = {"newcomer": play.newcomer(measuring=True), "incumbent": play.incumbent()}
         found = {
             whose: _statistics(student, teacher, agent, episodes, settings)[0]
             for whose, episodes in visited.items()
         }
     except NonFinite as error:
-        learner.drop_gradients()
+        student.drop_gradients()
         decision, reason = "refused", str(error)
     else:
         event["kl"] = {whose: each.to_dict() for whose, each in found.items()}
@@ -163,9 +145,9 @@ def distill(
         event["reward"] = {whose: _reward(episodes) for whose, episodes in visited.items()}
         decision, reason = _judge(found, settings)
     if decision not in ("distilled", "outside"):
-        learner.restore(before)
-        play.published(learner)
-    learner.rest()
+        student.restore(before)
+        play.published(student)
+    student.rest()
     event |= {"decision": decision, "reason": reason, "version": play.version}
     event["seconds"] = time.perf_counter() - started
     return Distilled(decision, reason, event)
@@ -184,10 +166,10 @@ class _Play:
     offset: int
     rollouts: int = 0
 
-    def published(self, learner: LocalLearner, *, changed: bool = True) -> None:
+    def published(self, student: Learner, *, changed: bool = True) -> None:
         """Give the engine the student's weights; a new number if they changed."""
         self.version += changed
-        self.publish(self.version, Weights(learner.export))
+        self.publish(self.version, Weights(student.export))
 
     def newcomer(self, *, measuring: bool = False) -> list[Episode]:
         count = self.settings.measure_problems if measuring else self.settings.problems
@@ -214,7 +196,7 @@ class _Play:
 
 
 def _learn(
-    learner: LocalLearner,
+    student: Learner,
     teacher: MixturePolicy,
     play: _Play,
     rows: list[dict[str, Any]],
@@ -222,14 +204,14 @@ def _learn(
 ) -> None:
     """Rounds until the student is inside. Raises NonFinite."""
     settings = play.settings
-    learner.wake()
-    play.published(learner, changed=False)
+    student.wake()
+    play.published(student, changed=False)
     streak = 0
     memory: list[Episode] = []
     for number in range(1, settings.rounds + 1):
         episodes = play.newcomer()
         statistics, distances, packed = _statistics(
-            learner.policy, teacher, play.agent, episodes, settings
+            student, teacher, play.agent, episodes, settings
         )
         row: dict[str, Any] = {
             "round": number,
@@ -250,16 +232,16 @@ def _learn(
             again = min(len(memory), (settings.passes - 1) * len(episodes))
             learnt = [*episodes, *rng.sample(memory, again)]
             rng.shuffle(learnt)
-            row["grad_norm"] = _teach(learner, teacher, play, learnt, number)
+            row["grad_norm"] = _teach(student, teacher, play, learnt, number)
             memory += episodes
-            play.published(learner)
+            play.published(student)
         watch(row)
         if streak == settings.confirm:
             return
 
 
 def _teach(
-    learner: LocalLearner,
+    student: Learner,
     teacher: MixturePolicy,
     play: _Play,
     episodes: Sequence[Episode],
@@ -269,13 +251,12 @@ def _teach(
     Raises NonFinite."""
     settings = play.settings
     packed = own_turns(play.agent, episodes)
-    batches = _split(range(packed.episodes), math.ceil(packed.episodes / settings.batch))
+    batches = mini_batches(range(packed.episodes), math.ceil(packed.episodes / settings.batch))
     norms = []
     for index, batch in enumerate(batches, start=1):
         share = (number - 1 + index / len(batches)) / settings.rounds
-        rate = settings.optimizer.lr * _schedule(share, settings.warmup)
-        learner.settings = replace(settings.optimizer, lr=rate)
-        norms.append(_step(learner, teacher, packed, batch))
+        student.distil(packed, batch, teacher)
+        norms.append(student.step(settings.lr * _schedule(share, settings.warmup)))
     return max(norms)
 
 
@@ -284,38 +265,8 @@ def _schedule(share: float, warmup: float) -> float:
     return min(1.0, share / warmup) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _step(
-    learner: LocalLearner, teacher: MixturePolicy, packed: PackedTurns, episodes: Sequence[int]
-) -> float:
-    """One optimiser step on the mean of KL(π_θ‖π_λ) over the own tokens of ``episodes``; returns
-    the gradient's norm before clipping. Raises NonFinite."""
-    student, settings = learner.policy, learner.settings
-    chosen = torch.zeros(packed.episodes, dtype=torch.bool)
-    chosen[list(episodes)] = True
-    total = int(chosen[packed.episode_T].sum())
-    if total == 0:
-        return 0.0
-    budget = padded_budget(settings.micro_batch_tokens, student.device)
-    with student.checkpointing(settings.gradient_checkpointing):
-        for batch in micro_batches(packed, budget, episodes, whole_episodes=False):
-            here = batch.to(student.device)
-            with torch.no_grad():
-                teacher_TH = states_of(teacher, here, share_prompts=True)
-            hidden_TH = states_of(student, here, share_prompts=not settings.gradient_checkpointing)
-            # Chunk by chunk through the head, then once through the layers below.
-            leaf_TH = hidden_TH.detach().requires_grad_()
-            for rows, mixed_NV in teach(teacher, teacher_TH):
-                logits_NV = student_logits(student, leaf_TH[rows], mixed_NV.shape[-1])
-                loss = exact_kl(logits_NV, mixed_NV).sum() / total
-                if not math.isfinite(float(loss.detach())):
-                    raise NonFinite("KL to the mixture is not finite")
-                loss.backward()
-            hidden_TH.backward(leaf_TH.grad)
-    return learner.step()
-
-
 def _statistics(
-    student: Policy,
+    student: Learner,
     teacher: MixturePolicy,
     agent: str,
     episodes: Sequence[Episode],
@@ -326,8 +277,7 @@ def _statistics(
         raise UserError(
             f"agent {agent} wrote nothing in {len(episodes)} episodes; is it in a seat?"
         )
-    tokens = settings.optimizer.micro_batch_tokens
-    distances = measure(student, teacher, packed, tokens=tokens)
+    distances = student.distances(packed, teacher)
     statistics = statistics_of(
         distances,
         packed,
@@ -359,9 +309,3 @@ def _or_infinite(value: float) -> float:
 
 def _reward(episodes: Sequence[Episode]) -> float:
     return sum(episode.reward for episode in episodes) / len(episodes)
-
-
-def _split(order: Sequence[int], parts: int) -> list[list[int]]:
-    parts = min(parts, len(order))
-    bounds = [len(order) * part // parts for part in range(parts + 1)]
-    return [list(order[a:b]) for a, b in pairwise(bounds)]

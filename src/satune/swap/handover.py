@@ -20,6 +20,8 @@ import torch
 
 from satune.core.certificates import HeldOut, StatisticalCertificate, certify, fresh_evidence
 from satune.core.confidence import Spending, lower_bound
+from satune.play.match import Match
+from satune.play.rollout import Job, play_jobs, run_alone
 from satune.types import Episode, Key, Problem, UserError
 
 Verdict = Literal["accepted", "refused", "stopped"]
@@ -27,7 +29,7 @@ Pairs = Sequence[tuple[Problem, tuple[int, ...]]]
 """Problems, each with the samples whose coin fell to the newcomer: at least one."""
 Play = Callable[[Pairs, Key], tuple[list[Episode], list[Episode]]]
 """(pairs, key of the look) to the episodes of both sides, old and new, as ``pairs`` has them."""
-Draw = Callable[[int, int], list[Problem]]
+Stream = Callable[[int, int], list[Problem]]
 """(how many, from which position of an endless sequence on) to independent problems."""
 
 
@@ -116,7 +118,7 @@ def allowed_share(lower: float, tolerance: float) -> float:
 
 
 def hand_over(
-    draw: Draw,
+    draw: Stream,
     play: Play,
     settings: HandOverSettings,
     key: Key,
@@ -195,7 +197,7 @@ def hand_over(
 
 
 def _pairs(
-    draw: Draw, wanted: int, offset: int, samples: int, key: Key, epsilon: float
+    draw: Stream, wanted: int, offset: int, samples: int, key: Key, epsilon: float
 ) -> tuple[Pairs, int]:
     """The next ``wanted`` problems that hold a newcomer's episode, and the position after them.
 
@@ -237,3 +239,66 @@ def _differences(pairs: Pairs, old: Sequence[Episode], new: Sequence[Episode]) -
 
 def _mean(episodes: Sequence[Episode]) -> float:
     return sum(episode.reward for episode in episodes) / len(episodes)
+
+
+# -- between two teams that play ----------------------------------------------------------------
+
+
+def hand_over_between(
+    old: Match,
+    new: Match,
+    draw: Stream,
+    settings: HandOverSettings,
+    key: Key,
+    spending: Spending,
+    *,
+    offset: int = 0,
+    watch: Callable[[Look], None] = lambda look: None,
+) -> HandOver:
+    """The ramp from one team to another, which have one task and one protocol, on the problems of
+    ``draw``; both sides play an episode with the same uniforms. The other arguments are those of
+    ``hand_over``.
+    """
+
+    def play(pairs: Pairs, at: Key) -> tuple[list[Episode], list[Episode]]:
+        chosen = [(problem, sample) for problem, samples in pairs for sample in samples]
+        # One after the other: an engine that serves both knows an episode by its key.
+        first, second = (
+            _played([Job(match, p, at.at(problem=p.id, sample=s)) for p, s in chosen])
+            for match in (old, new)
+        )
+        return first, second
+
+    return hand_over(
+        draw,
+        play,
+        settings,
+        key,
+        spending,
+        offset=offset,
+        held_out="fresh" if getattr(old.task, "fresh", False) else "finite",
+        watch=watch,
+    )
+
+
+def play_mixture(
+    old: Match,
+    new: Match,
+    problems: Sequence[Problem],
+    samples: int,
+    key: Key,
+    epsilon: float,
+) -> list[tuple[Episode, bool]]:
+    """Episodes of the mixture, each with its coin: whether the newcomers spoke in it."""
+    at = [(p, key.at(problem=p.id, sample=s)) for p in problems for s in range(samples)]
+    coins = [newcomer_speaks(each, epsilon) for _, each in at]
+    jobs = [
+        Job(new if coin else old, problem, each)
+        for (problem, each), coin in zip(at, coins, strict=True)
+    ]
+    return list(zip(_played(jobs), coins, strict=True))
+
+
+def _played(jobs: Sequence[Job]) -> list[Episode]:
+    engines = list({id(job.match.engine): job.match.engine for job in jobs}.values())
+    return run_alone(lambda: play_jobs(jobs, label="hand-over"), engines)

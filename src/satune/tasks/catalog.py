@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from satune.loading import check_options, load_object, nearest
+from satune.loading import check_options, load_object, nearest_hint
 from satune.tasks.arbench_dc import DetectiveCases
 from satune.tasks.arbench_sp import SituationPuzzles
 from satune.tasks.autologi import AutoLogi
@@ -63,7 +63,7 @@ def load_task(
     elif name_or_path in TASKS:
         build = TASKS[name_or_path]
     else:
-        hint = nearest(name_or_path, TASKS)
+        hint = nearest_hint(name_or_path, TASKS)
         raise UserError(f"unknown task {name_or_path!r}{hint}; or give path/to/file.py:name")
     parameters = inspect.signature(build).parameters
     given = dict(options)

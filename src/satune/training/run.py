@@ -58,7 +58,7 @@ class Training:
         self._rollout_seconds = time.perf_counter() - started
         drawn = self.supply.fresh_episodes
         self._check_versions(drawn)
-        tokens = _tokens(drawn)
+        tokens = _tokens_played(drawn)
         self.state.totals["episodes"] += len(drawn)
         self.state.totals["sampled_tokens"] += tokens["sampled"]
         self.directory.append_episodes(
@@ -127,7 +127,7 @@ class Training:
         self._rollout_seconds = 0.0
         assert self.state.batch is not None
         if self.state.batch.drawn_before == step:
-            known["tokens"] = {**known["tokens"], **_tokens(self.supply.fresh_episodes)}
+            known["tokens"] = {**known["tokens"], **_tokens_played(self.supply.fresh_episodes)}
         fields = {
             "event": "update",
             "stage": stage,
@@ -219,7 +219,7 @@ class Training:
             self.publish(agent)
 
 
-def _tokens(episodes: list[Episode]) -> dict[str, int]:
+def _tokens_played(episodes: list[Episode]) -> dict[str, int]:
     return {
         "prompt": sum(t.prompt_tokens for e in episodes for t in e.turns),
         "sampled": sum(t.completion_tokens for e in episodes for t in e.turns),

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from satune.agents.anchor import Anchor, Measurement, Snapshot
-from satune.agents.learner import NonFinite
 from satune.agents.packing import PackedTurns, pack
-from satune.agents.ports import Learner
+from satune.agents.ports import Learner, NonFinite
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
 from satune.core.objectives import ObjectiveSettings
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
@@ -175,7 +174,7 @@ def _ascend(
     for epoch in range(settings.epochs):
         order = list(range(count))
         key.rng("mini-batches", epoch).shuffle(order)
-        for mini in _split(order, settings.mini_batches):
+        for mini in mini_batches(order, settings.mini_batches):
             if not bool(teaches_E[mini].any()):
                 continue
             metrics = learner.accumulate(anchor, mini, advantages_E, weights_E, objective)
@@ -197,7 +196,8 @@ def _ascend(
     }
 
 
-def _split(order: Sequence[int], parts: int) -> list[list[int]]:
+def mini_batches(order: Sequence[int], parts: int) -> list[list[int]]:
+    """``order`` cut into at most ``parts`` pieces whose lengths differ by one at most."""
     parts = min(parts, len(order))
     bounds = [len(order) * part // parts for part in range(parts + 1)]
     return [list(order[a:b]) for a, b in pairwise(bounds)]

@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from satune.agents.learner import LocalLearner
 from satune.agents.mixture import MixturePolicy
 from satune.commands.assemble import Cast
+from satune.commands.reseat import Reseated, with_newcomer, with_policy
 from satune.commands.train import optimizer_settings
 from satune.play.rollout import rollout_sync
-from satune.swap.distill import Distilled, DistillSettings, distill, student_of
-from satune.swap.measurement import examine
-from satune.swap.seat import Candidate, with_newcomer, with_policy
+from satune.swap.distill import Distilled, DistillSettings, distill
+from satune.swap.measurement import measure_projection
 from satune.types import Episode, Key
 
-EXAMINED = 64
-"""Problems on which the newcomer's alignment is looked at."""
+PREVIEWED = 64
+"""Problems on which it is measured what the projection of a newcomer would be."""
 PROBLEMS = 192
 """Problems of a round of distillation, played once each: what a newcomer lacks in the end are
 states that it never saw, and samples of one problem visit the same ones."""
@@ -47,9 +48,9 @@ class Counted:
         return draw
 
 
-def look_at(
-    base: Candidate,
-    candidate: Candidate,
+def preview(
+    base: Reseated,
+    reseated: Reseated,
     seat: str,
     *,
     delta: float,
@@ -58,20 +59,20 @@ def look_at(
 ) -> tuple[dict[str, Any], int]:
     """How the newcomer's projection would lie and lean, on the incumbent's own episodes: the
     alignment score with its standard error, λ, KL; and the tokens that this took."""
-    name = candidate.agent_of(seat)
+    name = reseated.agent_of(seat)
     incumbent = base.cast.team.policies[base.agent_of(seat)]
-    newcomer = candidate.cast.team.policies[name]
-    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    newcomer = reseated.cast.team.policies[name]
+    taken = with_newcomer(base, seat, reseated.newcomers[name], loaded=newcomer)
     old = with_policy(taken, name, incumbent)
     rollouts = Counted(max(2, base.cast.recipe.rollout.samples))
-    episodes = rollouts.of(old.cast)(key, offset, EXAMINED)
+    episodes = rollouts.of(old.cast)(key, offset, PREVIEWED)
     mixture = MixturePolicy(name, incumbent, newcomer, delta)
-    return examine(mixture, name, episodes).to_dict(), rollouts.tokens
+    return measure_projection(mixture, name, episodes).to_dict(), rollouts.tokens
 
 
 def project_seat(
-    base: Candidate,
-    candidate: Candidate,
+    base: Reseated,
+    reseated: Reseated,
     seat: str,
     *,
     delta: float,
@@ -80,28 +81,29 @@ def project_seat(
     key: Key,
     offset: int,
     watch: Callable[[Mapping[str, Any]], None],
-) -> tuple[Candidate | None, Distilled, int]:
+) -> tuple[Reseated | None, Distilled, int]:
     """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
     does not come so near, what ``otherwise`` says: None for a refusal. Also what was measured, and
     the tokens that this took."""
-    name = candidate.agent_of(seat)
-    newcomer = candidate.cast.team.policies[name]
+    name = reseated.agent_of(seat)
+    newcomer = reseated.cast.team.policies[name]
     incumbent = base.cast.team.policies[base.agent_of(seat)]
-    taken = with_newcomer(base, seat, candidate.newcomers[name], loaded=newcomer)
+    taken = with_newcomer(base, seat, reseated.newcomers[name], loaded=newcomer)
     mixture = MixturePolicy(name, incumbent, newcomer, delta)
     if rounds == 0:
         found = Distilled("mixture", "mixed at decode time, as asked", {"decision": "mixture"})
         return with_policy(taken, name, mixture), found, 0
-    student = student_of(newcomer, name)
+    student = newcomer.copied(name)
     new = with_policy(taken, name, student)
     old = with_policy(taken, name, incumbent)
     recipe = new.cast.recipe
+    optimizer = optimizer_settings(recipe, recipe.team.resolved().agents[name])
     rollouts = Counted(1)
     found = distill(
         name,
         incumbent,
         newcomer,
-        student,
+        LocalLearner(student, optimizer),
         DistillSettings(
             delta=delta,
             quantile=recipe.trust_region.quantile,
@@ -111,14 +113,16 @@ def project_seat(
             problems=PROBLEMS,
             measure_problems=MEASURED,
             seed=key.seed,
-            optimizer=optimizer_settings(recipe, recipe.team.resolved().agents[name]),
+            lr=optimizer.lr,
         ),
         draw=rollouts.of(new.cast),
         draw_incumbent=rollouts.of(old.cast),
         publish=lambda version, weights: new.cast.engine.publish(name, version, weights),
+        version=new.numbers.of(name, student),
         offset=offset,
         watch=watch,
     )
+    new.numbers.give(name, student, found.event["version"])
     if found.decision == "mixture":
         new = with_policy(taken, name, mixture)
     return (None if found.decision == "refused" else new), found, rollouts.tokens

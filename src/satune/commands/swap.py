@@ -6,29 +6,31 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from satune.agents.mixture import MixturePolicy, tokenizer_difference
 from satune.commands.assemble import Cast
-from satune.commands.trust import remember
-from satune.core.confidence import Spending
-from satune.engines.servers import Servers
-from satune.files.events import Event, Notice, SwapEvent
-from satune.play.evaluation import Evaluation, paired_difference
-from satune.report.monitors import scalar_writer
-from satune.swap.coins import hand_over_between
-from satune.swap.handover import mixture_kl
-from satune.swap.output import write_result
-from satune.swap.projecting import EXAMINED, look_at, project_seat
-from satune.swap.request import (
+from satune.commands.project import PREVIEWED, preview, project_seat
+from satune.commands.reseat import Found, Reseated, load_found, with_newcomer
+from satune.commands.swap_request import (
     DELTA,
     DELTA_OF_ALL,
+    Given,
     SwapRequest,
     check_request,
     kept_answers,
     swap_lock,
 )
-from satune.swap.seat import Candidate, Found, load_found, with_newcomer
+from satune.commands.trust import remember
+from satune.config.load import save_recipe
+from satune.core.confidence import Spending
+from satune.engines.servers import Servers
+from satune.files.events import Event, Notice, SwapEvent, SwapRecord
+from satune.play.evaluation import Evaluation, paired_difference
+from satune.report.monitors import scalar_writer
+from satune.swap.directory import Outcome, Source, write_result
+from satune.swap.handover import hand_over_between, mixture_kl
+from satune.tasks.catalog import draw
 from satune.types import Key, Progress, UserError, no_progress
 
 TAKEN = ("accepted", "mixture")
@@ -38,8 +40,28 @@ Tell = Callable[[str, Mapping[str, Any]], None]
 """(kind, fields) of what is shown as the swap goes on."""
 
 
-def swap(request: SwapRequest, progress: Progress = no_progress, watch: Watch | None = None) -> Any:
-    """Do what ``request`` asks and return what came of it as plain values.
+class SwapResult(TypedDict):
+    """What came of a swap, in plain values; ``out`` is the new directory, None where nothing was
+    written. The other keys are those of the ``swap`` event."""
+
+    source: str
+    checkpoint: str | None
+    dry_run: bool
+    verdict: str
+    reason: str
+    tolerance: float
+    confidence: float
+    delta: float
+    swaps: list[SwapRecord]
+    tokens: int
+    seconds: float
+    out: str | None
+
+
+def swap(
+    request: SwapRequest, progress: Progress = no_progress, watch: Watch | None = None
+) -> SwapResult:
+    """Do what ``request`` asks and return what came of it.
 
     A new directory is written where a newcomer was accepted; the source is only read. Raises
     UserError for a request that cannot be met, before anything is written.
@@ -62,30 +84,30 @@ def _perform(
     servers: Servers,
     progress: Progress,
     tell: Tell,
-) -> dict[str, Any]:
+) -> SwapResult:
     started, pairs = time.perf_counter(), request.pairs()
     for line in found.passed:
         tell("note", {"text": line})
-    team = Candidate(load_found(found, progress, servers))
+    team = load_found(found, progress, servers)
     groups = [pairs] if request.together else [[pair] for pair in pairs]
     job = _Swap(request, found, team, len(groups), progress, tell)
     # Every model is loaded, and every method found fit, before the first is measured.
     base, ready = team, []
     for group in groups:
-        candidate = job.seat(base, group)
-        ready.append((base, candidate, job.method(base, candidate, group)))
-        base = candidate
-    for group, (base, candidate, method) in zip(groups, ready, strict=True):
+        reseated = job.seat(base, group)
+        ready.append((base, reseated, job.method(base, reseated, group)))
+        base = reseated
+    for group, (base, reseated, method) in zip(groups, ready, strict=True):
         # Where an earlier newcomer was refused, the others are seated in the team without it.
         fits = job.team is base
-        job.give(group, candidate if fits else job.seat(job.team, group), method)
+        job.give(group, reseated if fits else job.seat(job.team, group), method)
     verdicts = [record["verdict"] for record in job.records]
-    result: dict[str, Any] = {
+    result: SwapResult = {
         "source": str(request.source),
         "checkpoint": found.checkpoint,
         "dry_run": request.dry_run,
         "verdict": _overall(verdicts),
-        "reason": "; ".join(r["reason"] for r in job.records if r.get("reason")),
+        "reason": "; ".join(r["reason"] for r in job.records if r["reason"]),
         "tolerance": request.hand_over.tolerance,
         "confidence": request.hand_over.confidence,
         "delta": job.delta,
@@ -95,19 +117,34 @@ def _perform(
         "out": None,
     }
     if job.team is not team:
-        taken = [r for r in job.records if r["verdict"] in TAKEN]
-        event = {k: v for k, v in result.items() if k not in ("out", "dry_run")} | {
-            "seats": [seat for record in taken for seat in record["seats"]],
-            "source": str(request.source.resolve()),
-        }
-        write_result(found, job.team, out, event, certify_offset=job.offset, evidence=job.evidence)
+        event = _event(request, found, result)
+        source = Source(found.path, found.run, found.checkpoint)
+        write_result(source, job.outcome(), out, event)
         result["out"] = str(out)
-        tell("swap", {"stage": found.stage, **event})
+        tell("swap", event)
         remember(job.team.cast.recipe.model_dump(mode="json"))
         if found.run is not None and found.recipe.log.tensorboard:
             with scalar_writer(out / "tensorboard") as write:
-                write(cast(SwapEvent, {"event": "swap", "stage": found.stage, **event}))
+                write(event)
     return result
+
+
+def _event(request: SwapRequest, found: Found, result: SwapResult) -> SwapEvent:
+    return {
+        "event": "swap",
+        "stage": found.stage,
+        "seats": [s for r in result["swaps"] if r["verdict"] in TAKEN for s in r["seats"]],
+        "source": str(request.source.resolve()),
+        "checkpoint": result["checkpoint"],
+        "verdict": result["verdict"],
+        "reason": result["reason"],
+        "tolerance": result["tolerance"],
+        "confidence": result["confidence"],
+        "delta": result["delta"],
+        "swaps": result["swaps"],
+        "tokens": result["tokens"],
+        "seconds": result["seconds"],
+    }
 
 
 def _overall(verdicts: Sequence[str]) -> str:
@@ -124,15 +161,15 @@ class _Swap:
 
     request: SwapRequest
     found: Found
-    original: Candidate
+    original: Reseated
     groups: int
     progress: Progress
     tell: Tell
-    team: Candidate = field(init=False)
+    team: Reseated = field(init=False)
     spending: Spending = field(init=False)
     offset: int = field(init=False)
     before: Evaluation | None = None
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[SwapRecord] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -147,14 +184,14 @@ class _Swap:
             return self.request.delta
         return DELTA_OF_ALL if len(self.request.seats) == len(self.found.seats) else DELTA
 
-    def seat(self, team: Candidate, group: Sequence[tuple[str, str]]) -> Candidate:
+    def seat(self, team: Reseated, group: Sequence[tuple[str, str]]) -> Reseated:
         for seat, model in group:
             team = with_newcomer(
                 team, seat, model, tiny=self.request.tiny, server=self.request.server
             )
         return team
 
-    def method(self, old: Candidate, new: Candidate, group: Sequence[tuple[str, str]]) -> str:
+    def method(self, old: Reseated, new: Reseated, group: Sequence[tuple[str, str]]) -> Given:
         """The method of a group. Raises UserError where projection is asked for and impossible."""
         asked = self.request.method
         for seat, model in group:
@@ -183,89 +220,93 @@ class _Swap:
                 return "handover"
         return "project" if asked == "auto" else asked
 
-    def give(self, group: Sequence[tuple[str, str]], candidate: Candidate, method: str) -> None:
+    def give(self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given) -> None:
         """Measure one group of seats and, unless it is a dry run, hand them over or refuse."""
         started = time.perf_counter()
-        record: dict[str, Any] = {
-            "seats": [seat for seat, _ in group],
-            "agents": {seat: candidate.agent_of(seat) for seat, _ in group},
-            "models": dict(group),
-            "method": method,
-            "tokens": 0,
-        }
-        self._naive(candidate, record)
+        record = self._measured(group, reseated, method)
         if method == "project":
-            self._examine(candidate, group, record)
-        if self.request.dry_run:
-            record |= {"verdict": "measured"}
-        elif method == "project":
-            self._project(candidate, group, record)
-        else:
-            self._hand_over(candidate, record)
-            if record["verdict"] == "accepted":
-                record |= {"after": record["naive"], "difference": record["naive_difference"]}
+            self._preview(reseated, group, record)
+        if not self.request.dry_run:
+            if method == "project":
+                self._project(reseated, group, record)
+            else:
+                self._hand_over(reseated, record)
+                if record["verdict"] == "accepted":
+                    record["after"] = record["naive"]
+                    record["difference"] = record["naive_difference"]
         record["seconds"] = time.perf_counter() - started
         self.records.append(record)
 
-    def _naive(self, candidate: Candidate, record: dict[str, Any]) -> None:
-        """Held-out reward before, and with the newcomers as they are."""
+    def _measured(
+        self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given
+    ) -> SwapRecord:
+        """A record with held-out reward before, and with the newcomers as they are."""
+        tokens = 0
         if self.before is None:
             self.before = _evaluate(self.original.cast)
-            record["tokens"] += self.before.tokens
-        naive = _evaluate(candidate.cast)
+            tokens += self.before.tokens
+        naive = _evaluate(reseated.cast)
         gain = paired_difference(self.before, naive)
-        record |= {
+        return {
+            "seats": [seat for seat, _ in group],
+            "agents": {seat: reseated.agent_of(seat) for seat, _ in group},
+            "models": dict(group),
+            "method": method,
+            "verdict": "measured",
+            "reason": "",
+            "tokens": tokens + naive.tokens,
+            "seconds": 0.0,
             "before": self.before.avg_at_k,
             "naive": naive.avg_at_k,
-            "naive_difference": [gain.mean, gain.low, gain.high],
+            "naive_difference": (gain.mean, gain.low, gain.high),
             "problems": gain.problems,
         }
-        record["tokens"] += naive.tokens
 
-    def _examine(
-        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+    def _preview(
+        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
     ) -> None:
         """What a projection would be, before one is tried."""
-        record["examination"] = {}
+        record["projection"] = {}
         for number, (seat, _) in enumerate(group):
             key = swap_key(self.found, len(self.records)).at(draw=number)
-            figures, tokens = look_at(
+            figures, tokens = preview(
                 self.team,
-                candidate,
+                reseated,
                 seat,
                 delta=self.delta,
                 key=key,
                 offset=self.found.train_offset,
             )
-            record["examination"][seat] = figures
+            record["projection"][seat] = figures
             record["tokens"] += tokens
             self.tell("alignment", {"seat": seat, **figures})
 
     def _project(
-        self, candidate: Candidate, group: Sequence[tuple[str, str]], record: dict[str, Any]
+        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
     ) -> None:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
-        team: Candidate | None = self.team
-        record["distillation"] = {}
+        team: Reseated | None = self.team
+        distillation = record["distillation"] = {}
+        previewed = record.get("projection", {})
         for seat, _ in group:
             assert team is not None
             team, found, tokens = project_seat(
                 team,
-                candidate,
+                reseated,
                 seat,
                 delta=self.delta,
                 otherwise=self.request.fallback,
                 rounds=self.request.rounds,
                 key=swap_key(self.found, len(self.records)),
-                offset=self.found.train_offset + EXAMINED,
+                offset=self.found.train_offset + PREVIEWED,
                 watch=lambda row, seat=seat: self.tell("distillation", {"seat": seat, **row}),
             )
-            record["distillation"][seat] = found.event
+            distillation[seat] = found.event
             record["tokens"] += tokens
-            record |= {"reason": found.reason, "kl": found.event.get("kl")}
+            record["reason"], record["kl"] = found.reason, found.event.get("kl")
             if found.decision == "mixture":
                 # Of the seat as it is filled now; the student's figures stand with its rounds.
-                record["kl"] = {"mixture": record["examination"][seat]["kl"]}
+                record["kl"] = {"mixture": previewed[seat]["kl"]}
                 record["reason"] += "; the mixture of both, inside it everywhere, fills the seat"
             if team is None:
                 record["verdict"] = "refused"
@@ -274,24 +315,25 @@ class _Swap:
         after = _evaluate(team.cast)
         gain = paired_difference(self.before, after)
         record["tokens"] += after.tokens
-        record |= {
-            "after": after.avg_at_k,
-            "difference": [gain.mean, gain.low, gain.high],
-        }
-        decisions = {found["decision"] for found in record["distillation"].values()}
+        record["after"] = after.avg_at_k
+        record["difference"] = (gain.mean, gain.low, gain.high)
+        decisions = {found["decision"] for found in distillation.values()}
         if "outside" in decisions:
             # Too far to be taken by its divergence; its reward may still speak for it.
-            record["projection"] = record["reason"]
+            record["projection_reason"] = record["reason"]
             self._hand_over(team, record)
             return
         record["verdict"] = "mixture" if "mixture" in decisions else "accepted"
         self.team = team
 
-    def _hand_over(self, candidate: Candidate, record: dict[str, Any]) -> None:
-        """From the team that was found to the candidate: the tolerance is that of all seats."""
+    def _hand_over(self, reseated: Reseated, record: SwapRecord) -> None:
+        """Hand the seats over from the team that was found to the one with newcomers. All seats of
+        the request share one tolerance."""
+        task = self.original.cast.task
         found = hand_over_between(
             self.original.cast.match(),
-            candidate.cast.match(),
+            reseated.cast.match(),
+            lambda count, start: draw(task, "certify", count, start),
             self.request.hand_over,
             swap_key(self.found, len(self.records)),
             self.spending,
@@ -300,19 +342,44 @@ class _Swap:
         )
         self.offset = found.offset
         self.evidence += [{"seats": record["seats"], **row} for row in found.rows]
-        record |= {
-            "verdict": found.verdict,
-            "reason": found.reason,
-            "epsilon": found.epsilon,
-            "tv": found.epsilon,
-            "mixture_kl": mixture_kl(found.epsilon),
-            "looks": [look.to_dict() for look in found.looks],
-        }
+        record["verdict"], record["reason"] = found.verdict, found.reason
+        record["epsilon"] = record["tv"] = found.epsilon
+        record["mixture_kl"] = mixture_kl(found.epsilon)
+        record["looks"] = [look.to_dict() for look in found.looks]
         if found.certificate is not None:
-            record |= {"lower": found.certificate.lower, "claim": found.certificate.claim}
+            record["lower"], record["claim"] = found.certificate.lower, found.certificate.claim
         record["tokens"] += found.sampled_tokens
         if found.verdict == "accepted":
-            self.team = candidate
+            self.team = reseated
+
+    def outcome(self) -> Outcome:
+        """The team as it is now, as it is to be written."""
+        cast, numbers = self.team.cast, self.team.numbers
+        team, recipe = cast.team, cast.recipe
+        sections = recipe.team.resolved().agents
+
+        def write_recipe(path: Path, models: Mapping[str, str]) -> dict[str, Any]:
+            agents = {
+                name: section.model_copy(update={"model": models.get(name, section.model)})
+                for name, section in recipe.team.agents.items()
+            }
+            placed = recipe.team.model_copy(update={"agents": agents})
+            new = recipe.model_copy(update={"team": placed})
+            save_recipe(new, path)
+            return new.model_dump(mode="json")
+
+        return Outcome(
+            team=team,
+            newcomers=self.team.newcomers,
+            versions={name: numbers.of(name, policy) for name, policy in team.policies.items()},
+            issued=numbers.issued,
+            trainable=any(not sections[name].frozen for name in team.policies),
+            beta=recipe.trust_region.beta,
+            reference=recipe.objective.reference_kl > 0,
+            certify_offset=self.offset,
+            write_recipe=write_recipe,
+            evidence=self.evidence,
+        )
 
 
 def swap_key(found: Found, number: int) -> Key:

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from satune.agents.loading import Precision, load_policies
 from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
+from satune.agents.pretrained import Precision, load_policies
 from satune.agents.weights import Weights
 from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
 from satune.commands.trust import NOTHING, Trust
@@ -24,7 +22,7 @@ from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSectio
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
 from satune.files.names import refuse_links
-from satune.loading import nearest, served
+from satune.loading import nearest_hint, served
 from satune.team import Team, add_mixtures, manifest_of
 from satune.training.checkpoint import Checkpoints
 from satune.training.ledger import Ledger
@@ -35,9 +33,13 @@ from satune.types import Progress, UserError
 
 @dataclass(slots=True)
 class Found:
-    """A trained team and where it was found. ``run`` and ``checkpoint`` are None for a team
-    directory, whose recipe is made of its manifest, and of a file if one is given; ``room_said``
-    tells whether these say how long a message may be. ``state`` is the checkpoint's."""
+    """A trained team and where it was found: a run's checkpoint, or a team directory.
+
+    A team directory has neither ``run`` nor ``checkpoint``; its recipe is made from its manifest,
+    and from a file of the user's where one is given. ``room_said`` tells whether the manifest or
+    that file says how long a message may be. ``state`` holds what the checkpoint's state.json has,
+    ``passed`` a line for each newer checkpoint that was damaged and so not used.
+    """
 
     path: Path
     recipe: Recipe
@@ -141,26 +143,31 @@ def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None
 
 def check_seat(found: Found, seat: str) -> None:
     if seat not in found.seats:
-        raise UserError(f"--seat {seat}: the team has no such seat{nearest(seat, found.seats)}")
+        raise UserError(
+            f"--seat {seat}: the team has no such seat{nearest_hint(seat, found.seats)}"
+        )
 
 
-def load_found(found: Found, progress: Progress, servers: Servers | None = None) -> Cast:
-    """The team as it is in the checkpoint, ready to play."""
+def load_found(found: Found, progress: Progress, servers: Servers | None = None) -> Reseated:
+    """The team as it is in the checkpoint, ready to play, with no newcomer in it."""
     cast = assemble(found.recipe, progress, servers)
     if found.run is None:
         manifest, section = manifest_of(found.path), found.recipe.team
         add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
-        return with_team(cast, _fitting(found, cast.team), cast.team)
+        numbers = Numbers()
+        return Reseated(with_team(cast, _fitting(found, cast.team), cast.team, numbers), numbers)
     assert found.checkpoint is not None
-    path = found.run.checkpoints / found.checkpoint
+    path, state = found.run.checkpoints / found.checkpoint, found.state["state"]
+    numbers = Numbers(dict(state["issued"]))
     for name, policy in cast.team.policies.items():
         weights_of_file = path / f"{name}.weights.safetensors"
         if not weights_of_file.is_file():
             raise UserError(f"{path}: holds no weights of agent {name}; is it of another recipe?")
         weights = load_file(weights_of_file)
-        put_weights(policy, weights)
-        cast.engine.publish(name, found.state["state"]["versions"][name], weights)
-    return cast
+        policy.load_weights(weights)
+        numbers.give(name, policy, state["versions"][name])
+        cast.engine.publish(name, numbers.of(name, policy), weights)
+    return Reseated(cast, numbers)
 
 
 def _fitting(found: Found, team: Team) -> Recipe:
@@ -173,16 +180,6 @@ def _fitting(found: Found, team: Team) -> Recipe:
         return found.recipe
     shorter = replace(rollout, max_new_tokens=max(1, room))
     return found.recipe.model_copy(update={"rollout": shorter})
-
-
-@torch.no_grad()
-def put_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in policy.trainable().items():
-        parameter.copy_(weights[name])
-
-
-def weights_of(policy: Policy) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in policy.trainable().items()}
 
 
 # -- the team with a newcomer ---------------------------------------------------------------------
@@ -218,11 +215,36 @@ def _names(seat: str):
 
 
 @dataclass(slots=True)
-class Candidate:
+class Numbers:
+    """Which version number each set of weights has that a swap plays with.
+
+    A number names one set of an agent's weights for ever, in the run that is swapped in, in all
+    engines of the swap and in the run that comes of it. ``issued`` has the highest number that any
+    weights of an agent ever had; what is not numbered yet takes the next one.
+    """
+
+    issued: dict[str, int] = field(default_factory=dict)
+    _given: WeakKeyDictionary[Policy, dict[str, int]] = field(default_factory=WeakKeyDictionary)
+
+    def of(self, agent: str, policy: Policy) -> int:
+        """The number of the policy's weights where it plays as ``agent``."""
+        if agent not in self._given.get(policy, {}):
+            self.give(agent, policy, self.issued.get(agent, -1) + 1)
+        return self._given[policy][agent]
+
+    def give(self, agent: str, policy: Policy, version: int) -> None:
+        """Note the number that the policy's weights have as ``agent``."""
+        self._given.setdefault(policy, {})[agent] = version
+        self.issued[agent] = max(self.issued.get(agent, -1), version)
+
+
+@dataclass(slots=True)
+class Reseated:
     """A team in which newcomers fill some seats. ``newcomers``: agent to the model it was made
-    from; every other agent is the old team's own."""
+    from; every other agent is the old team's own. ``numbers`` are those of all teams of a swap."""
 
     cast: Cast
+    numbers: Numbers
     newcomers: dict[str, str] = field(default_factory=dict)
 
     def agent_of(self, seat: str) -> str:
@@ -230,14 +252,14 @@ class Candidate:
 
 
 def with_newcomer(
-    base: Candidate,
+    base: Reseated,
     seat: str,
     model: str,
     *,
     loaded: Policy | None = None,
     tiny: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
-) -> Candidate:
+) -> Reseated:
     """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training but for the
     settings in ``tiny``; one that is served is asked as ``server`` says, and from then on frozen.
     ``loaded`` is the policy where there is one already. Raises UserError where the model does not
@@ -255,7 +277,7 @@ def with_newcomer(
             "attention": None,
             "lora": None if at_server else had.lora,
             "frozen": bool(at_server) or (had.frozen and incumbent in team.policies),
-            "server": _asked(recipe.team, at_server[0], server or {}) if at_server else None,
+            "server": _server_of(recipe.team, at_server[0], server or {}) if at_server else None,
         }
     )
     if loaded is None:
@@ -281,10 +303,11 @@ def with_newcomer(
     )
     new_recipe = recipe.model_copy(update={"team": sections})
     kept = {n: m for n, m in base.newcomers.items() if n in resolved.agents}
-    return Candidate(with_team(cast, new_recipe, new_team), kept | {name: model})
+    new_cast = with_team(cast, new_recipe, new_team, base.numbers)
+    return Reseated(new_cast, base.numbers, kept | {name: model})
 
 
-def _asked(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
+def _server_of(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
     """How a newcomer's server is asked: as the team asks it already, but for what is given."""
     for agent in team.resolved().agents.values():
         there = served(agent.model)
@@ -299,21 +322,21 @@ def _same_tokenizer(incumbent: Policy | None, newcomer: Policy | None) -> bool:
     return tokenizer_difference(incumbent.tokenizer, newcomer.tokenizer) is None
 
 
-def with_policy(candidate: Candidate, name: str, policy: Policy) -> Candidate:
-    """The candidate with the agent ``name`` played by another policy."""
-    team = candidate.cast.team
+def with_policy(base: Reseated, name: str, policy: Policy) -> Reseated:
+    """The team with the agent ``name`` played by another policy."""
+    team = base.cast.team
     changed = replace(team, policies={**team.policies, name: policy})
-    cast = with_team(candidate.cast, candidate.cast.recipe, changed)
-    return Candidate(cast, dict(candidate.newcomers))
+    cast = with_team(base.cast, base.cast.recipe, changed, base.numbers)
+    return Reseated(cast, base.numbers, dict(base.newcomers))
 
 
-def with_team(cast: Cast, recipe: Recipe, team: Team) -> Cast:
+def with_team(cast: Cast, recipe: Recipe, team: Team, numbers: Numbers) -> Cast:
     """The cast with another team, and an engine that serves it and has its weights."""
     engine = team_engine(team, recipe, cast.servers)
     if isinstance(cast.engine, WithRoles):
         engine = WithRoles(engine, cast.engine.roles)
     for name, policy in team.policies.items():
-        engine.publish(name, 0, Weights(partial(weights_of, policy)))
+        engine.publish(name, numbers.of(name, policy), Weights(policy.export))
     return replace(cast, recipe=recipe, team=team, engine=engine)
 
 

@@ -13,16 +13,18 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from satune.commands.reseat import Found, check_seat, find_team
 from satune.commands.trust import NOTHING, Trust
 from satune.config.schema import ServerSection
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors
-from satune.loading import nearest, served
+from satune.loading import nearest_hint, served
+from satune.swap.directory import refuse_existing
 from satune.swap.handover import HandOverSettings
-from satune.swap.seat import Found, check_seat, find_team
-from satune.swap.transplant import refuse_existing
 from satune.types import UserError
 
+Given = Literal["project", "handover"]
+"""How a seat is given to a newcomer."""
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
 DELTA, DELTA_OF_ALL = 0.01, 0.004
@@ -77,7 +79,7 @@ class SwapRequest:
 def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
     """The team, and where the new one goes; whatever can be refused before models are loaded."""
     if request.method not in METHODS:
-        hint = nearest(request.method, METHODS)
+        hint = nearest_hint(request.method, METHODS)
         raise UserError(f"--method {request.method}: no such method{hint}")
     if request.rounds < 0:
         raise UserError(f"--rounds {request.rounds}: give 0 (no distillation) or more")
@@ -145,7 +147,7 @@ def _check_server(request: SwapRequest) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
-        hint = nearest(where, ServerSection.model_fields) if "extra" in first["type"] else ""
+        hint = nearest_hint(where, ServerSection.model_fields) if "extra" in first["type"] else ""
         raise UserError(f"--server-option {where}: {said}{hint}") from None
     if request.server and not any(served(model) for model in request.models):
         raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")

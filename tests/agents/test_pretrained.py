@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_m
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from satune.agents.loading import AgentSpec, LoraSpec, Precision, load_policies
 from satune.agents.policy import Policy
+from satune.agents.pretrained import AgentSpec, LoraSpec, Precision, load_policies
 from satune.tiny.tokenizers import llama_tokenizer
 from satune.types import UserError
 from tiny_models import tiny_lm

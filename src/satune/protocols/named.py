@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from satune.loading import check_options, nearest, pick
+from satune.loading import check_options, nearest_hint, pick
 from satune.protocols.discussion import debate, judge, role_play
 from satune.protocols.independent import solo, vote
 from satune.protocols.sequential import chain, random_routing, round_robin
@@ -43,5 +43,5 @@ def load_protocol(
     named += list(options.get("roles") or {})
     for seat in named:
         if seat not in seats:
-            raise UserError(f"protocol {name_or_path}: no seat {seat!r}{nearest(seat, seats)}")
+            raise UserError(f"protocol {name_or_path}: no seat {seat!r}{nearest_hint(seat, seats)}")
     return functools.partial(function, **options)
