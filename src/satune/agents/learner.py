@@ -167,14 +167,14 @@ class LocalLearner:
                 mixture,
                 packed,
                 episodes,
-                self._budget,
+                self._scorer.budget,
                 share_prompts=not checkpointed,
             )
 
     def distances(self, packed: PackedTurns, mixture: MixturePolicy) -> Distances:
         """Exact full-vocabulary KL per own token between the present weights and a mixture's
         models. Raises NonFinite where logits are not finite."""
-        return measure_distances(self.policy, mixture, packed, self._budget)
+        return measure_distances(self.policy, mixture, packed, self._scorer.budget)
 
     def step(self, rate: float | None = None) -> float:
         """One optimiser step on the accumulated gradient; returns its norm before clipping.
