@@ -245,7 +245,7 @@ def test_the_commands_refuse_in_one_line(
 
 def test_a_training_remembers_what_it_used(state: Path, tmp_path: Path):
     recipe = tiny_world.build(tmp_path / "world")
-    tiny_world.training(recipe, tmp_path / "out")
+    tiny_world.training(recipe, tmp_path / "out").save_recipe()
     assert given_recipe(tmp_path / "out" / "recipe.yaml", [], Trust())
     reward = tmp_path / "world" / "reward.py"
     reward.write_text(reward.read_text() + "\n")
@@ -327,7 +327,7 @@ def test_an_address_in_a_runs_recipe_is_asked_for(state: Path, tmp_path: Path):
 AGENTS = {
     "a path for a directory": ({"a": {**entry(), "dir": "../secret"}}, "no name of one beside"),
     "an absolute directory": ({"a": {**entry(), "dir": "/etc"}}, "no name of one beside"),
-    "no directory": ({"a": {**entry(), "dir": None}}, "no name of one beside"),
+    "no directory": ({"a": {**entry(), "dir": None}}, "has no dir"),
     "a link": ({"a": {**entry(), "dir": "link"}}, "leads out of the team's"),
     "a mixture elsewhere": (
         {"a": {**entry(), "dir": "a", "mixture": {"dir": "..", "delta": 1}}},
@@ -339,7 +339,7 @@ AGENTS = {
         "no Jinja text",
     ),
     "attention from the hub": ({"a": {**entry(), "dir": "a", "attention": "x/y"}}, "neither sdpa"),
-    "no entry": ({"a": None}, "needs delta"),
+    "no entry": ({"a": None}, "has no dir"),
     "an adapter of another's base": ({"a": {**entry(), "dir": "adapter"}}, "outside of the team"),
     "an adapter of its parent": ({"a": {**entry(), "dir": "upward"}}, "outside of the team"),
 }  # fmt: skip

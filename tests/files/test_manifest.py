@@ -27,19 +27,22 @@ def test_a_whole_one_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda m: m.pop("seats"), "damaged (no seats)"),
-        (lambda m: m.update(agents=[]), "damaged (no agents)"),
+        (lambda m: m.pop("seats"), "damaged manifest (no seats)"),
+        (lambda m: m.update(agents=[]), "damaged manifest (no agents)"),
         (lambda m: m.update(format=None), "format None, this satune reads 1"),
-        (lambda m: m["agents"].update(ann=3), "damaged (agent ann has no dir)"),
-        (lambda m: m["agents"]["ann"].pop("dir"), "damaged (agent ann has no dir)"),
-        (lambda m: m["agents"]["ann"].update(dir=7), "damaged (agent ann has no dir)"),
+        (lambda m: m["agents"].update(ann=3), "damaged manifest (agents.ann: has no dir)"),
+        (lambda m: m["agents"]["ann"].pop("dir"), "damaged manifest (agents.ann: has no dir)"),
+        (lambda m: m["agents"]["ann"].update(dir=7), "damaged manifest (agents.ann: has no dir)"),
         (lambda m: m["agents"]["ann"].update(served="http://a"), "agent ann has no dir"),
-        (lambda m: m["agents"]["ann"].pop("delta"), "damaged (agent ann: delta)"),
+        (lambda m: m["agents"]["ann"].pop("delta"), "damaged manifest (agents.ann: delta)"),
         (lambda m: m["agents"]["ann"].update(temperature="hot"), "(agent ann: temperature)"),
         (lambda m: m["agents"]["ann"].update(temperature=True), "(agent ann: temperature)"),
-        (lambda m: m["agents"]["ann"].update(template=None), "damaged (agent ann: template)"),
-        (lambda m: m["seats"].update(two="bob"), "damaged (seat two has no agent)"),
-        (lambda m: m["seats"].update(two=["ann"]), "damaged (seat two has no agent)"),
+        (
+            lambda m: m["agents"]["ann"].update(template=None),
+            "damaged manifest (agents.ann: template)",
+        ),
+        (lambda m: m["seats"].update(two="bob"), "damaged manifest (seats.two: no agent)"),
+        (lambda m: m["seats"].update(two=["ann"]), "damaged manifest (seats.two: no agent)"),
     ],
 )
 def test_a_damaged_one_is_one_line(

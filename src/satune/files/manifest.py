@@ -45,24 +45,24 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def _fault(manifest: Any) -> str | None:
     if not isinstance(manifest, dict):
-        return "damaged (no object)"
+        return "damaged manifest (no object)"
     if manifest.get("format") != FORMAT:
         return f"format {manifest.get('format')!r}, this satune reads {FORMAT}"
     for part in ("seats", "agents", "protocol", "task"):
         if not isinstance(manifest.get(part), dict):
-            return f"damaged (no {part})"
+            return f"damaged manifest (no {part})"
     agents = manifest["agents"]
     for name, entry in agents.items():
         places = [entry[k] for k in ("dir", "served") if k in entry] if _is_object(entry) else []
         if len(places) != 1 or not isinstance(places[0], str):
-            return f"damaged (agent {name} has no dir)"
+            return f"damaged manifest (agents.{name}: has no dir)"
         for key, kinds in _KINDS.items():
             value = entry.get(key)
             if key not in entry or not isinstance(value, kinds) or isinstance(value, bool):
-                return f"damaged (agent {name}: {key})"
+                return f"damaged manifest (agents.{name}: {key})"
     for seat, agent in manifest["seats"].items():
         if not isinstance(agent, str) or agent not in agents:
-            return f"damaged (seat {seat} has no agent)"
+            return f"damaged manifest (seats.{seat}: no agent)"
     return None
 
 
