@@ -330,7 +330,8 @@ def test_describe_knows_published_models(satune: Run, recipe: Path) -> None:
     )
 
     wanted = ("team.sharing=lora", "team.dtype=bfloat16", "team.agents.ann.model=Qwen/Qwen3-4B")
-    _, stdout, _ = satune("describe", recipe, hub, *wanted, "--json")
+    code, stdout, stderr = satune("describe", recipe, hub, *wanted, "--json")
+    assert code == 0, stderr
     found = json.loads(stdout)
     # Under adapters the base is held once and in bfloat16, and so are keys and values.
     assert [agent["cache"]["token"] for agent in found["agents"].values()] == [2 * 73_728] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -76,8 +77,10 @@ def trust_of(
     from satune.commands.trust import Trust
     from satune.config.load import override
 
-    named: dict[str, Any] = {}
-    for text in overrides or []:
+    given = overrides or []
+    agents = re.findall(r"^team\.agents\.([^.=]+)\.", "\n".join(given), re.MULTILINE)
+    named: dict[str, Any] = {"team": {"agents": {agent: {} for agent in agents}}}
+    for text in given:
         override(named, text)
     return Trust.of(code, addresses or [], [named, said])
 
