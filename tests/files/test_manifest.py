@@ -33,7 +33,7 @@ def test_a_whole_one_is_read(tmp_path: Path) -> None:
         (lambda m: m["agents"].update(ann=3), "damaged manifest (agents.ann: has no dir)"),
         (lambda m: m["agents"]["ann"].pop("dir"), "damaged manifest (agents.ann: has no dir)"),
         (lambda m: m["agents"]["ann"].update(dir=7), "damaged manifest (agents.ann: has no dir)"),
-        (lambda m: m["agents"]["ann"].update(served="http://a"), "agent ann has no dir"),
+        (lambda m: m["agents"]["ann"].update(served="http://a"), "agents.ann: has no dir"),
         (lambda m: m["agents"]["ann"].pop("delta"), "damaged manifest (agents.ann: delta)"),
         (lambda m: m["agents"]["ann"].update(temperature="hot"), "(agents.ann: temperature)"),
         (lambda m: m["agents"]["ann"].update(temperature=True), "(agents.ann: temperature)"),
