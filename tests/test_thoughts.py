@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from every_task import NAMES, Case, case
+from satune.play.match import Match
 from satune.play.rollout import rollout_sync
 from satune.protocols.independent import solo, vote
 from satune.thoughts import CLOSING, OPENING, answer_part, opened_by, without_thoughts
@@ -145,10 +146,8 @@ def test_a_completion_cut_inside_the_prompts_thought_is_no_answer(tmp_path):
     ):
         seats = [replace(seat, renderer=Thinker()) for seat in team("ann", "bob")]
         engine = ScriptedEngine(by_seat(ann=texts[:1], bob=texts[1:]))
-        (episode,) = rollout_sync(
-            [found.problem], 1, Key(0, "train"), seats=seats, protocol=vote, engine=engine,
-            task=found.task,
-        )  # fmt: skip
+        match = Match(seats, vote, engine, found.task)
+        (episode,) = rollout_sync(match, [found.problem], 1, Key(0, "train"))
         assert [turn.text for turn in episode.turns] == [f"<think>\n{text}" for text in texts]
         assert (episode.answer, episode.reward) == (answer, score)
 
@@ -163,8 +162,6 @@ class Whole(Letters):
 def test_no_task_is_shown_a_message_that_is_nothing_but_thought():
     for text, score in (("<think>a", 0.0), ("<think>b</think>a", 1.0), ("a", 1.0)):
         engine = ScriptedEngine(by_seat(ann=[text]))
-        (episode,) = rollout_sync(
-            Whole().problems("train"), 1, Key(0, "train"), seats=team("ann"), protocol=solo,
-            engine=engine, task=Whole(),
-        )  # fmt: skip
+        match = Match(team("ann"), solo, engine, Whole())
+        (episode,) = rollout_sync(match, list(Whole().problems("train")), 1, Key(0, "train"))
         assert episode.reward == score
