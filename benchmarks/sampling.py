@@ -28,7 +28,7 @@ from transformers import Qwen3ForCausalLM
 from transformers.utils import logging
 
 from satune.engines.local import LocalEngine
-from satune.types import Completion, Key, Prompt, Sampling
+from satune.types import Completion, Key, Prompt, Sampling, ids_of
 
 
 def sample_with_satune(
@@ -36,7 +36,7 @@ def sample_with_satune(
 ) -> list[Completion]:
     async def one(index: int, ids: tuple[int, ...]) -> Completion:
         key = Key(0, "evaluate", draw=draw, problem=f"{index:04d}")
-        completion = await engine.generate("agent", Prompt((), ids), Sampling(new_tokens), key)
+        completion = await engine.generate("agent", Prompt((), ids_of(ids)), Sampling(new_tokens), key)
         engine.end(key)
         return completion
 
