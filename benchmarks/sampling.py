@@ -36,7 +36,9 @@ def sample_with_satune(
 ) -> list[Completion]:
     async def one(index: int, ids: tuple[int, ...]) -> Completion:
         key = Key(0, "evaluate", draw=draw, problem=f"{index:04d}")
-        completion = await engine.generate("agent", Prompt((), ids_of(ids)), Sampling(new_tokens), key)
+        completion = await engine.generate(
+            "agent", Prompt((), ids_of(ids)), Sampling(new_tokens), key
+        )
         engine.end(key)
         return completion
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
-from satune.cli.common import open_console
 from satune.commands.assemble import load_tasks, overlap_note
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
@@ -158,74 +156,16 @@ def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
         sized = [agent for agent in agents.values() if "parameters" in agent]
         whole = any(agent["trained_parameters"] == agent["parameters"] for agent in sized)
         mend = "; adapters take less (team.sharing=lora)" if whole else ""
-        return f"{device}: too small by {_bytes(together - _DEVICE)}{mend}"
+        return f"{device}: too small by {bytes_text(together - _DEVICE)}{mend}"
     caches = [agent["cache"]["token"] for agent in agents.values() if "cache" in agent]
     # Agents decode one after the other, but finished turns of all of them are kept.
     tokens = int((_DEVICE - together) / sum(caches)) if caches else 0
     room = f", or the cache of {tokens:,} tokens of every agent" if caches else ""
-    return f"{device}: fits, {_bytes(_DEVICE - together)} left for activations{room}"
+    return f"{device}: fits, {bytes_text(_DEVICE - together)} left for activations{room}"
 
 
-def show_description(description: dict[str, Any]) -> None:
-    console = open_console()
-    console.print(yaml.safe_dump(description["recipe"], sort_keys=False), highlight=False)
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for column in ("agent", "model", "seats", "parameters", "trained", "weights", "one step"):
-        table.add_column(column)
-    for name, agent in description["agents"].items():
-        memory = agent.get("memory", {})
-        step = sum(v for k, v in memory.items() if k != "weights")
-        table.add_row(
-            name,
-            agent["model"],
-            ", ".join(agent["seats"]),
-            _count(agent.get("parameters")),
-            _count(agent.get("trained_parameters")),
-            _bytes(memory.get("weights")),
-            _bytes(step if memory else None),
-        )
-    console.print(table)
-    memory, stage = description["memory"], description["stage"]
-    fewest, most = stage["episodes"]
-    episodes = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    fewest, most = stage["certify_episodes"]
-    certified = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    console.print(
-        f"memory: {_bytes(memory.get('together'))} for all weights and the largest step "
-        "(activations and key-value cache come on top); "
-        f"a stage: {stage['steps']} steps, {episodes} episodes"
-        f"{f' and {certified} for certificates' if most else ''}; "
-        f"{description['stages']} stages",
-        highlight=False,
-        soft_wrap=True,
-    )
-    caches = [
-        f"{name} {_bytes(agent['cache']['token'])} ({_bytes(agent['cache']['message'])})"
-        for name, agent in description["agents"].items()
-        if "cache" in agent
-    ]
-    if caches:
-        longest = description["recipe"]["rollout"]["max_new_tokens"]
-        console.print(
-            f"key-value cache a token (a message of {longest:,}): {', '.join(caches)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(description["fit"], highlight=False, soft_wrap=True)
-    if "overlap" in description:
-        console.print(description["overlap"], highlight=False, soft_wrap=True)
-
-
-def _count(number: int | None) -> str:
-    if number is None:
-        return "not known here"
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.2f}{suffix}"
-    return str(number)
-
-
-def _bytes(number: float | None) -> str:
+def bytes_text(number: float | None) -> str:
+    """A number of bytes as a person reads it; None is a size that is not known."""
     if number is None:
         return "not known here"
     if number == 0:
