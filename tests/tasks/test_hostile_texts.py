@@ -53,12 +53,16 @@ def breach(
     while size <= longest:
         if cost(size, 1) > FELT:
             ratios = []
-            for _ in range(4):
-                half, whole = cost(size // 2, 3), cost(size, 3)
+            for attempt in range(4):
+                # Where a piece is cut may spare the half a second look at the text: then the most
+                # of all cuts counts, since the law is about growth.
+                cuts = range(min(len(piece), 8)) if attempt else (0,)
+                half, whole = max(cost(size // 2 - cut, 3) for cut in cuts), cost(size, 3)
                 ratios.append(whole / half)
                 if whole < FELT or ratios[-1] <= LAW:
                     break
-                if whole > 20 * FELT:  # no noise of the clock, and a repetition would take long
+                # No noise of the clock, and a repetition would take long.
+                if attempt and whole > 20 * FELT:
                     return f"{head!r} and {piece!r}: {ratios[-1]:.1f} times as long at {size}"
             else:
                 return f"{head!r} and {piece!r}: {min(ratios):.1f} times as long at {size}"
