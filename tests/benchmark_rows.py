@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import pytest
+
+from yardstick import at_most
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "benchmarks"
 
@@ -57,10 +58,9 @@ def fuzz(task, cases, number: int, seed: int) -> int:
     for _ in range(number):
         problem, good = rng.choice(cases)
         text = mangled(good, rng)
-        started = time.process_time()
-        answer = task.extract(text)
-        grade = task.grade(problem, text)
-        assert time.process_time() - started < 1.0, text[:200]
+        with at_most(60, text):
+            answer = task.extract(text)
+            grade = task.grade(problem, text)
         assert answer is None or task.equal(answer, answer)
         assert 0.0 <= grade.score <= 1.0
         assert all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 # that of whoever runs them. It is removed at the end.
 _STATE = tempfile.TemporaryDirectory(prefix="satune-state-")
 os.environ["SATUNE_STATE"] = _STATE.name
+
+# A shell's background job ignores ctrl-C, and so would every command that a test starts and
+# interrupts: whoever runs the tests, and however, ctrl-C reaches them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from command_line import Run  # noqa: E402 - keeps the environment as it is when it is imported
 from satune.cli.main import main  # noqa: E402

@@ -225,7 +225,7 @@ def test_a_prompt_beyond_the_servers_context_fails_alone_and_at_once(name: str) 
     assert engine.repeated == 0 and engine.requests <= 4
 
 
-@pytest.mark.parametrize("name", set(OVERFLOWS) - {"LM Studio, stream", "OpenRouter"})
+@pytest.mark.parametrize("name", sorted(set(OVERFLOWS) - {"LM Studio, stream", "OpenRouter"}))
 def test_a_context_in_which_nothing_fits_is_the_users_mistake(name: str) -> None:
     said = mistake(always(OVERFLOWS[name]))
     assert "even a prompt of one word does not fit" in said and "lower max_new_tokens" in said

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import string
-import time
 from collections import Counter
 
 import pytest
@@ -24,6 +23,7 @@ from satune.tasks.catalog import load_task
 from satune.tasks.guess_number import GuessNumber, feedback
 from satune.types import Completion, Key, UserError
 from scripted import ScriptedEngine, team
+from yardstick import at_most
 
 KEY = Key(0, "evaluate")
 NAMES = ("Dr. Ann Lee", "Bob Stone", "Clara Dee", "Dan Fox", "Eve Moss")
@@ -453,15 +453,14 @@ def grade_many(tasks, count):
     for number in range(count):
         text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(25)))
         text = text * rng.choice((1, 1, 1, 1, 200)) if number % 50 == 0 else text
-        start = time.process_time()
-        for task, problem, game in games:
-            found = task.extract(text)
-            assert found is None or task.equal(found, found)
-            assert 0.0 <= task.grade(problem, text).score <= 1.0
-            if getattr(game, "_turns", 0) < 24:
-                game._turns = 0
-                loop.run_until_complete(game.step(text))
-        assert time.process_time() - start < 1.0
+        with at_most(60, text):
+            for task, problem, game in games:
+                found = task.extract(text)
+                assert found is None or task.equal(found, found)
+                assert 0.0 <= task.grade(problem, text).score <= 1.0
+                if getattr(game, "_turns", 0) < 24:
+                    game._turns = 0
+                    loop.run_until_complete(game.step(text))
     loop.close()
 
 
@@ -482,7 +481,6 @@ def test_long_messages_take_their_length_in_time(cases, puzzles, piece):
     text = piece * (300_000 // len(piece))
     for task in (cases, puzzles):
         problem = next(iter(task.problems("all")))
-        start = time.process_time()
-        task.extract(text)
-        task.grade(problem, text)
-        assert time.process_time() - start < 1.0
+        with at_most(60):
+            task.extract(text)
+            task.grade(problem, text)

@@ -14,6 +14,7 @@ from satune.tasks.autologi import AutoLogi
 from satune.tasks.catalog import load_task
 from satune.tasks.literals import find_literal, read_literal
 from satune.types import UserError
+from yardstick import at_most
 
 CHECK = "def inputs_check(inputs):\n    return isinstance(inputs, list) and len(inputs) == 2"
 RULES = (
@@ -192,15 +193,11 @@ def read_many(count: int) -> None:
     rng = random.Random(count)
     for _ in range(count):
         text = scrambled(rng)
-        start = time.process_time()
-        found = find_literal(text)
-        if found is not None:
-            try:
-                value = read_literal(found)
-            except ValueError:
-                continue
-            assert repr(value)
-        assert time.process_time() - start < 1.0
+        with at_most(60, text):
+            found = find_literal(text)
+            if found is not None:
+                with contextlib.suppress(ValueError):
+                    assert repr(read_literal(found))
 
 
 @pytest.mark.timeout(60)
@@ -222,12 +219,11 @@ def test_no_text_of_many_breaks_the_reader():
 )  # fmt: skip
 @pytest.mark.timeout(30)
 def test_long_texts_take_their_length_in_time(text):
-    start = time.process_time()
-    found = find_literal(text)
-    if found is not None:
-        with contextlib.suppress(ValueError):
-            read_literal(found)
-    assert time.process_time() - start < 1.0
+    with at_most(100):
+        found = find_literal(text)
+        if found is not None:
+            with contextlib.suppress(ValueError):
+                read_literal(found)
 
 
 @given(st.recursive(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from satune.tasks.boxes import as_decimal, last_box, same_plainly, tidy
 from satune.tasks.catalog import load_task
 from satune.tasks.maths import Aime24, Math500, Maths, damaged
 from satune.types import EpisodeFailure, Problem, UserError
+from yardstick import at_most
 
 pytest.importorskip("mpmath")
 
@@ -396,12 +396,11 @@ def check_extractors(count: int, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(count):
         text, gold = harmful(rng), rng.choice(CASES)[0]
-        started = time.process_time()
-        found = last_box(text)
-        if found is not None:
-            same_plainly(gold, found)
-            assert same_plainly(found, found) is bool(tidy(found))
-        assert time.process_time() - started < 1.0, text
+        with at_most(60, text):
+            found = last_box(text)
+            if found is not None:
+                same_plainly(gold, found)
+                assert same_plainly(found, found) is bool(tidy(found))
 
 
 def check_grader(task: Maths, count: int, seed: int) -> None:
@@ -409,10 +408,7 @@ def check_grader(task: Maths, count: int, seed: int) -> None:
     compared = 0
     for _ in range(count):
         problem, text = Problem.of("p", "?", rng.choice(CASES)[0]), harmful(rng)
-        started = time.monotonic()
         grade = task.grade(problem, text)
-        # Beyond the limit only a process that takes the place of a killed one may take time.
-        assert time.monotonic() - started < maths_equality.CALL_SECONDS + 10.0, text
         assert grade.score in (0.0, 1.0)
         compared += grade.detail.startswith("read ")
     # The rest has no box: those texts are the extraction's, which has a test of its own.
@@ -457,10 +453,9 @@ LONG = [
 
 
 @pytest.mark.parametrize("index", range(len(LONG)))
-def test_long_texts_take_less_than_a_second(task, index):
-    started = time.process_time()
-    grade = task.grade(Problem.of("p", "?", "8"), LONG[index])
-    assert time.process_time() - started < 1.0
+def test_long_texts_are_cheap(task, index):
+    with at_most(60):
+        grade = task.grade(Problem.of("p", "?", "8"), LONG[index])
     assert grade.score == 0.0
 
 

@@ -22,6 +22,7 @@ from satune.tasks.maths_terms import Unreadable, fraction_of, parse
 from satune.tasks.maths_units import singular, unit_of
 from satune.tasks.maths_values import point, values
 from satune.types import Problem
+from yardstick import at_most
 
 CASES = FOLDER.parent / "cases"
 
@@ -592,10 +593,9 @@ def test_no_comparison_comes_near_the_limit(name):
     text = tidy(COSTLY[name])
     assert len(text) <= LONGEST_ANSWER
     equals = maths_equality.build()
-    started = time.process_time()
-    for other in ("8", r"\sqrt{2}", "x^2+1", text + " "):
-        equals(other, text, True)
-    assert time.process_time() - started < maths_equality.CALL_SECONDS
+    with at_most(100):
+        for other in ("8", r"\sqrt{2}", "x^2+1", text + " "):
+            equals(other, text, True)
 
 
 LATEX = [
