@@ -46,8 +46,8 @@ def reward_comparison(sources: Sequence[Source]) -> Chart:
         series,
         rules=rules,
         ceiling=1.0,
-        note="Sampled evaluations; whiskers: 95% by problem. A run without training is a level. Runs "
-        "compare only where their task and held-out problems are the same.",
+        note="Sampled evaluations; whiskers: 95% by problem. A run without training is a level. "
+        "Runs compare only where their task and held-out problems are the same.",
         absent="No run was evaluated twice." if rules else "No run has an evaluation.",
     )
 

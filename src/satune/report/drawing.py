@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from satune.report.charts import Chart, Lane, Number, Outcome, Series, Timeline
-from satune.report.palette import FILLS, INKS, MARKERS, light
+from satune.report.charts import OUTCOMES, Chart, Lane, Number, Outcome, Series, Timeline
+from satune.report.palette import INKS, MARKERS, light
 
 _INK, _FAINT = INKS["ink"][0], INKS["faint"][0]
 _GRID = "#e6e6e6"
@@ -28,8 +28,8 @@ def draw_files(
     for chart in drawn:
         if chart.empty:
             continue
-        height = 2.6 + 0.3 * len(chart.lanes) + (0.8 if isinstance(chart, Chart) else 0)
-        figure = _figure((7.2, height))
+        height = 3.4 if isinstance(chart, Chart) else 1.4
+        figure = _figure((7.2, height + 0.3 * len(chart.lanes)))
         draw(figure.add_subplot(), chart)
         paths += [_save(figure, folder / f"{chart.name}.{kind}") for kind in formats]
     return paths
@@ -100,8 +100,20 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     axes.set_ylabel(chart.y_label, color=_INK)
     if chart.lanes:
         _draw_lanes(axes, chart.lanes)
+    told = {o for one in (*chart.series, *chart.lanes) for o in one.outcomes}
+    for outcome in OUTCOMES if chart.explained else ():
+        if outcome in told:
+            _explain(axes, outcome)
     if len(chart.series) > 1 or chart.lanes:
-        axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 0.99))
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            ncols=8,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.99),
+            handletextpad=0.3,
+            columnspacing=1.0,
+        )
         axes.set_title(axes.get_title(loc="left"), loc="left", pad=22, fontsize=10, color=_INK)
 
 
@@ -152,10 +164,25 @@ def _draw_outcomes(
         x, y = zip(*here, strict=True) if here else ((), ())
         axes.plot(
             x, y, linestyle="none", marker="_" if outcome == "idle" else marker, markersize=5.5,
-            fillstyle=FILLS[outcome], color=colour, markerfacecoloralt="white", clip_on=False,
+            fillstyle="full", color=colour, clip_on=False,
+            markerfacecolor=colour if outcome == "accepted" else "white",
         )  # fmt: skip
+        if outcome == "shrunk":
+            axes.plot(
+                x, y, linestyle="none", marker=marker, markersize=2.2, color=colour, clip_on=False
+            )
         if outcome == "refused":
             axes.plot(x, y, linestyle="none", marker="x", markersize=8, color=_INK, clip_on=False)
+
+
+def _explain(axes: Any, outcome: Outcome) -> None:
+    """An entry of the legend for the mark of an outcome."""
+    marker = {"idle": "_", "refused": "x"}.get(outcome, "o")
+    face = _INK if outcome == "accepted" else _FAINT if outcome == "shrunk" else "white"
+    axes.plot(
+        [], [], linestyle="none", marker=marker, markersize=5.5, color=_INK, markerfacecolor=face,
+        label=outcome,
+    )  # fmt: skip
 
 
 def _draw_lanes(axes: Any, lanes: Sequence[Lane]) -> None:

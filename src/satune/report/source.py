@@ -202,8 +202,8 @@ def _evaluation(source: Source) -> list[Event]:
     if report is None:
         source.complaints.append(f"{source.path / 'report.json'}: is missing or damaged")
         return []
-    team, rows = report.get("team"), report.get("per_problem")
     try:
+        team: Mapping[str, Any] = report["team"]
         event = {
             "event": "eval",
             "stage": 0,
@@ -212,7 +212,9 @@ def _evaluation(source: Source) -> list[Event]:
             "interval": team["interval"],
             "problems": report["problems"],
             "samples": report["k"],
-            "per_problem": [sum(row["scores"]) / len(row["scores"]) for row in rows],
+            "per_problem": [
+                sum(row["scores"]) / len(row["scores"]) for row in report["per_problem"]
+            ],
             "tokens": report["tokens"],
             "failures": report["failures"],
             "figures": {k: v for k, v in team.items() if k not in ("avg_at_k", "interval")},

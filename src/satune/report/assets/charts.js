@@ -125,7 +125,8 @@ function drawChart(plot, chart, hidden) {
   const named = Math.max(0, ...chart.lanes.map((l) => Math.min(12, l.name.length)));
   const left = Math.max(46, named * 6.4 + 12), right = 14, top = 10;
   const height = wide ? 260 : 200, laneHeight = 18;
-  const bottom = top + height, base = bottom + chart.lanes.length * laneHeight;
+  const gap = chart.lanes.length ? 8 : 0;
+  const bottom = top + height, base = bottom + gap + chart.lanes.length * laneHeight;
   const svg = node("svg", { viewBox: `0 0 ${width} ${base + 36}`, role: "img", "aria-label": `${chart.title}: ${chart.y_label} by ${chart.x_label}` });
   const { x0, x1, y0, y1 } = ends(chart, series);
   const px = scale(x0, x1, left + 8, width - right - 8, chart.log_x), py = scale(y0, y1, bottom, top, chart.log_y);
@@ -148,7 +149,7 @@ function drawChart(plot, chart, hidden) {
   }
   for (const one of series) drawSeries(svg, one, px, py, hits, chart.log_y);
   for (const [row, lane] of chart.lanes.entries()) {
-    const y = bottom + (row + 0.5) * laneHeight;
+    const y = bottom + gap + (row + 0.5) * laneHeight;
     svg.append(node("text", { class: "tick", x: left - 6, y: y + 4, "text-anchor": "end" }, short(lane.name, 12)));
     const r = Math.max(1.8, Math.min(5, (0.42 * (width - left - right)) / Math.max(1, lane.x.length)));
     lane.x.forEach((x, at) => {
