@@ -16,7 +16,7 @@ from satune.files.events import (
 )
 from satune.report.charts import Chart, Number, Rule, Series, Table, number
 from satune.report.source import Source
-from satune.report.training import SWEEPS, outcome_of, places
+from satune.report.training import SWEEPS, Axis, outcome_of
 
 LONGEST = 60
 """Rows of a table that has one a step; older ones are left out, and counted."""
@@ -28,7 +28,7 @@ def _tested(source: Source) -> list[UpdateEvent]:
 
 def certificate_chart(source: Source) -> Chart:
     """The estimate of every test with its lower bound, against 0 and the gate's tolerance."""
-    where, series = places(source), []
+    axis, series = Axis(source), []
     for colour, agent in enumerate(source.agents):
         own = [event for event in _tested(source) if event["agent"] == agent]
         found = [event["certificate"]["statistical"] for event in own]  # type: ignore[typeddict-item]
@@ -36,7 +36,7 @@ def certificate_chart(source: Source) -> Chart:
             series.append(
                 Series(
                     agent,
-                    [where[event["stage"], event["step"]] for event in own],
+                    [axis.after(event["stage"], event["step"]) for event in own],
                     [number(one.get("mean")) for one in found],
                     colour,
                     line="none",

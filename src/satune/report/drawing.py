@@ -104,7 +104,7 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     for outcome in OUTCOMES if chart.explained else ():
         if outcome in told:
             _explain(axes, outcome)
-    if len(chart.series) > 1 or chart.lanes:
+    if axes.get_legend_handles_labels()[0] and (len(chart.series) > 1 or chart.lanes):
         axes.legend(
             frameon=False,
             fontsize=8,

@@ -56,25 +56,28 @@ def _taught_nothing(event: UpdateEvent) -> bool:
     return "kl" not in event and "seconds" in event and not event["seconds"].get("update")
 
 
-def places(source: Source) -> dict[Place, float]:
-    """Where each step of a run lies on the x axis once it is done."""
-    steps: dict[int, int] = {}
-    for event in source.of(UpdateEvent):
-        steps[event["stage"]] = max(steps.get(event["stage"], 1), event["step"])
-    # A stage that is not over yet has as many steps as the longest one before it.
-    usual = max([*steps.values(), len(source.agents)], default=1)
-    over = {event["stage"] for event in source.of(StageEvent)}
-    return {
-        (stage, step): stage - 1 + step / (count if stage in over else max(count, usual))
-        for stage, count in steps.items()
-        for step in range(count + 1)
-    }
+class Axis:
+    """Where the steps of a run lie on the x axis."""
+
+    def __init__(self, source: Source) -> None:
+        self._steps: dict[int, int] = {}
+        for event in source.of(UpdateEvent):
+            stage = event["stage"]
+            self._steps[stage] = max(self._steps.get(stage, 1), event["step"])
+        self._usual = max([1, len(source.agents), *self._steps.values()])
+        self._over = {event["stage"] for event in source.of(StageEvent)}
+
+    def after(self, stage: int, step: int) -> float:
+        """The place at which a step is done; step 0 is the beginning of the stage."""
+        # A stage that is not over yet has as many steps as the longest one before it.
+        count = self._steps.get(stage, self._usual) if stage in self._over else self._usual
+        return stage - 1 + step / count
 
 
 def reward_chart(source: Source, rewards: Rewards) -> Chart:
     """Team reward by sweep: training rollouts with their band, held-out evaluations, and below them
     what became of each agent's steps."""
-    where, series = places(source), []
+    axis, series = Axis(source), []
     rollouts = source.of(RolloutEvent)
     if rollouts:
         at = [(event["stage"], event["step"]) for event in rollouts]
@@ -82,7 +85,7 @@ def reward_chart(source: Source, rewards: Rewards) -> Chart:
         series.append(
             Series(
                 "training problems",
-                [where.get((s, k - 1), float(s - 1)) for s, k in at],
+                [axis.after(s, k - 1) for s, k in at],
                 [number(event["reward"]) for event in rollouts],
                 low=[low for low, _ in bands],
                 high=[high for _, high in bands],
@@ -135,14 +138,14 @@ def evaluation_series(evals: Sequence[EvalEvent]) -> list[Series]:
 
 
 def outcome_lanes(source: Source) -> list[Lane]:
-    where, lanes = places(source), []
+    axis, lanes = Axis(source), []
     for colour, agent in enumerate(source.agents):
         own = [event for event in source.of(UpdateEvent) if event["agent"] == agent]
         lanes.append(
             Lane(
                 agent,
                 colour,
-                [where[event["stage"], event["step"]] for event in own],
+                [axis.after(event["stage"], event["step"]) for event in own],
                 [outcome_of(event) for event in own],
                 [_told(event) for event in own],
             )
@@ -221,14 +224,14 @@ def experience_chart(source: Source) -> Chart:
     """ESS as a share of the episodes, the threshold of hybrid, and where it rolled out anew."""
     name = source.recipe.get("schedule.name", "")
     threshold = number(source.recipe.get("schedule.ess", 0.5 if name == "hybrid" else None))
-    where = places(source)
+    axis = Axis(source)
     anew = [event for event in source.of(RolloutEvent) if event["step"] > 1]
     series = _by_agent(source, lambda e: _share(e["ess"], e["episodes"]))
     if anew:
         series.append(
             Series(
                 "rolled out anew before this step",
-                [where.get((e["stage"], e["step"]), float(e["stage"])) for e in anew],
+                [axis.after(event["stage"], event["step"]) for event in anew],
                 [0.0] * len(anew),
                 colour="ink",
                 line="none",
@@ -276,14 +279,14 @@ def _by_agent(
     line: Literal["solid", "none"] = "solid",
 ) -> list[Series]:
     """A series an agent of ``value(event)``, a point a step."""
-    where, found = places(source), []
+    axis, found = Axis(source), []
     for colour, agent in enumerate(source.agents):
         own = [event for event in source.of(UpdateEvent) if event["agent"] == agent]
         if own:
             found.append(
                 Series(
                     agent,
-                    [where[event["stage"], event["step"]] for event in own],
+                    [axis.after(event["stage"], event["step"]) for event in own],
                     [number(value(event)) for event in own],
                     colour,
                     line,
