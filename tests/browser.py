@@ -18,7 +18,7 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 DRIVER = shutil.which("chromedriver")
 MISSING = None if CHROMIUM and DRIVER else "chromium and chromedriver are not installed"
-_PATIENCE = 120.0
+_PATIENCE = 20.0
 """Seconds that a browser may take to answer before a test gives up on it."""
 
 
