@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
 from typing import (
@@ -16,6 +16,9 @@ from typing import (
     is_typeddict,
 )
 
+Check = Callable[[Any], str | None]
+"""The place at which a value does not fit, None that it fits."""
+
 
 def misfit(value: Any, shape: Any) -> str | None:
     """The first key, dotted, at which ``value`` is not what ``shape`` says; "" is the value itself,
@@ -25,60 +28,97 @@ def misfit(value: Any, shape: Any) -> str | None:
     literals, lists, tuples, sequences and mappings of them. Keys that it does not name are let
     through. A float may be an int, and one of the texts "inf", "-inf" and "nan".
     """
-    if shape is Any:
-        return None
-    if is_typeddict(shape):
-        return _misfit_of_fields(value, shape)
-    origin, arguments = get_origin(shape) or shape, get_args(shape)
-    if origin is NotRequired:
-        return misfit(value, arguments[0])
-    if origin in (Union, UnionType):
-        places = [misfit(value, each) for each in arguments]
-        return None if None in places else max(map(str, places), key=len)
-    if origin is Literal:
-        return None if value in arguments else ""
-    if origin in (dict, Mapping):
-        if not isinstance(value, dict):
-            return ""
-        of_values = arguments[1] if arguments else Any
-        return _first((str(key), misfit(inner, of_values)) for key, inner in value.items())
-    if origin in (list, tuple, Sequence):
-        if not isinstance(value, list):
-            return ""
-        if origin is tuple and Ellipsis not in arguments:
-            if len(value) != len(arguments):
-                return ""
-            pairs = zip(value, arguments, strict=True)
-        else:
-            pairs = ((inner, arguments[0] if arguments else Any) for inner in value)
-        return _first((str(at), misfit(*pair)) for at, pair in enumerate(pairs))
-    return None if _is_plain(value, origin) else ""
-
-
-def _misfit_of_fields(value: Any, shape: Any) -> str | None:
-    if not isinstance(value, dict):
-        return ""
-    hints = _hints(shape)
-    for key, hint in hints.items():
-        if key not in value and get_origin(hint) is not NotRequired:
-            return key
-    return _first((key, misfit(value[key], hints[key])) for key in hints if key in value)
+    return _check(shape)(value)
 
 
 @cache
-def _hints(shape: Any) -> dict[str, Any]:
-    return get_type_hints(shape, include_extras=True)
+def _check(shape: Any) -> Check:
+    if shape is Any:
+        return lambda value: None
+    if is_typeddict(shape):
+        return _fields(shape)
+    origin, arguments = get_origin(shape) or shape, get_args(shape)
+    if origin is NotRequired:
+        return _check(arguments[0])
+    if origin in (Union, UnionType):
+        return _one_of([_check(each) for each in arguments])
+    if origin is Literal:
+        return lambda value: None if value in arguments else ""
+    if origin in (dict, Mapping):
+        return _mapping(_check(arguments[1] if arguments else Any))
+    if origin is tuple and Ellipsis not in arguments:
+        return _tuple([_check(each) for each in arguments])
+    if origin in (list, tuple, Sequence):
+        return _list(_check(arguments[0] if arguments else Any))
+    return _plain(origin)
 
 
-def _first(places: Any) -> str | None:
-    return next((f"{k}.{place}".rstrip(".") for k, place in places if place is not None), None)
+def _fields(shape: Any) -> Check:
+    hints = get_type_hints(shape, include_extras=True)
+    checks = [(key, _check(hint), get_origin(hint) is NotRequired) for key, hint in hints.items()]
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return ""
+        for key, inner, optional in checks:
+            if key in value:
+                place = inner(value[key])
+                if place is not None:
+                    return f"{key}.{place}".rstrip(".")
+            elif not optional:
+                return key
+        return None
+
+    return check
 
 
-def _is_plain(value: Any, kind: Any) -> bool:
+def _one_of(checks: Sequence[Check]) -> Check:
+    def check(value: Any) -> str | None:
+        deepest = ""
+        for inner in checks:
+            place = inner(value)
+            if place is None:
+                return None
+            deepest = max(deepest, place, key=len)
+        return deepest
+
+    return check
+
+
+def _mapping(inner: Check) -> Check:
+    return lambda value: _first(value.items(), inner) if isinstance(value, dict) else ""
+
+
+def _list(inner: Check) -> Check:
+    return lambda value: _first(enumerate(value), inner) if isinstance(value, list) else ""
+
+
+def _tuple(checks: Sequence[Check]) -> Check:
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list) or len(value) != len(checks):
+            return ""
+        for at, (inner, one) in enumerate(zip(value, checks, strict=True)):
+            place = one(inner)
+            if place is not None:
+                return f"{at}.{place}".rstrip(".")
+        return None
+
+    return check
+
+
+def _first(items: Iterable[tuple[Any, Any]], check: Check) -> str | None:
+    for key, inner in items:
+        place = check(inner)
+        if place is not None:
+            return f"{key}.{place}".rstrip(".")
+    return None
+
+
+def _plain(kind: Any) -> Check:
     if kind in (None, NoneType):
-        return value is None
-    if isinstance(value, bool):
-        return kind is bool
+        return lambda value: None if value is None else ""
     if kind is float:
-        return isinstance(value, int | float) or value in ("inf", "-inf", "nan")
-    return isinstance(value, kind)
+        return lambda value: (
+            None if type(value) in (int, float) or value in ("inf", "-inf", "nan") else ""
+        )
+    return lambda value: None if type(value) is kind else ""

@@ -140,7 +140,11 @@ class Conversations:
 
 def as_json(value: Any) -> str:
     """JSON that may stand inside a script element of a page: pure ASCII, without "<"."""
-    return strict_json(value).replace("<", "\\u003c")
+    try:
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # a number that JSON lacks, as the text that stands for it in files
+        text = strict_json(value)
+    return text.replace("<", "\\u003c")
 
 
 def _turn(turn: TurnRow, pieces: Pieces) -> dict[str, Any]:
