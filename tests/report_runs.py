@@ -43,6 +43,7 @@ def write_run(
     (run / "recipe.yaml").write_text(RECIPE.format(seed=seed, stages=stages, delta=delta))
     events: list[dict[str, Any]] = [_run_event(agents, stages, seed)]
     events += [_evaluation(0, greedy, 0.4, rng) for greedy in (True, False)]
+    _hold_out(run, 0, agents, 0.0)
     for stage in range(1, stages + 1):
         level = 0.4 + 0.45 * (1 - math.exp(-stage / 4))
         for step, agent in enumerate(agents, start=1):
@@ -60,9 +61,21 @@ def write_run(
     if finished:
         events += [_evaluation(stages, greedy, 0.8, rng) for greedy in (True, False)]
         events.append(_swap(stages))
+        _hold_out(run, stages, agents, 1.0)
     for event in events:
         append_event(run / "events.jsonl", event)  # type: ignore[arg-type]
     return run
+
+
+def _hold_out(run: Path, stage: int, agents: Sequence[str], score: float) -> None:
+    """Three conversations of an evaluation, which hold no ids."""
+    rows = []
+    for p in range(3):
+        row = episode(f"held-out-{p}", 0, score, agents, random.Random(p))
+        for turn in row["turns"]:
+            turn |= {"prompt_ids": None, "completion_ids": None, "sampled_logprobs": None}
+        rows.append({"stage": stage, "greedy": False, **row})
+    append_rows(run / "episodes" / f"evaluation-{stage:04d}.jsonl", rows)
 
 
 def _run_event(agents: Sequence[str], stages: int, seed: int) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_the_other_run_is_one_choice_away(chromium: Browser, page: Path) -> None
 def test_filters(chromium: Browser, page: Path) -> None:
     chromium.open(page, "#conversations")
     chromium.wait(LIST)
-    total = 8 * 24 + 4 * 24
+    total = 8 * 24 + 4 * 24 + 12
     assert chromium.run(f"return {FOUND}") == f"{total} of {total} conversations"
     assert chromium.run(f"return {LIST}") < 40  # only what is in sight is made
     choose(chromium, "every run", "run")
@@ -191,6 +191,13 @@ def test_a_group_and_before_and_after(chromium: Browser, page: Path) -> None:
     assert chromium.run(f"return {titles}") == [
         "run · training · stage 1 · sample 2", "run · training · stage 6.3 · sample 2",
     ]  # fmt: skip
+    # Held-out problems are the same before and after training.
+    chromium.open(page, "#/run/evaluation/6/0/0/held-out-1")
+    chromium.wait(f"{BOARDS} === 2")
+    assert chromium.run(f"return {titles}") == [
+        "run · evaluation · after stage 0 · sample 0",
+        "run · evaluation · after stage 6 · sample 0",
+    ]
     # What was played once has no before.
     chromium.open(page, "#/run/training/5/1/2/stage-5-1-1")
     chromium.wait(f"{BOARDS} === 1")
@@ -221,8 +228,8 @@ def test_nothing_that_a_run_says_is_run(chromium: Browser, tmp_path: Path) -> No
         count = chromium.run(
             "return Number(document.querySelector('.found').textContent.split(' ')[0])"
         )
-        assert count == 28
-        for at in range(24, 28):
+        assert count == 34
+        for at in range(27, 31):
             # A row's address, which holds the problem's id, leads to its conversation.
             chromium.run("document.querySelector('.back')?.click()")
             chromium.run("document.querySelector('.list').scrollTop = arguments[0] * 54", at)

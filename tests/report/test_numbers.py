@@ -70,7 +70,7 @@ def test_the_band_of_training_rewards(run: Path, source: Source) -> None:
     line = by_name(training.reward_chart(source, rewards))["training problems"]
     rows = [
         json.loads(text)
-        for path in sorted((run / "episodes").glob("*.jsonl"))
+        for path in sorted((run / "episodes").glob("stage-*.jsonl"))
         for text in path.read_text().splitlines()
     ]
     places = sorted({(row["stage"], row["step"]) for row in rows})

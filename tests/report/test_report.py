@@ -47,7 +47,7 @@ def parts(page: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
 def test_the_page_holds_the_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     report = write_report([run])
-    assert report == Report(run / "report.html", [], 8 * 24, [])
+    assert report == Report(run / "report.html", [], 8 * 24 + 6, [])
     _, data, chunks = parts(report.page)
     (one,) = data["runs"]
     assert one["name"] == "run"
@@ -62,7 +62,7 @@ def test_the_page_holds_the_run(tmp_path: Path) -> None:
         "3 of 18 steps were taken back", "1 of them because a number was not finite",
         "17 conversations failed",
     ]  # fmt: skip
-    assert sum(len(chunk["episodes"]) for chunk in chunks) == 8 * 24
+    assert sum(len(chunk["episodes"]) for chunk in chunks) == 8 * 24 + 6
     assert data["several"] == []
 
 
@@ -73,17 +73,20 @@ def test_every_conversation_can_be_found_by_the_index(tmp_path: Path) -> None:
     columns = index["columns"]
     rows = [
         json.loads(line)
-        for path in sorted((run / "episodes").glob("*.jsonl"))
+        for name in ("evaluation-0000", "stage-0001", "stage-0002", "evaluation-0002")
+        for path in [run / "episodes" / f"{name}.jsonl"]
         for line in path.read_text().splitlines()
     ]
-    assert len(rows) == len(columns["run"]) == 48
+    assert len(rows) == len(columns["run"]) == 54
     for at, row in enumerate(rows):
         body = chunks[columns["chunk"][at]]["episodes"][columns["place"][at]]
         assert index["problems"][columns["problem"][at]] == row["problem"]["id"]
         assert [turn["text"] for turn in body["turns"]] == [t["text"] for t in row["turns"]]
         assert body["detail"] == row["grade"]["detail"]
         assert columns["reward"][at] == row["grade"]["score"]
-        assert (columns["stage"][at], columns["step"][at]) == (row["stage"], row["step"])
+        assert (columns["stage"][at], columns["step"][at]) == (row["stage"], row.get("step", 0))
+        part = "training" if "step" in row else "evaluation"
+        assert index["parts"][columns["part"][at]] == part
         cut = any(turn["finish_reason"] == "length" for turn in row["turns"])
         status = "failed" if row["failure"] else "truncated" if cut else "finished"
         assert index["statuses"][columns["status"][at]] == status
@@ -171,7 +174,8 @@ def test_what_a_run_says_cannot_leave_its_place(tmp_path: Path) -> None:
     # The page's own elements, whatever the run says.
     bare = write_report([write_run(tmp_path / "bare", stages=1)]).page.read_text()
     assert re.findall(r"<\s*/?\s*[a-z!]+", text) == re.findall(r"<\s*/?\s*[a-z!]+", bare)
-    assert chunks[0]["episodes"][-1]["turns"][0]["text"] == HOSTILE
+    said = [turn["text"] for body in chunks[0]["episodes"] for turn in body["turns"]]
+    assert said.count(HOSTILE) == 1
     assert chunks[0]["problems"][HOSTILE]["text"] == HOSTILE
     assert dict(data["runs"][0]["sections"][-1]["items"][-1]["rows"]) == {"task": HOSTILE}
     assert "<title>&lt;b&gt;run &amp;amp; {{data}}: satune report</title>" in text
@@ -231,7 +235,7 @@ def test_damaged_lines_are_told_and_left_out(tmp_path: Path) -> None:
     assert "RUN/episodes/stage-0009.jsonl, line 1: names" in told
     assert "RUN/recipe.yaml: damaged" in told
     assert "RUN/summary.json: damaged" in told
-    assert report.conversations == 48 - 2
+    assert report.conversations == 54 - 2
     _, data, _ = parts(report.page)
     (table,) = [
         item
@@ -325,7 +329,7 @@ def test_an_evaluation_is_a_baseline(tmp_path: Path) -> None:
         "trouble",
         "recipe",
     ]
-    assert data["conversations"]["parts"] == ["training", "evaluation"]
+    assert data["conversations"]["parts"] == ["evaluation", "training"]
     (baseline / "report.json").write_text(json.dumps(found | {"team": None}))
     assert any("report.json" in line for line in write_report([run, baseline]).complaints)
 
@@ -347,7 +351,7 @@ def test_the_command(tmp_path: Path, satune: Run) -> None:
     code, out, err = satune("report", run)
     assert code == 0
     assert err.splitlines()[0] == f"note: {run / 'recipe.yaml'}: is missing"
-    assert out.startswith(f"{run / 'report.html'}: 24 conversations")
+    assert out.startswith(f"{run / 'report.html'}: 30 conversations")
     _, out, _ = satune("--help")
     assert "report" in out
 

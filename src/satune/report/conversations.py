@@ -81,8 +81,8 @@ class Conversations:
             speakers |= 1 << self.seats.setdefault(turn["seat"], len(self.seats))
         values = (
             run,
-            str(row.get("part", "training" if "stage" in row else "evaluation")),
-            row.get("stage", 0),
+            _part(row),
+            row.get("stage", -1),
             row.get("step", 0),
             self.problems[problem["id"]],
             row["sample"],
@@ -145,6 +145,12 @@ def as_json(value: Any) -> str:
     except ValueError:  # a number that JSON lacks, as the text that stands for it in files
         text = strict_json(value)
     return text.replace("<", "\\u003c")
+
+
+def _part(row: EpisodeRow) -> str:
+    if "step" in row:
+        return "training"
+    return "evaluation, greedy" if row.get("greedy") else "evaluation"
 
 
 def _turn(turn: TurnRow, pieces: Pieces) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class ProblemRow(TypedDict):
 
 
 class EpisodeRow(TypedDict):
-    """A conversation as ``play.rows`` writes it; a run's also has its stage and step."""
+    """A conversation as ``play.rows`` writes it. One of a training rollout also has its stage and
+    step, one of an evaluation in training the stage after which it was played."""
 
     problem: ProblemRow
     sample: int
@@ -79,6 +80,7 @@ class EpisodeRow(TypedDict):
     failure: FailureRow | None
     stage: NotRequired[int]
     step: NotRequired[int]
+    greedy: NotRequired[bool]
 
 
 _Kind = TypeVar("_Kind")
@@ -115,7 +117,7 @@ class Source:
 
     def episodes(self) -> Iterator[EpisodeRow]:
         """Every conversation that can be read, file by file; the rest becomes a complaint."""
-        for path in (*sorted((self.path / "episodes").glob("*.jsonl")), *self._evaluated()):
+        for path in self._files_of_episodes():
             bad: list[str] = []
             try:
                 for row in scan_rows(path):
@@ -133,10 +135,14 @@ class Source:
                 more = f" (and {len(bad) - 1} more lines of that file)" if len(bad) > 1 else ""
                 self.complaints.append(f"{bad[0]}; left out{more}")
 
-    def _evaluated(self) -> Iterator[Path]:
-        path = self.path / "conversations.jsonl"
-        if path.is_file():
-            yield path
+    def _files_of_episodes(self) -> list[Path]:
+        """In the order in which they were played: a stage before the evaluation after it."""
+        found = sorted(
+            (self.path / "episodes").glob("*.jsonl"),
+            key=lambda path: (path.stem.rpartition("-")[2], path.stem.startswith("evaluation")),
+        )
+        evaluated = self.path / "conversations.jsonl"
+        return [*found, evaluated] if evaluated.is_file() else found
 
 
 def read_source(path: Path) -> Source:

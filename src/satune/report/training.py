@@ -28,8 +28,8 @@ class Rewards:
         """Take in one conversation; what the world ended counts nowhere."""
         failure = row["failure"]
         reward = number(row["grade"]["score"])
-        if "stage" in row and reward is not None and (failure is None or failure["policy"]):
-            rollout = self.of.setdefault((row["stage"], row.get("step", 1)), {})
+        if "step" in row and reward is not None and (failure is None or failure["policy"]):
+            rollout = self.of.setdefault((row.get("stage", 0), row["step"]), {})
             rollout.setdefault(row["problem"]["id"], []).append(reward)
 
     def interval(self, place: Place) -> tuple[Number, Number]:

@@ -40,7 +40,7 @@ const Conversations = (() => {
 
   const at = (name, i) => columns[name][i];
   const problemOf = (i) => index.problems[at("problem", i)];
-  const whereOf = (i) => (at("stage", i) || index.parts[at("part", i)] === "training" ? `stage ${at("stage", i)}` : "") + (at("step", i) > 1 ? `.${at("step", i)}` : "");
+  const whereOf = (i) => (at("stage", i) < 0 ? "" : `${index.parts[at("part", i)] === "training" ? "" : "after "}stage ${at("stage", i)}`) + (at("step", i) > 1 ? `.${at("step", i)}` : "");
   const addressOf = (i) => `#/${[runs[at("run", i)], index.parts[at("part", i)], at("stage", i), at("step", i), at("sample", i), problemOf(i)].map(encodeURIComponent).join("/")}`;
   const flagsOf = (i) => index.flags.filter((_, bit) => at("flags", i) & (1 << bit));
   const sameGroup = (i, j) => ["run", "part", "stage", "step", "problem"].every((name) => at(name, i) === at(name, j));
@@ -91,7 +91,7 @@ const Conversations = (() => {
     search.setAttribute("aria-label", "problem");
     search.addEventListener("input", filter);
     filters.text = search;
-    const stages = [...new Set(columns.stage)].sort((a, b) => a - b);
+    const stages = [...new Set(columns.stage)].filter((stage) => stage >= 0).sort((a, b) => a - b);
     const used = columns.flags.reduce((bits, f) => bits | f, 0);
     const flags = index.flags.map(([name], bit) => [name, bit]).filter(([, bit]) => used & (1 << bit));
     return html("div", "filters", "", search,
@@ -181,7 +181,7 @@ const Conversations = (() => {
   }
 
   function firstAndLast(others, i) {
-    const run = others.filter((j) => at("run", j) === at("run", i));
+    const run = others.filter((j) => at("run", j) === at("run", i) && at("part", j) === at("part", i));
     const when = (j) => at("stage", j) * 1e4 + at("step", j);
     const times = run.filter((j) => at("sample", j) === at("sample", i)).sort((a, b) => when(a) - when(b));
     if (times.length > 1 && when(times[0]) < when(times.at(-1))) return [times[0], times.at(-1)];
