@@ -7,17 +7,22 @@ from pathlib import Path
 from satune.report.drawing import can_draw, draw_together
 from satune.report.source import read_source
 from satune.report.training import Rewards, divergence_chart, reward_chart, violation_chart
+from satune.types import UserError
 
 
 def plot_training(run: str | Path, out: str | Path) -> Path | None:
     """Draw reward, KL and violation rate by sweep of the run directory ``run`` into a PNG.
 
     Gives the file's path, or None without matplotlib (``pip install 'satune[plots]'``). Raises
-    UserError where ``run`` holds no run, and where the disk refuses.
+    UserError, with file and line, for damaged events, and where ``run`` holds no run.
     """
     if not can_draw():
         return None
     source = read_source(Path(run))
+    events = source.path / "events.jsonl"
+    damaged = next((c for c in source.complaints if c.startswith(f"{events}, line ")), None)
+    if damaged is not None:
+        raise UserError(damaged)
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     charts = [reward_chart(source, Rewards()), divergence_chart(source), violation_chart(source)]

@@ -37,9 +37,9 @@ class Report:
     complaints: list[str]
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Report:
+def write_report(runs: Sequence[Path], out: Path | None = None, *, figures: bool = True) -> Report:
     """Write ``out`` (of the first run: ``report.html``), and beside it a directory of its name that
-    holds the figures and, of many conversations, their texts.
+    holds the figures, if they are asked for, and of many conversations their texts.
 
     Raises UserError where a path is no run, and where the place cannot be written.
     """
@@ -76,15 +76,15 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Report:
         "files": beside.name,
     }
     write_atomically(page, _page(data, conversations.inline, sources))
-    figures = []
-    if can_draw():
+    paths: list[Path] = []
+    if figures and can_draw():
         charts = [item for found in (*drawn, several) for s in found for item in s.items]
         with disk_errors(beside):
-            figures = draw_files([c for c in charts if isinstance(c, Chart | Timeline)], beside)
+            paths = draw_files([c for c in charts if isinstance(c, Chart | Timeline)], beside)
     if not any(beside.iterdir()):
         beside.rmdir()
     complaints = [line for source in sources for line in source.complaints]
-    return Report(page, figures, len(index["columns"]["run"]), complaints)
+    return Report(page, paths, len(index["columns"]["run"]), complaints)
 
 
 def _run(source: Source, found: Sequence[Section], pieces: Pieces) -> dict[str, Any]:
