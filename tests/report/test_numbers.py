@@ -92,6 +92,17 @@ def test_the_band_of_training_rewards(run: Path, source: Source) -> None:
     assert masked == len(places)
 
 
+def test_places_in_a_stage_that_is_not_over(source: Source, tmp_path: Path) -> None:
+    """Two of three steps of stage 1 are done, and then of stage 3."""
+    for stage, place in ((1, 2 / 3), (3, 2 + 2 / 3)):
+        upto = [e for e in source.events if e.get("stage", 0) < stage or e["event"] == "run"]
+        steps = [e for e in source.events if e["event"] == "update" and e["stage"] == stage]
+        half = Source(tmp_path, "half", events=[*upto, *steps[:2]])
+        chart = training.penalty_chart(half)
+        lasts = [series.x[-1] for series in chart.series]
+        assert lasts[:2] == pytest.approx([place - 1 / 3, place])
+
+
 def test_what_became_of_each_step(source: Source, events: Events) -> None:
     lanes = {lane.name: lane for lane in training.outcome_lanes(source)}
     assert list(lanes) == list(AGENTS)

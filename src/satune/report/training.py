@@ -64,14 +64,20 @@ class Axis:
         for event in source.of(UpdateEvent):
             stage = event["stage"]
             self._steps[stage] = max(self._steps.get(stage, 1), event["step"])
-        self._usual = max([1, len(source.agents), *self._steps.values()])
-        self._over = {event["stage"] for event in source.of(StageEvent)}
+        over = {event["stage"] for event in source.of(StageEvent)}
+        named = [len(event["agents"]) for event in source.of(RunEvent)]
+        # A stage that is not over will have as many steps as another, or as there are agents.
+        usual = max(
+            [count for stage, count in self._steps.items() if stage in over] or named or [1]
+        )
+        for stage, count in self._steps.items():
+            if stage not in over:
+                self._steps[stage] = max(count, usual)
+        self._usual = max(1, usual)
 
     def after(self, stage: int, step: int) -> float:
         """The place at which a step is done; step 0 is the beginning of the stage."""
-        # A stage that is not over yet has as many steps as the longest one before it.
-        count = self._steps.get(stage, self._usual) if stage in self._over else self._usual
-        return stage - 1 + step / count
+        return stage - 1 + step / self._steps.get(stage, self._usual)
 
 
 def reward_chart(source: Source, rewards: Rewards) -> Chart:

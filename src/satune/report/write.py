@@ -90,7 +90,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, figures: bool
 def _run(source: Source, found: Sequence[Section], pieces: Pieces) -> dict[str, Any]:
     return {
         "name": source.name,
-        "path": str(source.path.resolve()),
+        "path": str(source.path),
         "head": sections.head(source),
         "warnings": warnings(source),
         "sections": [asdict(section) for section in found],
