@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import browser
 from browser import Browser
 from report_runs import AGENTS, episode, write_run
 from satune.files.arrays import append_rows
+from satune.report.watch import watching
 from satune.report.write import write_report
 
 pytestmark = [
@@ -294,3 +296,17 @@ def test_ten_thousand_conversations(
     assert "is missing beside this page" in chromium.wait(
         "document.querySelector('.board .absent')?.textContent"
     )
+
+
+def test_a_served_page_renews_itself(chromium: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stages=2, finished=False)
+    with watching([run]) as (address, server):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        chromium.post("url", {"url": address})
+        chromium.wait(LIST)
+        lines = (run / "events.jsonl").read_text().splitlines()
+        with open(run / "events.jsonl", "a") as file:
+            file.write(json.dumps(json.loads(lines[-1]) | {"stage": 77}) + "\n")
+        chromium.wait("document.body.textContent.includes('3 of 2')")  # stages
+        assert chromium.complaints() == []
+        server.shutdown()

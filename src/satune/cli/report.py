@@ -24,6 +24,12 @@ def report(
         Path | None,
         typer.Option(help="the page to write", show_default="report.html in the first run"),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="serve the page to this machine and follow the runs")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="of --watch", show_default="a free one")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """One page of a run: figures, certificates, costs, conversations; of several, what differs.
@@ -34,6 +40,9 @@ def report(
     from satune.report.drawing import can_draw
     from satune.report.write import write_report
 
+    if watch:
+        _watch(runs, port)
+        return
     written = write_report(runs, out)
     for line in written.complaints:
         say(f"note: {line}")
@@ -46,6 +55,14 @@ def report(
         "complaints": written.complaints,
     }
     show_result(summary, as_json, _show)
+
+
+def _watch(runs: list[Path], port: int) -> None:
+    from satune.report.watch import watching
+
+    with watching(runs, port) as (address, server):
+        print(f"{address}\nfollows the run until ctrl-C", flush=True)
+        server.serve_forever()
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -37,9 +37,12 @@ class Report:
     complaints: list[str]
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None, *, figures: bool = True) -> Report:
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, *, figures: bool = True, stamp: str = ""
+) -> Report:
     """Write ``out`` (of the first run: ``report.html``), and beside it a directory of its name that
-    holds the figures, if they are asked for, and of many conversations their texts.
+    holds the figures, if they are asked for, and of many conversations their texts. A page with a
+    ``stamp`` asks whoever serves it for the newest one, and loads itself anew when that differs.
 
     Raises UserError where a path is no run, and where the place cannot be written.
     """
@@ -74,6 +77,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, figures: bool
         "outcomes": OUTCOMES,
         "conversations": index,
         "files": beside.name,
+        "stamp": stamp,
     }
     write_atomically(page, _page(data, conversations.inline, sources))
     paths: list[Path] = []
@@ -107,6 +111,7 @@ def _page(data: dict[str, Any], chunks: dict[int, str], sources: Sequence[Source
         f"default-src 'none'; script-src '{_hash(script)}' 'strict-dynamic'; "
         f"style-src '{_hash(style)}'; img-src data:; base-uri 'none'; form-action 'none'"
     )
+    policy += "; connect-src 'self'" if data["stamp"] else ""
     held = "\n".join(
         f'<script type="application/json" id="chunk-{number}">{chunk}</script>'
         for number, chunk in chunks.items()

@@ -117,10 +117,27 @@ function short(text, length) {
   return clean.length > length ? `${clean.slice(0, length - 1)}…` : clean;
 }
 
+// On paper a plot is drawn anew for the width of a sheet, or of half of one.
+let onPaper = false;
+const everyPlot = [];
+
+function widthOf(plot) {
+  if (onPaper) return plot.parentElement.classList.contains("wide") ? 680 : 330;
+  return Math.max(260, plot.clientWidth || 560);
+}
+
+function drawForPaper(paper) {
+  onPaper = paper;
+  for (const [plot, draw] of everyPlot) if (plot.isConnected) draw();
+}
+
+addEventListener("beforeprint", () => drawForPaper(true));
+addEventListener("afterprint", () => drawForPaper(false));
+
 // Draws into `plot`; gives the points that can be pointed at: {x, y, text}.
 function drawChart(plot, chart, hidden) {
-  const width = Math.max(260, plot.clientWidth || 560);
-  const wide = width > 700;
+  const width = widthOf(plot);
+  const wide = width > 600;
   const series = chart.series.filter((_, at) => !hidden.has(at));
   const named = Math.max(0, ...chart.lanes.map((l) => Math.min(12, l.name.length)));
   const left = Math.max(46, named * 6.4 + 12), right = 14, top = 10;
@@ -239,6 +256,7 @@ function pointing(plot, drawn) {
 const fresh = [];
 
 function drawFresh() {
+  everyPlot.splice(0, everyPlot.length, ...everyPlot.filter(([plot]) => plot.isConnected));
   fresh.splice(0).forEach((draw) => draw());
 }
 
@@ -251,6 +269,7 @@ function redrawn(plot, draw) {
     }
   };
   fresh.push(again);
+  everyPlot.push([plot, draw]);
   new ResizeObserver(again).observe(plot);
 }
 
@@ -320,11 +339,11 @@ function tableItem(table) {
 }
 
 function drawTimeline(plot, chart, [from, to]) {
-  const width = Math.max(260, plot.clientWidth || 560), row = 26, left = 78, right = 14, top = 4;
+  const width = widthOf(plot), row = 26, left = 78, right = 14, top = 4;
   const base = top + chart.lanes.length * row;
   const svg = node("svg", { viewBox: `0 0 ${width} ${base + 34}`, role: "img", "aria-label": chart.title });
   const px = scale(from, to, left, width - right, false), hits = [];
-  for (const at of ticks(from, to, width > 700 ? 10 : 5)) {
+  for (const at of ticks(from, to, width > 600 ? 10 : 5)) {
     svg.append(node("line", { class: "grid", x1: px(at), x2: px(at), y1: top, y2: base }));
     svg.append(node("text", { class: "tick", x: px(at), y: base + 15, "text-anchor": "middle" }, shown(at)));
   }

@@ -73,6 +73,15 @@ function start() {
   choice.addEventListener("change", () => showRun(Number(choice.value)));
   showRun(0);
   Conversations.follow();
+  if (DATA.stamp) setInterval(renew, 3000);
+}
+
+// A page that is served while its run goes on loads itself anew when there is more to see.
+async function renew() {
+  try {
+    const answer = await fetch("stamp");
+    if (answer.ok && (await answer.text()) !== DATA.stamp) location.reload();
+  } catch { /* whoever served it has ended: what was seen last stays */ }
 }
 
 start();
