@@ -53,6 +53,7 @@ def test_what_fits() -> None:
         ({"many": {}}, "many"),
         ({"many": [{"size": 1}, {"size": None}]}, "many.1.size"),
         ({"by_name": {"x": 1, "y": None}}, "by_name.y"),
+        ({"by_name": []}, "by_name"),
         ({"pair": [1.0]}, "pair"),
         ({"pair": [None, None]}, "pair.0"),
         ({"span": [1.0, "many"]}, "span.1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -57,12 +58,14 @@ def test_the_page_follows_its_run(run: Path, address: str) -> None:
 
 def test_nobody_else_is_answered(run: Path, address: str) -> None:
     root, token, _ = address.rsplit("/", 2)
-    (run / "secret.js").write_text("secret")
-    assert get(f"{root}/{token}/report.html")[0] == 200
-    for path in ("", "report.html", f"{token}x/report.html", f"{token[:-1]}/stamp", "x/stamp"):
-        assert get(f"{root}/{path}")[0] == 404, path
-    for path in ("", "other.html", "../run/secret.js", "..%2frun%2fsecret.js", "//etc/passwd"):
-        assert get(f"{root}/{token}/{path}")[0] == 404, path
+    # The page lies in a directory beside this file.
+    with tempfile.NamedTemporaryFile(suffix=".js") as secret:
+        assert get(f"{root}/{token}/report.html")[0] == 200
+        for path in ("", "report.html", f"{token}x/report.html", f"{token[:-1]}/stamp", "x/stamp"):
+            assert get(f"{root}/{path}")[0] == 404, path
+        name = Path(secret.name).name
+        for path in ("", "other.html", f"../{name}", f"..%2f{name}", f"/{secret.name}"):
+            assert get(f"{root}/{token}/{path}")[0] == 404, path
     assert get(address, Host="evil.example")[0] == 404
     assert len(token) > 20
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from satune.files.events import read_events
 from satune.report.drawing import can_draw, draw_together
 from satune.report.source import read_source
 from satune.report.training import Rewards, divergence_chart, reward_chart, violation_chart
-from satune.types import UserError
 
 
 def plot_training(run: str | Path, out: str | Path) -> Path | None:
@@ -19,10 +19,7 @@ def plot_training(run: str | Path, out: str | Path) -> Path | None:
     if not can_draw():
         return None
     source = read_source(Path(run))
-    events = source.path / "events.jsonl"
-    damaged = next((c for c in source.complaints if c.startswith(f"{events}, line ")), None)
-    if damaged is not None:
-        raise UserError(damaged)
+    read_events(source.path / "events.jsonl")  # a damaged line is told, not drawn around
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     charts = [reward_chart(source, Rewards()), divergence_chart(source), violation_chart(source)]
