@@ -223,10 +223,11 @@ def _fault_of_agent(name: str, entry: Any, directory: Path) -> str | None:
     if entry.get("attention") not in (None, "sdpa", "eager"):
         return "its attention is neither sdpa nor eager"  # transformers would fetch others' code
     if "served" in entry:
-        written = isinstance(entry["served"], str)
-        if not written or not isinstance(model_of(entry, directory), ServedModel):
-            return "served is not http://ADDRESS/v1#MODEL"
-        return None
+        try:
+            model = model_of(entry, directory)
+        except UserError as error:
+            return str(error)
+        return None if isinstance(model, ServedModel) else "served is not http://ADDRESS/v1#MODEL"
     for holder in (entry, entry.get("mixture") or {"dir": name}):
         folder = holder.get("dir") if isinstance(holder, dict) else None
         if not is_plain(folder):
