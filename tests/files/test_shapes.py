@@ -44,6 +44,8 @@ def test_what_fits() -> None:
         ({"kind": "c"}, "kind"),
         ({"count": 1.0}, "count"),
         ({"count": True}, "count"),
+        ({"count": 10**400}, "count"),
+        ({"inner": {"size": -(10**400)}}, "inner.size"),
         ({"on": 1}, "on"),
         ({"inner": {}}, "inner.size"),
         ({"inner": {"size": "1"}}, "inner.size"),

@@ -287,7 +287,8 @@ def test_values_of_any_kind_at_any_place(tmp_path: Path) -> None:
     events, episodes = run / "events.jsonl", run / "episodes" / "stage-0001.jsonl"
     whole = [json.loads(line) for line in events.read_text().splitlines()]
     kinds = {event["event"]: event for event in whole}
-    others: list[Any] = [None, "x", [], {}, [[1]], {"x": {"x": []}}, True, -1]
+    others: list[Any] = [None, "x", [], {}, [[1]], {"x": {"x": []}}, True, -1, 0, "nan", "inf",
+                         1e308, -1e308, 10**400, [1, 2, 3], 2**53]  # fmt: skip
     rng = random.Random(0)
     for path, rows in ((events, list(kinds.values())), (episodes, None)):
         text = path.read_text()
@@ -295,7 +296,7 @@ def test_values_of_any_kind_at_any_place(tmp_path: Path) -> None:
         changed = []
         for row in rows:
             for key in list(row):
-                for other in rng.sample(others, 3):
+                for other in rng.sample(others, 6):
                     changed.append(row | {key: other})
                 for inner in row[key] if isinstance(row[key], dict) else ():
                     changed.append(row | {key: row[key] | {inner: rng.choice(others)}})

@@ -20,13 +20,17 @@ Check = Callable[[Any], str | None]
 """The place at which a value does not fit, None that it fits."""
 
 
+_LARGEST = 1 << 53
+
+
 def misfit(value: Any, shape: Any) -> str | None:
     """The first key, dotted, at which ``value`` is not what ``shape`` says; "" is the value itself,
     None that it fits.
 
     ``shape`` is a typed dict, or what the fields of one are made of: plain types, None, unions,
     literals, lists, tuples, sequences and mappings of them. Keys that it does not name are let
-    through. A float may be an int, and one of the texts "inf", "-inf" and "nan".
+    through. A float may be an int, and one of the texts "inf", "-inf" and "nan"; an int is one that
+    a float holds exactly.
     """
     return _check(shape)(value)
 
@@ -114,11 +118,19 @@ def _first(items: Iterable[tuple[Any, Any]], check: Check) -> str | None:
     return None
 
 
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) <= _LARGEST
+
+
 def _plain(kind: Any) -> Check:
     if kind in (None, NoneType):
         return lambda value: None if value is None else ""
+    if kind is int:
+        return lambda value: None if _is_whole(value) else ""
     if kind is float:
         return lambda value: (
-            None if type(value) in (int, float) or value in ("inf", "-inf", "nan") else ""
+            None
+            if type(value) is float or value in ("inf", "-inf", "nan") or _is_whole(value)
+            else ""
         )
     return lambda value: None if type(value) is kind else ""

@@ -31,7 +31,7 @@ def number(value: Any) -> Number:
     """A finite float; None for everything else, "inf" and "nan" as texts among it."""
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
     return found if math.isfinite(found) and not isinstance(value, bool) else None
 

@@ -47,18 +47,15 @@ def certificate_chart(source: Source) -> Chart:
                     tips=[str(one.get("claim", "")) for one in found],
                 )
             )
-    tolerances = {
-        event["gate"]["tolerance"]
-        for event in _tested(source)
-        if "gate" in event and "tolerance" in event["gate"]
-    }
+    told = {number(event["gate"].get("tolerance")) for event in _tested(source) if "gate" in event}
+    tolerances = sorted(tolerance for tolerance in told if tolerance is not None)
     return Chart(
         "certificates",
         "What each step can claim",
         SWEEPS,
         "change of the mean reward",
         series,
-        rules=[Rule(0.0, "no change"), *(Rule(-t, f"tolerance {t:g}") for t in sorted(tolerances))]
+        rules=[Rule(0.0, "no change"), *(Rule(-t, f"tolerance {t:g}") for t in tolerances)]
         if series
         else [],
         floor=None,

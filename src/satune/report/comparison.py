@@ -11,7 +11,7 @@ from satune.files.events import EvalEvent, RolloutEvent, UpdateEvent
 from satune.report.charts import Chart, Number, Rule, Series, Table, number
 from satune.report.source import Source
 from satune.report.timeline import sampled_tokens, total_seconds
-from satune.report.training import SWEEPS, outcome_counts
+from satune.report.training import SWEEPS, interval_of, outcome_counts
 
 
 def reward_comparison(sources: Sequence[Source]) -> Chart:
@@ -26,7 +26,7 @@ def reward_comparison(sources: Sequence[Source]) -> Chart:
             if reward is not None:
                 rules.append(Rule(reward, source.name))
         elif own:
-            intervals = [event["interval"] or (None, None) for event in own]
+            intervals = [interval_of(event) for event in own]
             series.append(
                 Series(
                     source.name,
@@ -34,8 +34,8 @@ def reward_comparison(sources: Sequence[Source]) -> Chart:
                     [number(event["reward"]) for event in own],
                     at,
                     marker=at,
-                    low=[number(low) for low, _ in intervals],
-                    high=[number(high) for _, high in intervals],
+                    low=[low for low, _ in intervals],
+                    high=[high for _, high in intervals],
                 )
             )
     return Chart(
@@ -131,8 +131,9 @@ def _rates(source: Source) -> list[tuple[float, list[float], list[Number]]]:
     of: dict[float, tuple[list[float], list[Number]]] = {}
     for event in source.of(UpdateEvent):
         rate = number(event["kl"]["violation_rate"]) if "kl" in event else None
-        if rate is not None and "kl" in event:
-            found, uppers = of.setdefault(float(event["delta"]), ([], []))
+        delta = number(event["delta"])
+        if rate is not None and delta is not None and delta > 0 and "kl" in event:
+            found, uppers = of.setdefault(delta, ([], []))
             found.append(rate)
             uppers.append(number(event["kl"]["violation_ucb"]))
     return [(delta, *rates) for delta, rates in of.items()]
@@ -156,14 +157,14 @@ def result_table(sources: Sequence[Source]) -> Table:
         sampled = [event for event in source.of(EvalEvent) if not event["greedy"]]
         greedy = [event for event in source.of(EvalEvent) if event["greedy"]]
         first, last = (sampled[0], sampled[-1]) if sampled else (None, None)
-        interval = last["interval"] if last else None
+        low, high = interval_of(last) if last else (None, None)
         gain = last.get("difference") if last else None
         rows.append(
             [
                 source.name,
                 number(first["reward"]) if first else None,
                 number(last["reward"]) if last else None,
-                f"[{float(interval[0]):.3f}, {float(interval[1]):.3f}]" if interval else "",
+                "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]",
                 f"{float(gain[0]):+.3f} [{float(gain[1]):+.3f}, {float(gain[2]):+.3f}]"
                 if gain and len(gain) == 3
                 else "",

@@ -47,7 +47,7 @@ def outcome_of(event: UpdateEvent) -> Outcome:
     if verdict == "reverted":
         return "refused"
     if event["accepted"]:
-        return "shrunk" if verdict == "shrunk" or event["scale"] < 1 else "accepted"
+        return "shrunk" if verdict == "shrunk" or (number(event["scale"]) or 0) < 1 else "accepted"
     return "idle" if _taught_nothing(event) else "reverted"
 
 
@@ -123,7 +123,7 @@ def evaluation_series(evals: Sequence[EvalEvent]) -> list[Series]:
     for greedy, marker in ((False, 0), (True, 1)):
         own = [event for event in evals if event["greedy"] == greedy]
         if own:
-            intervals = [event["interval"] or (None, None) for event in own]
+            intervals = [interval_of(event) for event in own]
             found.append(
                 Series(
                     f"held-out, {'greedy' if greedy else 'sampled'}",
@@ -132,8 +132,8 @@ def evaluation_series(evals: Sequence[EvalEvent]) -> list[Series]:
                     colour="held",
                     line="none",
                     marker=marker,
-                    low=[number(interval[0]) for interval in intervals],
-                    high=[number(interval[1]) for interval in intervals],
+                    low=[low for low, _ in intervals],
+                    high=[high for _, high in intervals],
                     tips=[
                         f"after stage {e['stage']}; {e['problems']} problems × {e['samples']}"
                         for e in own
@@ -141,6 +141,14 @@ def evaluation_series(evals: Sequence[EvalEvent]) -> list[Series]:
                 )
             )
     return found
+
+
+def interval_of(event: EvalEvent) -> tuple[Number, Number]:
+    """The ends of the interval around an evaluation's reward; None where there is none."""
+    interval = event["interval"]
+    if interval is None or len(interval) != 2:
+        return None, None
+    return number(interval[0]), number(interval[1])
 
 
 def outcome_lanes(source: Source) -> list[Lane]:
@@ -166,7 +174,8 @@ def _told(event: UpdateEvent) -> str:
 
 def divergence_chart(source: Source) -> Chart:
     """The KL quantile that the trust region holds against δ, a step a point."""
-    deltas = sorted({float(event["delta"]) for event in source.of(UpdateEvent)})
+    known = {number(event["delta"]) for event in source.of(UpdateEvent)} - {None}
+    deltas = sorted(delta for delta in known if delta is not None)
     return Chart(
         "divergence",
         "KL to the anchor against δ",

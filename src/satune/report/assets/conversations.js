@@ -32,7 +32,7 @@ const Conversations = (() => {
       if (others) return void others.push(settle);
       waiting.set(number, [settle]);
       const script = html("script");
-      script.src = `${files}/conversations-${String(number).padStart(4, "0")}.js`;
+      script.src = `${encodeURIComponent(files)}/conversations-${String(number).padStart(4, "0")}.js`;
       script.onerror = () => { waiting.get(number)?.forEach((s) => s(null)); waiting.delete(number); };
       document.head.append(script);
     });
