@@ -296,6 +296,7 @@ def test_ten_thousand_conversations(
     assert "is missing beside this page" in chromium.wait(
         "document.querySelector('.board .absent')?.textContent"
     )
+    assert all("ERR_FILE_NOT_FOUND" in line for line in chromium.complaints())
 
 
 def test_a_served_page_renews_itself(chromium: Browser, tmp_path: Path) -> None:

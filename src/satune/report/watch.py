@@ -76,8 +76,7 @@ def _handler(watched: Watched, token: str) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             _, given, *parts = f"{self.path}/".split("/")[:-1]
             # A page elsewhere that resolves to this machine names its own host.
-            _, port = self.server.server_address[:2]
-            here = self.headers.get("Host") in (f"{LOOPBACK}:{port}", f"localhost:{port}")
+            here = (self.headers.get("Host") or "").partition(":")[0] in (LOOPBACK, "localhost")
             if not here or not secrets.compare_digest(given.encode(), token.encode()):
                 self.send_error(HTTPStatus.NOT_FOUND)
             elif parts == [_STAMP]:
