@@ -25,6 +25,7 @@ from satune.loading import KEY_VARIABLE, served
 from satune.ranges import Count, MayChange, Positive, Range, Text, Whole
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
+from satune.training.gauge import GaugeSettings
 from satune.training.ordering import ORDERS
 from satune.training.schedules import SCHEDULES
 from satune.training.settings import (
@@ -92,7 +93,7 @@ class TeamSection(Section):
     sharing: Literal["separate", "lora", "shared"] = "separate"
     agents: Annotated[dict[Name, AgentSection], Field(min_length=1)]
     seats: Annotated[dict[Name, Name], Field(min_length=1)] | None = None
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     device: Annotated[Text, MayChange()] = "auto"
     cache: Annotated[str | None, MayChange()] = None
 
@@ -160,6 +161,7 @@ class Recipe(Section):
     objective: Annotated[ObjectiveSettings, TERMS] = Field("sat", validate_default=True)
     credit: Annotated[Named, Choice(CREDIT, "group", 3)] = Field("group", validate_default=True)
     trust_region: Annotated[TrustRegionSettings, Derived()] = TrustRegionSettings()
+    gauge: Annotated[GaugeSettings, Derived()] = GaugeSettings()
     optimizer: Annotated[StepSettings, Derived()] = StepSettings()
     stages: Annotated[Whole, MayChange()] = 20
     evaluate: Annotated[EvaluateSettings, Derived()] = EvaluateSettings()

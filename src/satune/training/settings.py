@@ -23,6 +23,7 @@ from satune.ranges import (
     check,
 )
 from satune.training.credit import Credit, GroupCredit
+from satune.training.gauge import GaugeSettings
 from satune.training.ordering import Order, static
 from satune.training.schedules import Hybrid, Schedule
 from satune.types import FAILURES, GRADING_SECONDS
@@ -55,11 +56,13 @@ class PassSettings:
 
 @dataclass(frozen=True)
 class UpdateSettings(PassSettings):
-    """One agent's step: objective, credit, passes over the experience, trust region."""
+    """One agent's step: objective, credit, passes over the experience, trust region, and when
+    rounding is gauged."""
 
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     credit: Credit = field(default_factory=GroupCredit)
     trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
+    gauge: GaugeSettings = field(default_factory=GaugeSettings)
     max_new_tokens: int = 512
 
 
@@ -68,7 +71,7 @@ class StepSettings(PassSettings, OptimizerSettings):
     """The recipe's ``optimizer``: AdamW, the passes over the experience, and the type in which a
     pass computes (None: that of the weights)."""
 
-    autocast: Literal["bfloat16"] | None = None
+    autocast: Literal["bfloat16", "float16"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
