@@ -202,7 +202,7 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          "objective.clip_high: expected a number above 0, got 0"),
         ("log: {tensorboard: 'yes'}", "log.tensorboard: expected true or false, got 'yes'"),
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
-        ("gae: {gamma: 0.99}", "gae: unknown key; the keys here are seed, team, task, protocol,"
+        ("discount: {gamma: 0.99}", "discount: unknown key; the keys here are seed, team, task, protocol,"
          " rollout, schedule, order, objective, credit, trust_region, gauge, optimizer, stages,"
          " evaluate, certify, engine, checkpoint, log, tiny"),
         ("objective: {name: sat, clipp: 0.1}",
