@@ -20,7 +20,7 @@ from satune.commands.train import RESUMABLE, check_recipe_unchanged
 from satune.config import schema, yaml12
 from satune.config.derive import OWN, Named, models_in, sections_of
 from satune.config.load import differences, load_recipe, recipe_text, save_recipe
-from satune.core.objectives import OBJECTIVES
+from satune.core.settings import OBJECTIVES
 from satune.engines.base import ENGINES
 from satune.loading import KEY_VARIABLE
 from satune.protocols.named import PROTOCOLS

@@ -18,7 +18,7 @@ from satune.config.derive import may_change
 from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 from satune.loading import check_options, load_object
 from satune.play.evaluation import progress_of
 from satune.play.rollout import rollout_sync

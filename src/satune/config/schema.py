@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 from satune.agents.messages import TemplateSettings
 from satune.agents.specs import LoraSpec, Rate
 from satune.config.derive import Choice, Derived, Named, OpenSection, Section
-from satune.core.objectives import OBJECTIVES, ObjectiveSettings
+from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.base import ENGINES
 from satune.loading import KEY_VARIABLE, served
@@ -144,7 +144,7 @@ class LogSection(Section):
 
 
 EngineChoice = Annotated[Named, Choice(ENGINES, "local")]
-TERMS = Choice(OBJECTIVES, "sat", 1, ObjectiveSettings, ("reference_kl", "entropy"))
+TERMS = Choice(OBJECTIVES, "sat", 0, ObjectiveSettings, ("reference_kl", "entropy"))
 
 
 class Recipe(Section):

@@ -25,7 +25,7 @@ from satune.core.projection import (
 )
 from satune.core.ratios import sum_by
 from satune.core.trust_region import Unit
-from satune.training.credit import groups
+from satune.training.advantages import groups
 from satune.training.update import own_turns
 from satune.types import Episode
 
