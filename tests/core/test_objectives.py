@@ -12,6 +12,7 @@ from torch import Tensor
 
 from satune.core.objectives import (
     LINEAR_ABOVE,
+    LOSSES,
     ObjectiveBatch,
     objective_loss,
 )
