@@ -24,8 +24,8 @@ from faulty_server import FAULTS, Server, written
 from satune.agents.pretrained import misspelt_path
 from satune.cli.main import main
 from satune.commands.evaluate import GENERATED, OTHER_SAMPLES, place
-from satune.engines.openai import ServerSettings
 from satune.engines.servers import Servers
+from satune.engines.settings import ServerSettings
 from satune.types import UserError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -313,7 +313,7 @@ def test_an_address_has_one_engine_and_all_share_the_answers(tmp_path: Path) -> 
     one = servers.at("http://host:80/v1", "TEAM_KEY")
     assert servers.at("http://HOST/v1/") is one and servers.at("http://host/v1", "TEAM_KEY") is one
     two = servers.at("http://host:81/v1")
-    assert (one.key_variable, two.key_variable) == ("TEAM_KEY", "ROLE_KEY")
+    assert (one.settings.api_key_env, two.settings.api_key_env) == ("TEAM_KEY", "ROLE_KEY")
     assert servers.engines == [one, two] and one._answers is two._answers
     with pytest.raises(UserError, match="not an address"):
         servers.at("host/v1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,6 @@ from satune.config.derive import OWN, Named, models_in, sections_of
 from satune.config.load import differences, load_recipe, recipe_text, save_recipe
 from satune.core.settings import OBJECTIVES
 from satune.engines.base import ENGINES
-from satune.loading import KEY_VARIABLE
 from satune.protocols.named import PROTOCOLS
 from satune.tasks.catalog import TASKS, load_task
 from satune.training.credit import CREDIT
@@ -529,17 +527,6 @@ def test_a_served_models_address_may_change_and_its_name_may_not(
     check_recipe_unchanged(directory, load_recipe(relay, moved))
     with pytest.raises(UserError, match=r"team\.agents\.ben\.model"):
         check_recipe_unchanged(directory, load_recipe(relay, at("http://a/v1#N")))
-
-
-def test_a_server_is_asked_as_the_engine_that_asks_it_says() -> None:
-    pytest.importorskip("httpx")
-    from satune.engines.openai import ServerSettings
-
-    engines = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
-    section = {name: f.default for name, f in schema.ServerSection.model_fields.items()}
-    # The key's variable is the address's own; the first delay is no choice of a recipe.
-    assert section.pop("api_key_env") == KEY_VARIABLE and engines.pop("first_delay")
-    assert section == engines
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

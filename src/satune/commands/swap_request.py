@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from satune.commands.reseat import Found, check_seat, find_team
 from satune.commands.trust import NOTHING, Trust
-from satune.config.schema import ServerSection
+from satune.config.derive import section_of
+from satune.engines.settings import ServerSettings
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors
 from satune.loading import nearest_hint, served
@@ -142,16 +143,16 @@ def kept_answers(request: SwapRequest, found: Found, out: Path) -> Iterator[Path
 
 
 def _check_server(request: SwapRequest) -> None:
+    section = section_of(ServerSettings)
     try:
-        section = ServerSection(**request.server)
+        section(**request.server)
     except ValidationError as error:
         first = error.errors()[0]
         where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
-        hint = nearest_hint(where, ServerSection.model_fields) if "extra" in first["type"] else ""
+        hint = nearest_hint(where, section.model_fields) if "extra" in first["type"] else ""
         raise UserError(f"--server-option {where}: {said}{hint}") from None
     if request.server and not any(served(model) for model in request.models):
         raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
-    if "api_key_env" in request.server and not os.environ.get(section.api_key_env):
-        raise UserError(
-            f"--server-option api_key_env: ${section.api_key_env} is not set; export it"
-        )
+    variable = request.server.get("api_key_env")
+    if variable is not None and not os.environ.get(variable):
+        raise UserError(f"--server-option api_key_env: ${variable} is not set; export it")

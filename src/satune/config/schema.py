@@ -21,8 +21,9 @@ from satune.config.derive import Choice, Derived, Named, OpenSection, Section
 from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.base import ENGINES
-from satune.loading import KEY_VARIABLE, served
-from satune.ranges import Count, MayChange, Positive, Range, Text, Whole
+from satune.engines.settings import ServerSettings
+from satune.loading import served
+from satune.ranges import MayChange, Range, Text, Whole
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS
@@ -41,19 +42,6 @@ Name = Annotated[str, Range(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
-
-
-class ServerSection(Section):
-    """How the server of a model at ``http://ADDRESS/v1#MODEL`` is asked."""
-
-    api_key_env: Annotated[str, Range(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = KEY_VARIABLE
-    concurrency: Count = 32
-    retries: Whole = 8
-    timeout: Positive = 1200.0
-    requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None
-    stream: bool = False
-    seed: bool = True
 
 
 def served_elsewhere(before: str, after: str) -> bool:
@@ -75,7 +63,7 @@ class AgentSection(Section):
     frozen: bool = False
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager"] | None = None
-    server: Annotated[ServerSection | None, MayChange()] = None
+    server: Annotated[Annotated[ServerSettings, Derived()] | None, MayChange()] = None
 
 
 @dataclass(frozen=True)
