@@ -276,7 +276,7 @@ def ramps(run: Path) -> dict[str, Any]:
             settings, Key(1000 + number, "swap"),
             Spending(settings.confidence, settings.looks), offset=number * 100_000,
         )  # fmt: skip
-        shares = [look.allowed for look in ramp.looks]
+        shares = [look["allowed"] for look in ramp.looks]
         found.append({"verdict": ramp.verdict, "shares": shares})
         note(f"ramp {number}: {ramp.verdict}, {shares[-1]:.2f}")
     return {"change": mean, "half": half, "confidence": settings.confidence, "ramps": found}

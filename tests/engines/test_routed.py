@@ -119,5 +119,5 @@ def test_a_served_model_takes_a_seat_by_hand_over() -> None:
             Spending(0.05, 3),
         )
         verdicts[says] = found.verdict
-        assert found.looks[0].new == float(says == "b")
+        assert found.looks[0]["new"] == float(says == "b")
     assert verdicts == {"b": "accepted", "a": "refused"}

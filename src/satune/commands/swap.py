@@ -25,7 +25,7 @@ from satune.commands.trust import remember
 from satune.config.load import save_recipe
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
-from satune.files.events import Event, Notice, SwapEvent, SwapRecord
+from satune.files.events import Distillation, Event, Notice, SwapEvent, SwapRecord
 from satune.play.evaluation import Evaluation, paired_difference
 from satune.report.monitors import scalar_writer
 from satune.swap.directory import Outcome, Source, write_result
@@ -286,7 +286,8 @@ class _Swap:
     ) -> None:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
         team: Reseated | None = self.team
-        distillation = record["distillation"] = {}
+        distillation: dict[str, Distillation] = {}
+        record["distillation"] = distillation
         previewed = record.get("projection", {})
         for seat, _ in group:
             assert team is not None
@@ -338,14 +339,14 @@ class _Swap:
             swap_key(self.found, len(self.records)),
             self.spending,
             offset=self.offset,
-            watch=lambda look: self.tell("look", {"seats": record["seats"], **look.to_dict()}),
+            watch=lambda look: self.tell("look", {"seats": record["seats"], **look}),
         )
         self.offset = found.offset
         self.evidence += [{"seats": record["seats"], **row} for row in found.rows]
         record["verdict"], record["reason"] = found.verdict, found.reason
         record["epsilon"] = record["tv"] = found.epsilon
         record["mixture_kl"] = mixture_kl(found.epsilon)
-        record["looks"] = [look.to_dict() for look in found.looks]
+        record["looks"] = found.looks
         if found.certificate is not None:
             record["lower"], record["claim"] = found.certificate.lower, found.certificate.claim
         record["tokens"] += found.sampled_tokens

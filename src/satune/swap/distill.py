@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from satune.agents.ports import Learner, NonFinite
 from satune.agents.weights import Weights
 from satune.core.divergence import DivergenceStatistics
 from satune.core.trust_region import Unit
+from satune.files.events import Distillation, Divergence, Round
 from satune.swap.measurement import statistics_of
 from satune.training.ports import Draw
 from satune.training.update import mini_batches, own_turns
@@ -77,7 +78,8 @@ class DistillSettings:
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """What came of it. ``event`` holds plain figures: ``rounds`` one by one, and the measurement.
+    """What came of it. ``event`` holds plain figures: ``rounds`` one by one, and the measurement;
+    ``version`` is the number of the student's weights.
 
     "distilled": the student holds the accepted weights; "outside": those that are not.
     "mixture" and "refused": it holds the newcomer's, bit for bit, and the seat is filled by a
@@ -86,7 +88,8 @@ class Distilled:
 
     decision: Decision
     reason: str
-    event: dict[str, Any]
+    event: Distillation
+    version: int = 0
 
 
 def distill(
@@ -101,7 +104,7 @@ def distill(
     publish: Publish,
     version: int = 0,
     offset: int = 0,
-    watch: Callable[[dict[str, Any]], None] = lambda row: None,
+    watch: Callable[[Round], None] = lambda row: None,
 ) -> Distilled:
     """Draw ``student``, which learns from the newcomer's weights on, to the mixture of both;
     measure; accept or not.
@@ -116,14 +119,9 @@ def distill(
     started = time.perf_counter()
     teacher = MixturePolicy(agent, incumbent, newcomer, settings.aim * settings.delta)
     before = student.snapshot()
-    rows: list[dict[str, Any]] = []
-    event: dict[str, Any] = {
-        "delta": settings.delta,
-        "aim": settings.aim,
-        "quantile": settings.quantile,
-        "unit": settings.unit,
-        "rounds": rows,
-    }
+    rows: list[Round] = []
+    visited: dict[str, list[Episode]] = {}
+    found: dict[str, DivergenceStatistics] = {}
     play = _Play(agent, draw, draw_incumbent, publish, settings, version, offset)
     try:
         _learn(student, teacher, play, rows, watch)
@@ -132,25 +130,34 @@ def distill(
             whose: _statistics(student, teacher, agent, episodes, settings)[0]
             for whose, episodes in visited.items()
         }
+        decision, reason = _judge(found, settings)
     except NonFinite as error:
         student.drop_gradients()
         decision, reason = "refused", str(error)
-    else:
-        event["kl"] = {whose: each.to_dict() for whose, each in found.items()}
+    if decision not in ("distilled", "outside"):
+        student.restore(before)
+        play.published(student)
+    student.rest()
+    event: Distillation = {
+        "delta": settings.delta,
+        "aim": settings.aim,
+        "quantile": settings.quantile,
+        "unit": settings.unit,
+        "rounds": rows,
+        "decision": decision,
+        "reason": reason,
+        "version": play.version,
+        "seconds": time.perf_counter() - started,
+    }
+    if found:
+        event["kl"] = {whose: cast(Divergence, each.to_dict()) for whose, each in found.items()}
         # Each direction on the states of the policy that its expectation is over.
         event["trajectory"] = {
             "forward": found["newcomer"].trajectory["forward"],
             "reverse": found["incumbent"].trajectory["reverse"],
         }
         event["reward"] = {whose: _reward(episodes) for whose, episodes in visited.items()}
-        decision, reason = _judge(found, settings)
-    if decision not in ("distilled", "outside"):
-        student.restore(before)
-        play.published(student)
-    student.rest()
-    event |= {"decision": decision, "reason": reason, "version": play.version}
-    event["seconds"] = time.perf_counter() - started
-    return Distilled(decision, reason, event)
+    return Distilled(decision, reason, event, play.version)
 
 
 @dataclass(slots=True)
@@ -199,8 +206,8 @@ def _learn(
     student: Learner,
     teacher: MixturePolicy,
     play: _Play,
-    rows: list[dict[str, Any]],
-    watch: Callable[[dict[str, Any]], None],
+    rows: list[Round],
+    watch: Callable[[Round], None],
 ) -> None:
     """Rounds until the student is inside. Raises NonFinite."""
     settings = play.settings
@@ -213,7 +220,7 @@ def _learn(
         statistics, distances, packed = _statistics(
             student, teacher, play.agent, episodes, settings
         )
-        row: dict[str, Any] = {
+        row: Round = {
             "round": number,
             "episodes": len(episodes),
             "states": packed.tokens,
