@@ -254,7 +254,8 @@ def sides(run: Path) -> Any:
 def ramps(run: Path) -> dict[str, Any]:
     """Hand-overs of one seat on problems of their own, and the change of reward that they judge."""
     from satune.core.confidence import Spending
-    from satune.swap.handover import HandOverSettings, hand_over_between, play_mixture
+    from satune.swap.handover import hand_over_between, play_mixture
+    from satune.swap.settings import HandOverSettings
     from satune.tasks.catalog import draw, take
     from satune.types import Key
 

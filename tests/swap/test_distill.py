@@ -25,12 +25,12 @@ from satune.engines.local import LocalEngine
 from satune.files.events import Distillation
 from satune.swap.distill import (
     Distilled,
-    DistillSettings,
     _judge,
     _teach,
     distill,
 )
 from satune.swap.measurement import measure_projection
+from satune.swap.settings import DistillSettings
 from satune.training.update import own_turns
 from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn, ids_of
 from tiny_models import Alphabet, next_token_logprobs, tiny_lm

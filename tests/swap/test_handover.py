@@ -13,13 +13,13 @@ from satune.core.confidence import Spending
 from satune.files.events import Look
 from satune.swap.handover import (
     HandOver,
-    HandOverSettings,
     Pairs,
     allowed_share,
     hand_over,
     mixture_kl,
     newcomer_speaks,
 )
+from satune.swap.settings import HandOverSettings
 from satune.types import Episode, Grade, Key, Problem, UserError
 
 KEY = Key(0, "swap")

@@ -21,6 +21,7 @@ from satune.cli.common import (
     show_result,
     trust_of,
 )
+from satune.swap.settings import DELTA, DELTA_OF_ALL, DistillSettings, HandOverSettings
 
 if TYPE_CHECKING:  # a command's options are shown before its libraries are loaded
     from satune.commands.swap import SwapResult
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # a command's options are shown before its libraries are load
 
 PROJECTION, HAND_OVER = "Projection", "Hand-over"
 """Panels of the help."""
+_USUAL = HandOverSettings()
 
 
 def swap(
@@ -51,14 +53,14 @@ def swap(
         float | None,
         typer.Option(
             help="trust region, nats",
-            show_default="0.01; 0.004 for all seats",
+            show_default=f"{DELTA:g}; {DELTA_OF_ALL:g} for all seats",
             rich_help_panel=PROJECTION,
         ),
     ] = None,
     rounds: Annotated[
         int,
         typer.Option(help="of distillation, at most; 0: mix at once", rich_help_panel=PROJECTION),
-    ] = 30,
+    ] = DistillSettings().rounds,
     otherwise: Annotated[
         Literal["mixture", "handover", "refuse"] | None,
         typer.Option(
@@ -69,15 +71,19 @@ def swap(
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="what the reward may fall by", rich_help_panel=HAND_OVER)
-    ] = 0.02,
+    ] = _USUAL.tolerance,
     confidence: Annotated[
         float, typer.Option(help="probability that it falls by more", rich_help_panel=HAND_OVER)
-    ] = 0.05,
+    ] = _USUAL.confidence,
     problems: Annotated[
         int, typer.Option(help="that hold both, at the last look", rich_help_panel=HAND_OVER)
-    ] = 2048,
-    samples: Annotated[int, typer.Option(help="coins a problem", rich_help_panel=HAND_OVER)] = 8,
-    looks: Annotated[int, typer.Option(help="at the evidence", rich_help_panel=HAND_OVER)] = 5,
+    ] = _USUAL.problems,
+    samples: Annotated[
+        int, typer.Option(help="coins a problem", rich_help_panel=HAND_OVER)
+    ] = _USUAL.samples,
+    looks: Annotated[
+        int, typer.Option(help="at the evidence", rich_help_panel=HAND_OVER)
+    ] = _USUAL.looks,
     server_option: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,7 +103,6 @@ def swap(
     """Give seats of a trained team to other models."""
     from satune.commands.swap_request import SwapRequest
     from satune.config.load import override
-    from satune.swap.handover import HandOverSettings
 
     server: dict[str, Any] = {}
     for text in server_option or []:

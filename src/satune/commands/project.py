@@ -13,8 +13,9 @@ from satune.commands.reseat import Reseated, with_newcomer, with_policy
 from satune.commands.train import optimizer_settings
 from satune.files.events import Projection, Round
 from satune.play.rollout import rollout_sync
-from satune.swap.distill import Distilled, DistillSettings, distill
+from satune.swap.distill import Distilled, distill
 from satune.swap.measurement import measure_projection
+from satune.swap.settings import DistillSettings
 from satune.types import Episode, Key
 
 PREVIEWED = 64

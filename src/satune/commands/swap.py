@@ -13,8 +13,6 @@ from satune.commands.assemble import Cast
 from satune.commands.project import PREVIEWED, preview, project_seat
 from satune.commands.reseat import Found, Reseated, load_found, with_newcomer
 from satune.commands.swap_request import (
-    DELTA,
-    DELTA_OF_ALL,
     Given,
     SwapRequest,
     check_request,
@@ -30,6 +28,7 @@ from satune.play.evaluation import Evaluation, paired_difference
 from satune.report.monitors import scalar_writer
 from satune.swap.directory import Outcome, Source, write_result
 from satune.swap.handover import hand_over_between, mixture_kl
+from satune.swap.settings import DELTA, DELTA_OF_ALL
 from satune.tasks.catalog import draw
 from satune.types import Key, Progress, UserError, no_progress
 

@@ -21,15 +21,13 @@ from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors
 from satune.loading import nearest_hint, served
 from satune.swap.directory import refuse_existing
-from satune.swap.handover import HandOverSettings
+from satune.swap.settings import DistillSettings, HandOverSettings
 from satune.types import UserError
 
 Given = Literal["project", "handover"]
 """How a seat is given to a newcomer."""
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
-DELTA, DELTA_OF_ALL = 0.01, 0.004
-"""Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class SwapRequest:
     together: bool = False
     dry_run: bool = False
     otherwise: Literal["mixture", "refuse", "handover"] | None = None
-    rounds: int = 30
+    rounds: int = DistillSettings().rounds
     tiny: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None

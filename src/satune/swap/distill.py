@@ -21,9 +21,9 @@ from satune.agents.policy import Policy
 from satune.agents.ports import Learner, NonFinite
 from satune.agents.weights import Weights
 from satune.core.divergence import DivergenceStatistics
-from satune.core.trust_region import Unit
 from satune.files.events import Distillation, Divergence, Round
 from satune.swap.measurement import statistics_of
+from satune.swap.settings import DistillSettings
 from satune.training.ports import Draw
 from satune.training.update import mini_batches, own_turns
 from satune.types import Episode, Key, UserError
@@ -31,49 +31,6 @@ from satune.types import Episode, Key, UserError
 Publish = Callable[[int, Mapping[str, Tensor]], None]
 """Gives the engine the student's weights under their version number."""
 Decision = Literal["distilled", "mixture", "refused", "outside"]
-
-
-@dataclass(frozen=True, slots=True)
-class DistillSettings:
-    """``delta`` (nats) bounds the ``quantile`` of KL(student‖incumbent) over ``unit``.
-
-    The mixture taught lies at ``aim`` x delta, because a student misses it by something. Each of at
-    most ``rounds`` rounds plays ``problems`` problems anew and learns from them, and from episodes
-    of earlier rounds ``passes`` - 1 times as many, ``batch`` episodes an optimiser step; rounds end
-    when the quantile, over states that gave no gradient yet, is at most ``stop`` x delta
-    ``confirm`` times in a row, the weights at rest meanwhile: the first low reading of many is low
-    by luck. ``measure_problems`` are played anew for the measurement, by either team.
-    ``otherwise`` is what becomes of a student outside delta; "outside" leaves that to the caller.
-    The learning rate rises to ``lr`` over the first ``warmup`` of all rounds and falls with half a
-    cosine to zero. Raises: ValueError if a value lies outside its range.
-    """
-
-    delta: float = 0.01
-    quantile: float = 0.99
-    unit: Unit = "token"
-    aim: float = 0.1
-    stop: float = 0.9
-    confirm: int = 3
-    rounds: int = 30
-    problems: int = 16
-    passes: int = 4
-    batch: int = 16
-    warmup: float = 0.05
-    measure_problems: int = 64
-    confidence: float = 0.95
-    otherwise: Literal["mixture", "refused", "outside"] = "mixture"
-    seed: int = 0
-    lr: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if not self.delta > 0:
-            raise ValueError(f"distill.delta {self.delta}: give a positive number of nats")
-        for name in ("quantile", "aim", "stop", "warmup"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"distill.{name} {getattr(self, name)}: give a value in (0, 1]")
-        for name in ("confirm", "rounds", "problems", "passes", "batch", "measure_problems"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"distill.{name} {getattr(self, name)}: give at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from satune.core.confidence import Spending, lower_bound
 from satune.files.events import Look
 from satune.play.match import Match
 from satune.play.rollout import Job, play_jobs, run_alone
-from satune.types import Episode, Key, Problem, UserError
+from satune.swap.settings import HandOverSettings
+from satune.types import Episode, Key, Problem
 
 Verdict = Literal["accepted", "refused", "stopped"]
 Pairs = Sequence[tuple[Problem, tuple[int, ...]]]
@@ -32,37 +33,6 @@ Play = Callable[[Pairs, Key], tuple[list[Episode], list[Episode]]]
 """(pairs, key of the look) to the episodes of both sides, old and new, as ``pairs`` has them."""
 Stream = Callable[[int, int], list[Problem]]
 """(how many, from which position of an endless sequence on) to independent problems."""
-
-
-@dataclass(frozen=True, slots=True)
-class HandOverSettings:
-    """``tolerance``: what the team's reward may fall by. ``confidence``: the probability that it
-    falls by more all the same. ``problems`` that hold both sides at the last of ``looks`` looks;
-    each look before has half as many. ``samples``: coins a problem.
-    Raises UserError for a value outside its range.
-    """
-
-    tolerance: float = 0.02
-    confidence: float = 0.05
-    problems: int = 2048
-    samples: int = 8
-    looks: int = 5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tolerance <= 1:
-            raise UserError(f"--tolerance {self.tolerance:g}: give a loss of reward in [0, 1]")
-        if not 0 < self.confidence < 0.5:
-            raise UserError(
-                f"--confidence {self.confidence:g}: give a small probability, such as 0.05"
-            )
-        for name in ("problems", "samples", "looks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
-
-    def sizes(self) -> list[int]:
-        """Problems in all at each look."""
-        halved = [self.problems >> left for left in reversed(range(self.looks))]
-        return [max(number, at) for at, number in enumerate(halved, start=1)]
 
 
 @dataclass(slots=True)
