@@ -24,6 +24,7 @@ from satune.files.events import Look
 from satune.play.match import Match
 from satune.play.rollout import Job, play_jobs, run_alone
 from satune.swap.settings import HandOverSettings
+from satune.task_parts import is_fresh
 from satune.types import Episode, Key, Problem
 
 Verdict = Literal["accepted", "refused", "stopped"]
@@ -227,7 +228,7 @@ def hand_over_between(
         key,
         spending,
         offset=offset,
-        held_out="fresh" if getattr(old.task, "fresh", False) else "finite",
+        held_out="fresh" if is_fresh(old.task) else "finite",
         watch=watch,
     )
 
