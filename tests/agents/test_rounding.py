@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.policy import Policy
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 from tiny_models import Letters, next_token_logprobs, tiny_lm, turn
 
 BF16 = torch.bfloat16

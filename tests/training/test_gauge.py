@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 import tiny_world
 from satune.agents.packing import pack
 from satune.agents.rounding import Gauged
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
-from satune.training.gauge import GaugeSettings, figures_of, findings
+from satune.training.gauge import figures_of, findings
 from satune.training.self_check import Tolerance
+from satune.training.settings import GaugeSettings
 from satune.training.trainer import train
 from satune.types import UserError
 from tiny_models import turn

@@ -22,7 +22,7 @@ from satune.agents.ports import NonFinite
 from satune.agents.rounding import Gauged, gauge
 from satune.agents.scoring import Scorer
 from satune.agents.specs import OptimizerSettings
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 
 HALF_SCALE = 2.0**12
 """What losses are multiplied with in float16, whose least number is 6e-8: gradients of a token are

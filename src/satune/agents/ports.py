@@ -12,7 +12,7 @@ from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.mixture import Distances, MixturePolicy
 from satune.agents.packing import PackedTurns
 from satune.agents.rounding import Gauged
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 
 
 class NonFinite(ArithmeticError):

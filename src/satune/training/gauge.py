@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +10,10 @@ from torch import Tensor
 from satune.agents.packing import PackedTurns
 from satune.agents.rounding import Gauged
 from satune.core.divergence import weighted_quantile
-from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, objective_loss
+from satune.core.objectives import ObjectiveBatch, objective_loss
 from satune.core.ratios import sum_by
+from satune.core.settings import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
-from satune.ranges import Count, Whole, check
 
 CLIPPED = (0.05, 0.5)
 """Share of the ratios that rounding alone moves out of the clip: above the first it is said, above
@@ -28,23 +26,6 @@ MEND = (
     "compute in float32, train adapters (team.sharing: lora), or raise what is too small for the "
     "type (learning rate, delta); gauge.act: warn goes on all the same"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class GaugeSettings:
-    """When rounding is gauged: in the first stage and in each ``every``-th after it (0: never), on
-    ``episodes`` of a step's experience. ``act`` says what becomes of a run in which rounding
-    decides."""
-
-    every: Whole = 10
-    episodes: Count = 8
-    act: Literal["refuse", "warn"] = "refuse"
-
-    def __post_init__(self) -> None:
-        check(self, "gauge")
-
-    def due(self, stage: int) -> bool:
-        return self.every > 0 and (stage - 1) % self.every == 0
 
 
 def figures_of(

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from satune.agents.specs import OptimizerSettings
-from satune.core.certificates import Evidence
-from satune.core.confidence import Method
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import Evidence, Method, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.ranges import (
     Count,
@@ -23,7 +21,6 @@ from satune.ranges import (
     check,
 )
 from satune.training.credit import Credit, GroupCredit
-from satune.training.gauge import GaugeSettings
 from satune.training.ordering import Order, static
 from satune.training.schedules import Hybrid, Schedule
 from satune.types import FAILURES, GRADING_SECONDS
@@ -52,6 +49,23 @@ class PassSettings:
 
     epochs: Count = 1
     mini_batches: Count = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GaugeSettings:
+    """When rounding is gauged: in the first stage and in each ``every``-th after it (0: never), on
+    ``episodes`` of a step's experience. ``act`` says what becomes of a run in which rounding
+    decides."""
+
+    every: Whole = 10
+    episodes: Count = 8
+    act: Literal["refuse", "warn"] = "refuse"
+
+    def __post_init__(self) -> None:
+        check(self, "gauge")
+
+    def due(self, stage: int) -> bool:
+        return self.every > 0 and (stage - 1) % self.every == 0
 
 
 @dataclass(frozen=True)
