@@ -22,6 +22,7 @@ task: {{name: relay, numbers: 4}}
 schedule: {{name: hybrid, ess: 0.5}}
 trust_region: {{delta: {delta}, quantile: 0.99}}
 certify: {{problems: 64, accept: certified}}
+objective: {{name: sat, clip: 0.2}}
 """
 
 
@@ -149,6 +150,11 @@ def _update(
         "unit": "token", "candidates": [[1.0, quantile]], "objective": 0.1 * rng.random(),
         "clip_fraction": 0.1, "grad_norm": 3.0, "mismatch": {"mean": 1e-8, "max": 1e-6},
     }  # fmt: skip
+    if stage == 1:
+        event["rounding"] = {"token": 1e-6, "episode": 2e-5 * step, "clipped": 0.0, "floor": 1e-9,
+                             "kl": quantile}  # fmt: skip
+        if step == 3:
+            event["rounding"]["warning"] = f"agent {agent}: rounding decides: it clips"
     if kind != "reverted":
         _certify(event, kind, rng)
     return event

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from report_runs import AGENTS, write_run
-from satune.report import claims, comparison, timeline, training
+from satune.report import claims, comparison, precision, timeline, training
 from satune.report.charts import Chart, Series, Table
 from satune.report.source import Source, read_source
 
@@ -131,7 +131,7 @@ STEPS: dict[str, tuple[Callable[[Source], Chart], Callable[[dict[str, Any]], Any
     "beta": (training.penalty_chart, lambda e: e["beta"]),
     "scale": (training.scale_chart, lambda e: e["scale"]),
     "experience": (training.experience_chart, lambda e: e["ess"] / e["episodes"]),
-    "mismatch": (training.mismatch_chart, lambda e: e["mismatch"]["max"] if "kl" in e else None),
+    "mismatch": (precision.mismatch_chart, lambda e: e["mismatch"]["max"] if "kl" in e else None),
 }
 
 
@@ -153,6 +153,23 @@ def test_levels_and_whiskers_of_the_trust_region(source: Source, events: Events)
         uppers = [event["kl"]["violation_ucb"] if "kl" in event else None for event in own]
         assert list(drawn[agent].high) == uppers
         assert list(drawn[agent].low) == list(drawn[agent].y)
+
+
+def test_the_noise_of_rounding(source: Source, events: Events) -> None:
+    gauged = [event for event in of(events, "update") if "rounding" in event]
+    assert len(gauged) == 3
+    drawn = by_name(precision.rounding_chart(source))
+    for event in gauged:
+        assert list(drawn[event["agent"]].x) == [pytest.approx(after(event))]
+        assert list(drawn[event["agent"]].y) == [event["rounding"]["episode"]]
+    # A clip of .2 is passed by ratios whose logarithm is beyond log 1.2.
+    assert [rule.y for rule in precision.rounding_chart(source).rules] == [
+        pytest.approx(math.log(1.2))
+    ]
+    table = precision.rounding_table(source)
+    names = ("token", "episode", "clipped", "floor", "kl")
+    assert [row[1:6] for row in cells(table)] == [[e["rounding"][n] for n in names] for e in gauged]
+    assert table is not None and table.marks == {2: "bad"}
 
 
 def test_where_hybrid_rolled_out_anew(source: Source, events: Events) -> None:

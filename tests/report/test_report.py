@@ -60,7 +60,7 @@ def test_the_page_holds_the_run(tmp_path: Path) -> None:
     assert head["steps"] == "12 accepted, 2 shrunk, 2 reverted, 1 refused, 1 idle"
     assert one["warnings"] == [
         "3 of 18 steps were taken back", "1 of them because a number was not finite",
-        "17 conversations failed",
+        "agent cleo: rounding decides: it clips", "17 conversations failed",
     ]  # fmt: skip
     assert sum(len(chunk["episodes"]) for chunk in chunks) == 8 * 24 + 6
     assert data["several"] == []

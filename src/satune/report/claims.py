@@ -221,6 +221,11 @@ def warnings(source: Source) -> list[str]:
     broken = [event for event in lost if "kl" not in event]
     if broken:
         said.append(f"{len(broken)} of them because a number was not finite")
+    said += [
+        str(event.get("rounding", {})["warning"])
+        for event in updates
+        if "warning" in event.get("rounding", {})
+    ][-1:]
     failed = sum(
         count for _, of in _failures(source) for kinds in of.values() for count in kinds.values()
     )

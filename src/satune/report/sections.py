@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from satune.files.events import EvalEvent, RolloutEvent, StageEvent, UpdateEvent
-from satune.report import claims, comparison, timeline, training
+from satune.report import claims, comparison, precision, timeline, training
 from satune.report.charts import Chart, Section, Table, Timeline, number
 from satune.report.source import Source
 
@@ -71,7 +71,7 @@ def of_run(source: Source, rewards: training.Rewards) -> list[Section]:
             "experience",
             "Experience",
             "What the steps learnt from, and how far it had grown stale.",
-            [training.experience_chart(source), training.mismatch_chart(source)],
+            _experience(source),
         ),
         Section("certificates", "Certificates", "", _certificates(source)),
         Section(
@@ -92,6 +92,16 @@ def of_run(source: Source, rewards: training.Rewards) -> list[Section]:
     if not source.of(UpdateEvent) and (source.path / "conversations.jsonl").is_file():
         sections = [s for s in sections if s.id in ("reward", "trouble", "recipe")]
     return [section for section in sections if section.items or section.text]
+
+
+def _experience(source: Source) -> list[Item]:
+    found: list[Item] = [
+        training.experience_chart(source),
+        precision.mismatch_chart(source),
+        precision.rounding_chart(source),
+    ]
+    table = precision.rounding_table(source)
+    return found if table is None else [*found, table]
 
 
 def _certificates(source: Source) -> list[Item]:

@@ -181,7 +181,7 @@ def divergence_chart(source: Source) -> Chart:
         "KL to the anchor against δ",
         SWEEPS,
         "KL quantile, nats",
-        _by_agent(source, lambda e: e["kl"]["quantile"] if "kl" in e else None),
+        by_agent(source, lambda e: e["kl"]["quantile"] if "kl" in e else None),
         rules=[Rule(delta, f"δ {delta:g}") for delta in deltas],
         explained=True,
         note="The quantile over the agent's own states of KL(proposal‖anchor), of what was "
@@ -191,8 +191,8 @@ def divergence_chart(source: Source) -> Chart:
 
 
 def violation_chart(source: Source) -> Chart:
-    rates = _by_agent(source, lambda e: e["kl"]["violation_rate"] if "kl" in e else None)
-    uppers = _by_agent(source, lambda e: e["kl"]["violation_ucb"] if "kl" in e else None)
+    rates = by_agent(source, lambda e: e["kl"]["violation_rate"] if "kl" in e else None)
+    uppers = by_agent(source, lambda e: e["kl"]["violation_ucb"] if "kl" in e else None)
     series = [
         replace(rate, low=rate.y, high=upper.y) for rate, upper in zip(rates, uppers, strict=True)
     ]
@@ -214,7 +214,7 @@ def penalty_chart(source: Source) -> Chart:
         "Weight β of the KL penalty",
         SWEEPS,
         "β",
-        _by_agent(source, lambda e: e["beta"]),
+        by_agent(source, lambda e: e["beta"]),
         log_y=True,
         floor=None,
         absent="There is no step yet.",
@@ -227,7 +227,7 @@ def scale_chart(source: Source) -> Chart:
         "Share of the proposal that was taken",
         SWEEPS,
         "scale",
-        _by_agent(source, lambda e: e["scale"], line="none"),
+        by_agent(source, lambda e: e["scale"], line="none"),
         ceiling=1.0,
         note="1: as the optimiser made it; less: drawn back towards the anchor until it lay "
         "inside; 0: taken back.",
@@ -241,7 +241,7 @@ def experience_chart(source: Source) -> Chart:
     threshold = number(source.recipe.get("schedule.ess", 0.5 if name == "hybrid" else None))
     axis = Axis(source)
     anew = [event for event in source.of(RolloutEvent) if event["step"] > 1]
-    series = _by_agent(source, lambda e: _share(e["ess"], e["episodes"]))
+    series = by_agent(source, lambda e: _share(e["ess"], e["episodes"]))
     if anew:
         series.append(
             Series(
@@ -268,27 +268,12 @@ def experience_chart(source: Source) -> Chart:
     )
 
 
-def mismatch_chart(source: Source) -> Chart:
-    return Chart(
-        "mismatch",
-        "Engine against learner",
-        SWEEPS,
-        "largest |Δ log p| of a token, nats",
-        _by_agent(source, lambda e: e.get("mismatch", {}).get("max")),
-        log_y=True,
-        floor=None,
-        note="How far the log-probabilities with which tokens were sampled lie from the learner's; "
-        "for turns of an older version the update is part of it.",
-        absent="The engine gave no log-probabilities, or there is no step yet.",
-    )
-
-
 def _share(part: float, whole: float) -> Number:
     size = number(part)
     return None if size is None or not whole else size / whole
 
 
-def _by_agent(
+def by_agent(
     source: Source,
     value: Callable[[UpdateEvent], object],
     line: Literal["solid", "none"] = "solid",
