@@ -50,12 +50,13 @@ def rounding_chart(source: Source) -> Chart:
         "rounding",
         "Noise of u by rounding",
         SWEEPS,
-        "standard deviation of log(new/old) of an episode, nats",
+        "standard deviation of u, nats",
         series,
         rules=edge,
         floor=None,
         log_y=True,
-        note="Gauged in the first stage and where the recipe asks for it (gauge.every).",
+        note="u is log(new/old) of an episode. Gauged in the first stage and where the recipe asks "
+        "for it (gauge.every).",
         absent="No step's rounding was gauged.",
     )
 

@@ -140,7 +140,7 @@ function drawChart(plot, chart, hidden) {
   const wide = width > 600;
   const series = chart.series.filter((_, at) => !hidden.has(at));
   const named = Math.max(0, ...chart.lanes.map((l) => Math.min(12, l.name.length)));
-  const left = Math.max(46, named * 6.4 + 12), right = 14, top = 10;
+  const left = Math.max(46, named * 6.4 + 12), right = 14, top = 26;
   const height = wide ? 260 : 200, laneHeight = 18;
   const gap = chart.lanes.length ? 8 : 0;
   const bottom = top + height, base = bottom + gap + chart.lanes.length * laneHeight;
@@ -149,6 +149,7 @@ function drawChart(plot, chart, hidden) {
   const px = scale(x0, x1, left + 8, width - right - 8, chart.log_x), py = scale(y0, y1, bottom, top, chart.log_y);
   const hits = [];
 
+  svg.append(node("text", { class: "tick", x: 0, y: 11 }, chart.y_label));
   for (const at of chart.log_y ? logTicks(y0, y1) : ticks(y0, y1, 5)) {
     svg.append(node("line", { class: "grid", x1: left, x2: width - right, y1: py(at), y2: py(at) }));
     svg.append(node("text", { class: "tick", x: left - 6, y: py(at) + 4, "text-anchor": "end" }, shown(at)));
