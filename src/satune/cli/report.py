@@ -15,8 +15,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="directories that satune train, swap or eval has written; the first is reported "
-            "in full, the others beside it",
+            help="directories that satune train, swap or eval has written; of several, the figures "
+            "beside the page are the first one's",
             show_default=False,
         ),
     ],
