@@ -70,7 +70,7 @@ def load_policies(
 ) -> dict[str, Policy]:
     """A policy an agent. With ``shared_base``, agents of one model share its weights in memory, an
     adapter each. Raises UserError naming the agent whose model cannot be loaded."""
-    where = choose_device(device)
+    where = _device(device)
     bases: dict[tuple[str, str | None], tuple[PeftModel, Any]] = {}
 
     def load(spec: AgentSpec) -> Policy:
@@ -165,8 +165,7 @@ def _lay_out(model: nn.Module) -> None:
                 held[name] = made[id(tensor)]
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that a recipe names; "auto" is a GPU where there is one. Raises UserError."""
+def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
