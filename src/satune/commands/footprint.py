@@ -123,8 +123,9 @@ def _agent(
     device: torch.device,
 ) -> dict[str, int]:
     """Bytes of one agent: ``own`` and ``frozen`` parameters; ``backward``, what a mini-batch takes
-    with its gradients; ``forward``, what measuring feeds at once; ``mixing``, what a proposal that is
-    shrunk takes; ``states`` of the anchor; ``decoding``, keys and values with what fills them."""
+    with its gradients; ``forward``, what measuring feeds at once; ``mixing``, what a proposal
+    that is shrunk takes; ``states`` of the anchor; ``decoding``, keys and values with what fills
+    them."""
     section = team.agents[name]
     seats = sum(agent == name for agent in team.seats.values())
     new = recipe.rollout.max_new_tokens * len(team.seats)
