@@ -86,7 +86,8 @@ def measured(recipe: Recipe, out: Path) -> dict[str, int]:
 def measure_apart(recipe: str, out: str, overrides: list[str], found: str) -> None:
     """``measured`` as the main of a process of its own, which has imported all it needs."""
     torch.set_num_threads(1)
-    Path(found).write_text(json.dumps(measured(load_recipe(recipe, overrides), Path(out))))
+    took = measured(load_recipe(recipe, overrides), Path(out))
+    Path(found).write_text(json.dumps(took))
 
 
 def _resident() -> int:

@@ -57,6 +57,7 @@ def test_the_memory_of_a_pretrained_models_stage_is_foretold(tmp_path: Path, kin
     process.join()
     assert process.exitcode == 0
     took = json.loads(found.read_text())
+    print(f"\n{kind}: told {told}, took {took}")
     assert told["peak"] == pytest.approx(took["tensors"], rel=0.1)
     assert told["peak"] == pytest.approx(took["resident"], rel=0.25)
 
@@ -64,6 +65,14 @@ def test_the_memory_of_a_pretrained_models_stage_is_foretold(tmp_path: Path, kin
 def test_a_model_that_is_not_here_has_no_figure(recipe: Path) -> None:
     for model in ("Qwen/Qwen3-4B", "somebody/some-model"):
         assert stage_bytes(load_recipe(recipe, [f"team.agents.ann.model={model}"])) is None
+
+
+def test_a_tiny_model_is_laid_out_like_a_saved_one(recipe: Path) -> None:
+    for overrides in ([], ["team.sharing=lora"]):
+        named = [*overrides, "team.agents.ann.model=tiny:llama-m"]
+        assert stage_bytes(load_recipe(recipe, named)) == stage_bytes(
+            load_recipe(recipe, overrides)
+        )
 
 
 def test_moments_on_disk_and_frozen_agents_take_nothing(recipe: Path) -> None:

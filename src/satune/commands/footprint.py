@@ -139,8 +139,11 @@ def _agent(
         own = rows * recipe.rollout.max_new_tokens
         return _Batch(rows, prompt, new, own, min(rows, prompts), rows == count * seats)
 
+    tiny = is_tiny(section.model)
+    config = tiny_model(section.model, 0).config if tiny else configuration(section.model)
+    assert config is not None
     with FakeTensorMode(), LiveBytes() as live:
-        policy = _policy(recipe, section, name, precision)
+        policy = hollow_policy(agent_spec(name, section, section.model), config, precision)
         own = list(policy.trainable().values())
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)
@@ -177,15 +180,6 @@ def _agent(
         "states": episodes * seats * recipe.rollout.max_new_tokens * width,
         "decoding": prefill + numbers * item * conversations * (prompt + new),
     }
-
-
-def _policy(recipe: Recipe, section: AgentSection, name: str, precision: Precision) -> Policy:
-    if is_tiny(section.model):
-        model = tiny_model(section.model, 0)
-        return Policy(name, model, None, section.temperature, checked=False)
-    config = configuration(section.model)
-    assert config is not None
-    return hollow_policy(agent_spec(name, section, section.model), config, precision)
 
 
 def _most(live: LiveBytes, policy: Policy, batch: _Batch, share: bool) -> int:
