@@ -23,12 +23,14 @@ def describe(
     as_json: AsJson = False,
 ) -> None:
     """The resolved recipe, and what each agent needs, before anything is loaded."""
-    from satune.commands.describe import describe_recipe
-    from satune.commands.footprint import stage_bytes
     from satune.commands.trust import given_recipe
 
     spoken = trust_of(trust, overrides)
     loaded = given_recipe(shipped_recipe(recipe), overrides or [], spoken)
+    # These load torch, which no mistake needs.
+    from satune.commands.describe import describe_recipe
+    from satune.commands.footprint import stage_bytes
+
     peak = stage_bytes(loaded)
     show_result(describe_recipe(loaded) | ({"peak": peak} if peak else {}), as_json, _show)
 
