@@ -42,7 +42,7 @@ def run(recipe: str, out: str, found: str) -> None:
         if event["event"] != "stage":
             return
         resident = int(Path("/proc/self/statm").read_text().split()[1])
-        row = {"bytes": resident * os.sysconf("SC_PAGE_SIZE")}
+        row: dict[str, Any] = {"bytes": resident * os.sysconf("SC_PAGE_SIZE")}
         if event["stage"] in (SETTLED + WINDOW, STAGES):
             gc.collect()
             row["objects"] = Counter(type(each).__name__ for each in gc.get_objects())

@@ -142,6 +142,7 @@ def hollow_policy(spec: AgentSpec, config: PretrainedConfig, precision: Precisio
     """The policy of a spec as ``load_policies`` makes it (an adapter where ``spec.lora`` says so),
     without a tokenizer. Its weights are empty ones of the mode that is active, which may be that of
     fake tensors."""
+    assert isinstance(spec.model, str)
     options = {} if spec.attention is None else {"attn_implementation": spec.attention}
     adapter = None
     dtype = precision.frozen if spec.lora else precision.master

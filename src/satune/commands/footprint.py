@@ -32,10 +32,9 @@ from satune.agents.sources import read_tokenizer, saved_adapter, source_of
 from satune.commands.assemble import agent_spec, load_tasks
 from satune.config.schema import AgentSection, Recipe, ResolvedTeam
 from satune.core.logprobs import chunk_for, policy_logits
-from satune.loading import served
 from satune.tasks.catalog import take
 from satune.tiny.zoo import is_tiny, tiny_model, tiny_tokenizer
-from satune.types import Entry
+from satune.types import Entry, ServedModel
 
 _PROMPTS = 32
 """So many problems are looked at for the longest prompt."""
@@ -76,8 +75,8 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     tokenizer is not here, or where a model looks at the values of its tensors.
     """
     team = recipe.team.resolved()
-    agents = {name: each for name, each in team.agents.items() if served(each.model) is None}
-    lengths = [_prompt(recipe, section) for section in agents.values()]
+    models = {n: a.model for n, a in team.agents.items() if not isinstance(a.model, ServedModel)}
+    lengths = [_prompt(recipe, team.agents[name], model) for name, model in models.items()]
     if not lengths or None in lengths:
         return None
     given = recipe.team.device
@@ -87,17 +86,17 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     held, trained, steps = 0, {}, {}
     bases: set[str] = set()
     decoding = 0
-    for (name, section), prompt in zip(agents.items(), lengths, strict=True):
+    for (name, model), prompt in zip(models.items(), lengths, strict=True):
         assert prompt is not None
         try:
-            found = _agent(recipe, team, name, prompt, precision, device)
+            found = _agent(recipe, team, name, model, prompt, precision, device)
         except _UNTRACEABLE:
             return None
-        shared = recipe.team.sharing == "lora" and section.model in bases
-        bases.add(section.model)
+        shared = recipe.team.sharing == "lora" and model in bases
+        bases.add(model)
         held += found["own"] + (0 if shared else found["frozen"])
         decoding = max(decoding, found["decoding"])
-        if found["own"] and not section.frozen and recipe.stages:
+        if found["own"] and not team.agents[name].frozen and recipe.stages:
             trained[name], steps[name] = found["own"], found
     # A step begins with moments of before, and keeps them for a revert; the others' rest.
     resting = 2 * sum(trained.values()) if here and recipe.optimizer.offload != "disk" else 0
@@ -118,6 +117,7 @@ def _agent(
     recipe: Recipe,
     team: ResolvedTeam,
     name: str,
+    model: str,
     prompt: int,
     precision: Precision,
     device: torch.device,
@@ -139,11 +139,10 @@ def _agent(
         own = rows * recipe.rollout.max_new_tokens
         return _Batch(rows, prompt, new, own, min(rows, prompts), rows == count * seats)
 
-    tiny = is_tiny(section.model)
-    config = tiny_model(section.model, 0).config if tiny else configuration(section.model)
+    config = tiny_model(model, 0).config if is_tiny(model) else configuration(model)
     assert config is not None
     with FakeTensorMode(), LiveBytes() as live:
-        policy = hollow_policy(agent_spec(name, section, section.model), config, precision)
+        policy = hollow_policy(agent_spec(name, section, model), config, precision)
         own = list(policy.trainable().values())
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)
@@ -169,7 +168,7 @@ def _agent(
         parameters = sum(p.nbytes for p in {id(p): p for p in policy.model.parameters()}.values())
         mine = sum(p.nbytes for p in own)
         width = policy.config.hidden_size * (policy.autocast or own[0].dtype).itemsize
-    numbers = cached_numbers(policy.model.config) or 0
+    numbers = cached_numbers(config) or 0
     item = (policy.autocast or own[0].dtype).itemsize
     return {
         "own": mine,
@@ -218,11 +217,11 @@ def _scored(rows_NH: Tensor, policy: Policy) -> Tensor:
     return (logits_NV * pull_NV).sum() + logits_NV.logsumexp(-1).sum()
 
 
-def _prompt(recipe: Recipe, section: AgentSection) -> int | None:
+def _prompt(recipe: Recipe, section: AgentSection, model: str) -> int | None:
     """Tokens of the longest prompt that a seat of this agent begins with; None where the tokenizer
     is not here."""
-    saved = saved_adapter(section.model)
-    place = saved.base if saved else section.model
+    saved = saved_adapter(model)
+    place = saved.base if saved else model
     if is_tiny(place):
         tokenizer: Any = tiny_tokenizer(place)
     elif Path(place).exists() and configuration(place) is not None:
@@ -231,7 +230,8 @@ def _prompt(recipe: Recipe, section: AgentSection) -> int | None:
         return None
     renderer = ChatRenderer(tokenizer, section.template, 1 << 30)
     task, _ = load_tasks(recipe)
-    return max(
-        len(renderer.view("seat").prompt([Entry("problem", parts=problem.prompt)], 1).ids)
+    beginnings = (
+        renderer.view("seat").prompt([Entry("problem", parts=problem.prompt)], 1).ids
         for problem in take(task, "train", _PROMPTS, 0)
     )
+    return max(len(ids) for ids in beginnings if ids is not None)
