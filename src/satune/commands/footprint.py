@@ -71,7 +71,8 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     CPU with what rests there between steps, as it does from the second stage on).
 
     Counted for conversations in which every seat speaks once, as long as it may, and reads all of
-    the others. Certificates, a reference KL and a hand-over come on top. None where a model or its
+    the others. Certificates, a reference KL, a hand-over, and the gauge of rounding below float32
+    come on top. None where a model or its
     tokenizer is not here, or where a model looks at the values of its tensors.
     """
     team = recipe.team.resolved()
