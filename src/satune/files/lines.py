@@ -40,18 +40,16 @@ def scan_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             yield number, row if isinstance(row, dict) else None
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_lines(path: str | Path, mend: str = "remove the line or the run") -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none if it does not exist. A last
     line that was still being written is left out.
 
-    Raises ``UserError`` with file and line for a damaged line that a newline ends.
+    Raises ``UserError`` with file, line and ``mend`` for a damaged line that a newline ends.
     """
     rows = []
     for number, row in scan_lines(path):
         if row is None:
-            raise UserError(
-                f"{path}, line {number}: not JSON, or no object; remove the line or the run"
-            )
+            raise UserError(f"{path}, line {number}: not JSON, or no object; {mend}")
         rows.append(row)
     return rows
 
