@@ -10,8 +10,9 @@ import pytest
 
 from satune.cli.eval import show_report
 from satune.commands.grade import grade_file
-from satune.play.evaluation import FIGURES, evaluate_async, progress_of, report
+from satune.play.evaluation import FIGURES, evaluate_async, report
 from satune.play.match import Match
+from satune.play.progress import progress_of
 from satune.protocols.sequential import chain
 from satune.types import EpisodeFailure, Key, Problem
 from scripted import Letters, ScriptedEngine, team

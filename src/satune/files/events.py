@@ -160,6 +160,7 @@ class EvalEvent(TypedDict):
     """Held-out problems after ``stage`` stages. ``figures`` has what ``play.evaluation`` computes
     beside ``reward`` and ``interval``; ``failures`` counts conversations that failed and so score
     0. ``difference`` [mean, low, high] is to the first evaluation of its kind, paired by problem.
+    ``groups`` says reward, interval, problems and difference of each group that problems name.
     """
 
     event: Literal["eval"]
@@ -176,6 +177,7 @@ class EvalEvent(TypedDict):
     figures: dict[str, Any]
     seconds: float
     difference: NotRequired[list[float]]
+    groups: NotRequired[dict[str, dict[str, Any]]]
 
 
 Difference = tuple[float, float | None, float | None]
