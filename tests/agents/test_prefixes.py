@@ -34,7 +34,7 @@ def grouped(
         (grouped(), 4096, 2),
         (grouped(), 150, 2),
         (grouped((2, 9, 20), 6), 4096, 2),
-        (grouped((2, 9, 20), 6, system=12), 4096, 3),
+        (grouped((2, 9, 20), 6, system=16), 4096, 3),
         (grouped((4,) * 8, 2, system=24), 4096, 3),
     ],
     ids=["alike", "cut", "uneven", "opening and uneven", "opening"],
@@ -102,16 +102,20 @@ def test_what_is_shared():
 
 
 def test_beginnings_of_unequal_length_are_padded_where_that_saves_enough():
-    # Prompts of 14, 21 and 32 tokens begin with the same 12; the last of each belongs to the row.
-    (batch,) = micro_batches(grouped((2, 9, 20), 6, system=12), 4096, whole_episodes=False)
+    # Prompts of 18, 25 and 36 tokens begin with the same 16; the last of each belongs to the row.
+    (batch,) = micro_batches(grouped((2, 9, 20), 6, system=16), 4096, whole_episodes=False)
     plan = plan_sharing(batch)
     assert plan is not None
     opening, trunk, own = plan.levels
-    assert opening.ids_RS.shape == (1, 12) and trunk.ids_RS.shape == (3, 31 - 12)
+    assert opening.ids_RS.shape == (1, 16) and trunk.ids_RS.shape == (3, 35 - 16)
     assert sorted(trunk.length_R.tolist()) == [1, 8, 19]
     assert own.ids_RS.shape == (18, 1 + 8 - 1)  # the last token of eight predicts nothing
-    assert plan.tokens == 12 + 3 * 19 + 18 * 8
-    assert sorted(set(plan.first_B.tolist())) == [13, 20, 31]
+    assert plan.tokens == 16 + 3 * 19 + 18 * 8
+    assert sorted(set(plan.first_B.tolist())) == [17, 24, 35]
+    # Fewer than 16 are fed with each prompt.
+    (batch,) = micro_batches(grouped((2, 9, 20), 6, system=15), 4096, whole_episodes=False)
+    plan = plan_sharing(batch)
+    assert plan is not None and [len(level.ids_RS) for level in plan.levels] == [3, 18]
     # Prompts of 9, 10 and 11 tokens: padding them would save 1 of 14 columns.
     (batch,) = micro_batches(grouped(), 4096, whole_episodes=False)
     plan = plan_sharing(batch)

@@ -141,7 +141,7 @@ def test_what_all_prompts_begin_with_is_fed_once_and_changes_nothing(family, mon
     fed = count_fed(policy)
     found = draw(engine, draws)
     assert fed[:2] == [(1, 20), (4, 6)]
-    monkeypatch.setattr("satune.engines.rows._SHORTEST_OPENING", 1000)
+    monkeypatch.setattr("satune.engines.rows.SHORTEST_OPENING", 1000)
     engine = engine_of(tiny_policy(family=family))
     fed = count_fed(engine.policies["a"])
     plain = draw(engine, draws)

@@ -18,8 +18,11 @@ from transformers.cache_utils import Cache
 from satune.agents.packing import MicroBatch
 from satune.agents.policy import Policy
 
-# Below this share of the batch's tokens, a further forward costs more than it saves.
-_WORTH_SAVING = 0.15
+# Below this share of the tokens, a further forward costs more than it saves.
+WORTH_SAVING = 0.15
+# What all prompts begin with has a forward of its own from so many tokens on: one of fewer takes as
+# long, since the weights are read whatever it is fed.
+SHORTEST_OPENING = 16
 _NOWHERE = 1 << 60
 """The place of padding: behind every token, so that none attends to it."""
 
@@ -71,7 +74,7 @@ def plan_sharing(batch: MicroBatch) -> Plan | None:
     first_B.scatter_reduce_(0, batch.row_T, batch.column_T, "amin")
     if rows < 2 or int(first_B.min()) < 1:
         return None
-    worth = _WORTH_SAVING * rows * width
+    worth = WORTH_SAVING * rows * width
     even = _cut_at(batch, first_B.min().expand(rows))
     uneven = _with_opening(_cut_at(batch, first_B))
     if even.tokens - uneven.tokens >= worth:
@@ -101,7 +104,7 @@ def _with_opening(plan: Plan) -> Plan:
     count, width = trunk.ids_RS.shape
     equal_P = (trunk.ids_RS == trunk.ids_RS[0]).all(0)
     alike = min(int(equal_P.long().cumprod(0).sum()), int(trunk.length_R.min()))
-    if alike * (count - 1) < _WORTH_SAVING * count * width:
+    if alike < SHORTEST_OPENING or alike * (count - 1) < WORTH_SAVING * count * width:
         return plan
     opening = Level(trunk.ids_RS[:1, :alike], trunk.start_R[:1], trunk.length_R[:1])
     rest = Level(

@@ -9,17 +9,13 @@ from torch import Tensor
 
 from satune.agents.packing import padded
 from satune.agents.policy import Policy
+from satune.agents.prefixes import SHORTEST_OPENING, WORTH_SAVING
 from satune.engines.cache import PrefixStore, RowCache, rounded
 from satune.engines.request import ROOM_AHEAD, ConversationId, Request
 from satune.engines.room import Room
 from satune.engines.sampling import sample_tokens
 from satune.files.arrays import shared_prefix
 from satune.types import Ids, ids_of
-
-# A forward reads all weights whatever it is fed: below this many tokens, or this share of the
-# prompts' tokens, it costs more than it saves.
-_SHORTEST_OPENING = 16
-_WORTH_SAVING = 0.15
 
 
 class Rows:
@@ -248,7 +244,7 @@ class Rows:
         length = min(len(ids) - 1 for ids in prompts)
         length = min([length, *(shared_prefix(prompts[0], ids) for ids in prompts[1:])])
         saved = length * (len(prompts) - 1)
-        if length < _SHORTEST_OPENING or saved < _WORTH_SAVING * sum(map(len, prompts)):
+        if length < SHORTEST_OPENING or saved < WORTH_SAVING * sum(map(len, prompts)):
             return None
         if (len(prompts) * capacity + length) * self.token_bytes > self.room.left(self.agent):
             return None
