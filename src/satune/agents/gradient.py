@@ -21,7 +21,8 @@ from satune.agents.anchor import Anchor
 from satune.agents.packing import MicroBatch
 from satune.agents.ports import NonFinite
 from satune.agents.scoring import Scorer
-from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, objective_loss
+from satune.core.objectives import ObjectiveBatch, objective_loss
+from satune.core.settings import ObjectiveSettings
 
 Values = dict[str, Tensor]
 """One number a token of each kind, by the name of TokenScores' and ObjectiveBatch's field."""

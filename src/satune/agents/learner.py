@@ -21,7 +21,7 @@ from satune.agents.policy import Policy
 from satune.agents.ports import NonFinite
 from satune.agents.scoring import Scorer
 from satune.agents.specs import OptimizerSettings
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 
 
 @dataclass(slots=True)

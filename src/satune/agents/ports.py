@@ -11,7 +11,7 @@ from torch import Tensor
 from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.mixture import Distances, MixturePolicy
 from satune.agents.packing import PackedTurns
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 
 
 class NonFinite(ArithmeticError):

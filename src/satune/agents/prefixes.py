@@ -23,6 +23,8 @@ WORTH_SAVING = 0.15
 # What all prompts begin with has a forward of its own from so many tokens on: one of fewer takes as
 # long, since the weights are read whatever it is fed.
 SHORTEST_OPENING = 16
+# Rows whose beginnings end at different places need a mask each, of at most so many bytes together.
+_LARGEST_MASK = 2**26
 _NOWHERE = 1 << 60
 """The place of padding: behind every token, so that none attends to it."""
 
@@ -52,6 +54,11 @@ class Plan:
         """How many are fed, padding included."""
         return sum(level.ids_RS.numel() for level in self.levels)
 
+    @property
+    def mask_size(self) -> int:
+        """Entries of the last level's mask where each of its rows needs its own."""
+        return self.levels[-1].ids_RS.numel() * sum(level.ids_RS.shape[1] for level in self.levels)
+
 
 def states_of(policy: Policy, batch: MicroBatch, *, share_prompts: bool) -> Tensor:
     """Hidden states [T, H] at ``(row_T, column_T)`` of a batch that lies on the policy's device."""
@@ -77,7 +84,7 @@ def plan_sharing(batch: MicroBatch) -> Plan | None:
     worth = WORTH_SAVING * rows * width
     even = _cut_at(batch, first_B.min().expand(rows))
     uneven = _with_opening(_cut_at(batch, first_B))
-    if even.tokens - uneven.tokens >= worth:
+    if even.tokens - uneven.tokens >= worth and uneven.mask_size <= _LARGEST_MASK:
         return uneven
     return even if rows * width - even.tokens >= worth else None
 
@@ -162,10 +169,11 @@ def shared_hidden(policy: Policy, levels: Sequence[Level]) -> Tensor:
         position_RS = level.start_R[:, None] + columns_S.minimum(level.length_R[:, None] - 1)
         padding_RS = columns_S >= level.length_R[:, None]
         cache.begin(level, position_RS.masked_fill(padding_RS, _NOWHERE), last=level is levels[-1])
-        seen_RSC = cache.places[:, None] <= position_RS[..., None]
-        if bool((seen_RSC == seen_RSC[0]).all() and (position_RS == position_RS[0]).all()):
-            # One mask for all rows is less to read, and attention may take a faster way.
-            seen_RSC, position_RS = seen_RSC[:1], position_RS[:1]
+        places_RC = cache.places
+        if bool((places_RC == places_RC[0]).all()):
+            # One mask does for all rows, however many there are.
+            places_RC, position_RS = places_RC[:1], position_RS[:1]
+        seen_RSC = places_RC[:, None] <= position_RS[..., None]
         hidden = policy.hidden(
             level.ids_RS, attention_mask=seen_RSC[:, None], position_ids=position_RS, cache=cache
         )

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from satune.agents.specs import OptimizerSettings
-from satune.core.certificates import Evidence
-from satune.core.confidence import Method
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import Evidence, Method, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.ranges import (
     Count,

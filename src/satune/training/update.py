@@ -20,10 +20,10 @@ from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.ports import Learner, NonFinite
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
-from satune.core.objectives import ObjectiveSettings
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
+from satune.core.settings import ObjectiveSettings
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
-from satune.training.credit import advantages, groups
+from satune.training.advantages import advantages, groups
 from satune.training.settings import UpdateSettings
 from satune.types import Episode, Experience, Key
 
