@@ -105,7 +105,8 @@ class UpdateEvent(TypedDict):
     ``version`` is the number of the agent's weights after the step, ``failures`` are those among
     the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
     rollout, update and measure at least. ``masked`` counts the episodes that the world ended, which
-    the step did not learn from.
+    the step did not learn from. ``at_least`` has the scales of ``candidates`` whose statistic is a
+    lower bound.
     """
 
     event: Literal["update"]
@@ -129,6 +130,7 @@ class UpdateEvent(TypedDict):
     kl: NotRequired[Divergence]
     unit: NotRequired[str]
     candidates: NotRequired[list[list[float]]]
+    at_least: NotRequired[list[float]]
     objective: NotRequired[float]
     clip_fraction: NotRequired[float]
     grad_norm: NotRequired[float]
