@@ -33,12 +33,14 @@ _NOWHERE = 1 << 60
 class Level:
     """Ids [R, S] that are fed together, row r after row ``parent_R[r]`` of the level before (None:
     nothing comes before). ``start_R`` is the place of a row's first id in its sequence,
-    ``length_R`` how many of its ids are no padding."""
+    ``length_R`` how many of its ids are no padding. ``alike``: all rows, with what they go on from,
+    have the same places."""
 
     ids_RS: Tensor
     start_R: Tensor
     length_R: Tensor
     parent_R: Tensor | None = None
+    alike: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,17 @@ def plan_sharing(batch: MicroBatch) -> Plan | None:
     first_B.scatter_reduce_(0, batch.row_T, batch.column_T, "amin")
     if rows < 2 or int(first_B.min()) < 1:
         return None
-    worth = WORTH_SAVING * rows * width
     even = _cut_at(batch, first_B.min().expand(rows))
     uneven = _with_opening(_cut_at(batch, first_B))
-    if even.tokens - uneven.tokens >= worth and uneven.mask_size <= _LARGEST_MASK:
+    saved = even.tokens - uneven.tokens
+    if worth_sharing(saved, batch.input_ids) and uneven.mask_size <= _LARGEST_MASK:
         return uneven
-    return even if rows * width - even.tokens >= worth else None
+    return even if worth_sharing(rows * width - even.tokens, batch.input_ids) else None
+
+
+def worth_sharing(saved: int, input_ids: Tensor) -> bool:
+    """Whether so many tokens fewer to feed pay for a further forward."""
+    return saved >= WORTH_SAVING * input_ids.numel()
 
 
 def _cut_at(batch: MicroBatch, first_B: Tensor) -> Plan:
@@ -97,11 +104,13 @@ def _cut_at(batch: MicroBatch, first_B: Tensor) -> Plan:
     beginning_BP = ids_BS.masked_fill(columns_S >= first_B[:, None], -1)[:, : int(first_B.max())]
     trunk_GP, trunk_B = torch.unique(beginning_BP, dim=0, return_inverse=True)
     length_G = (trunk_GP >= 0).sum(1)
-    trunk = Level(trunk_GP.clamp(min=0), torch.zeros_like(length_G), length_G)
+    alike = bool((first_B == first_B[0]).all())
+    trunk = Level(trunk_GP.clamp(min=0), torch.zeros_like(length_G), length_G, alike=alike)
     # Nothing is fed behind the last state that is asked for.
     longest = int((batch.column_T - first_B[batch.row_T]).max()) + 1
     column_BS = (first_B[:, None] + columns_S[:longest]).clamp(max=width - 1)
-    own = Level(ids_BS.gather(1, column_BS), first_B, (width - first_B).clamp(max=longest), trunk_B)
+    length_B = (width - first_B).clamp(max=longest)
+    own = Level(ids_BS.gather(1, column_BS), first_B, length_B, trunk_B, alike)
     return Plan((trunk, own), first_B)
 
 
@@ -113,12 +122,14 @@ def _with_opening(plan: Plan) -> Plan:
     alike = min(int(equal_P.long().cumprod(0).sum()), int(trunk.length_R.min()))
     if alike < SHORTEST_OPENING or alike * (count - 1) < WORTH_SAVING * count * width:
         return plan
-    opening = Level(trunk.ids_RS[:1, :alike], trunk.start_R[:1], trunk.length_R[:1])
+    whole = torch.full_like(trunk.length_R[:1], alike)
+    opening = Level(trunk.ids_RS[:1, :alike], trunk.start_R[:1], whole, alike=True)
     rest = Level(
         trunk.ids_RS[:, alike:],
         trunk.start_R + alike,
         trunk.length_R - alike,
         torch.zeros_like(trunk.length_R),
+        trunk.alike,
     )
     return Plan((opening, rest, own), plan.first_B)
 
@@ -170,7 +181,7 @@ def shared_hidden(policy: Policy, levels: Sequence[Level]) -> Tensor:
         padding_RS = columns_S >= level.length_R[:, None]
         cache.begin(level, position_RS.masked_fill(padding_RS, _NOWHERE), last=level is levels[-1])
         places_RC = cache.places
-        if bool((places_RC == places_RC[0]).all()):
+        if level.alike:
             # One mask does for all rows, however many there are.
             places_RC, position_RS = places_RC[:1], position_RS[:1]
         seen_RSC = places_RC[:, None] <= position_RS[..., None]
