@@ -82,6 +82,17 @@ def test_a_style_of_our_own_is_kept() -> None:
     assert "\x1b[1mheld-out reward\x1b[0m 0.500" in file.getvalue()
 
 
+def test_an_evaluation_tells_groups_apart() -> None:
+    made, file = console()
+    fields = {"greedy": True, "reward": 0.5, "interval": None, "stage": 3, "problems": 2}
+    groups = {"seen": {"reward": 0.75}, NASTY: {"reward": 0.25}}
+    with Display(made) as display:
+        display.watch(cast(Event, {"event": "eval", **fields, "groups": groups}))
+    shown = " ".join(file.getvalue().split())
+    assert "(greedy, after 3 stages, 2 problems; seen 0.750; " in shown
+    assert f"{' '.join(SHOWN.split())} 0.250)" in shown
+
+
 def test_errors_are_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
     say(f"error: {NASTY}\nsecond")
     assert capsys.readouterr().err == f"error: {SHOWN} second\n"

@@ -20,7 +20,7 @@ from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
 from satune.core.settings import ObjectiveSettings
 from satune.loading import check_options, load_object
-from satune.play.evaluation import progress_of
+from satune.play.progress import progress_of
 from satune.play.rollout import rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.task_parts import is_fresh

@@ -98,6 +98,15 @@ class RowCache(Cache):
                 grown[:, :, length:] = 0
                 tensors[layer] = grown
 
+    def begin_with(self, other: RowCache, rows: int) -> None:
+        """Have ``rows`` rows, each of which begins with all of the one row of ``other``."""
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for source in theirs:
+                _, heads, length, dim = source.shape
+                layer = source.new_zeros(rows, heads, self.capacity, dim)
+                layer[:, :, :length] = source
+                ours.append(layer)
+
     def exchange(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Let the two rows of each pair change places."""
         if not pairs:

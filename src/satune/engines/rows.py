@@ -9,11 +9,13 @@ from torch import Tensor
 
 from satune.agents.packing import padded
 from satune.agents.policy import Policy
+from satune.agents.prefixes import SHORTEST_OPENING, WORTH_SAVING
 from satune.engines.cache import PrefixStore, RowCache, rounded
 from satune.engines.request import ROOM_AHEAD, ConversationId, Request
 from satune.engines.room import Room
 from satune.engines.sampling import sample_tokens
-from satune.types import ids_of
+from satune.files.arrays import shared_prefix
+from satune.types import Ids, ids_of
 
 
 class Rows:
@@ -208,27 +210,51 @@ class Rows:
     ) -> tuple[RowCache, Tensor]:
         starts = [cached[i] for i in indices]
         fresh = [requests[i].fed[start:] for i, start in zip(indices, starts, strict=True)]
-        width = max(len(ids) for ids in fresh)
-        ids_RS = padded(fresh, width)
         cache = self._empty()
-        cache.used = cache.capacity = max(starts) + width
+        cache.used = cache.capacity = max(starts) + max(map(len, fresh))
         if not self.requests:
             # These rows become the batch, as they are unless several requests share one.
             new = max(requests[i].remaining for i in indices)
             cache.room = rounded(cache.used + min(new, ROOM_AHEAD))
             if not shared:
                 cache.capacity = cache.room
-        if any(starts):
+        opening = None if any(starts) else self._opening(fresh, cache.capacity)
+        if opening is not None:
+            cache.begin_with(opening, len(indices))
+            starts = [opening.used] * len(indices)
+            fresh = [ids[opening.used :] for ids in fresh]
+        elif any(starts):
             owners = [
                 requests[i].owner if start else None
                 for i, start in zip(indices, starts, strict=True)
             ]
             self.store.load(owners, max(starts), cache)
+        width = max(map(len, fresh))
+        ids_RS = padded(fresh, width)
         device = self.policy.device
         positions_RS = torch.tensor(starts)[:, None] + torch.arange(width)
         hidden_RSH = _extend(self.policy, ids_RS.to(device), positions_RS.to(device), cache)
         last = torch.tensor([len(ids) - 1 for ids in fresh], device=device)
         return cache, hidden_RSH[torch.arange(len(fresh), device=device), last]
+
+    def _opening(self, prompts: Sequence[Ids], capacity: int) -> RowCache | None:
+        """One row with the states of what all of these prompts begin with, such as a system
+        message; None where feeding that once saves too little for a forward of its own, and where
+        there is no room for it beside their rows of ``capacity`` tokens."""
+        length = min(len(ids) - 1 for ids in prompts)
+        length = min([length, *(shared_prefix(prompts[0], ids) for ids in prompts[1:])])
+        saved = length * (len(prompts) - 1)
+        if length < SHORTEST_OPENING or saved < WORTH_SAVING * sum(map(len, prompts)):
+            return None
+        if (len(prompts) * capacity + length) * self.token_bytes > self.room.left(self.agent):
+            return None
+        cache = self._empty()
+        cache.used = cache.capacity = length
+        device = self.policy.device
+        positions_RS = torch.arange(length, device=device)[None]
+        ids_RS = padded([prompts[0][:length]], length)
+        _extend(self.policy, ids_RS.to(device), positions_RS, cache)
+        return cache
 
     @torch.inference_mode()
     def step(self) -> list[Request]:

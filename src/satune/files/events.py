@@ -106,7 +106,8 @@ class UpdateEvent(TypedDict):
     the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
     rollout, update and measure at least. ``rounding`` is what training.gauge found, with its
     ``warning`` where rounding decides. ``masked`` counts the episodes that the world ended, which
-    the step did not learn from.
+    the step did not learn from. ``at_least`` has the scales of ``candidates`` whose statistic is a
+    lower bound.
     """
 
     event: Literal["update"]
@@ -130,6 +131,7 @@ class UpdateEvent(TypedDict):
     kl: NotRequired[Divergence]
     unit: NotRequired[str]
     candidates: NotRequired[list[list[float]]]
+    at_least: NotRequired[list[float]]
     objective: NotRequired[float]
     clip_fraction: NotRequired[float]
     grad_norm: NotRequired[float]
@@ -162,6 +164,7 @@ class EvalEvent(TypedDict):
     """Held-out problems after ``stage`` stages. ``figures`` has what ``play.evaluation`` computes
     beside ``reward`` and ``interval``; ``failures`` counts conversations that failed and so score
     0. ``difference`` [mean, low, high] is to the first evaluation of its kind, paired by problem.
+    ``groups`` says reward, interval, problems and difference of each group that problems name.
     """
 
     event: Literal["eval"]
@@ -178,6 +181,7 @@ class EvalEvent(TypedDict):
     figures: dict[str, Any]
     seconds: float
     difference: NotRequired[list[float]]
+    groups: NotRequired[dict[str, dict[str, Any]]]
 
 
 Difference = tuple[float, float | None, float | None]

@@ -20,11 +20,13 @@ from satune.tasks.maths.task import Aime24, Aime25, Math500, Maths
 from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
+from satune.tasks.sums import Sums
 from satune.tasks.zebralogic import ZebraLogic
 from satune.types import Key, Problem, Task, UserError
 
 TASKS: dict[str, Callable[..., Task]] = {
     "relay": Relay,
+    "sums": Sums,
     "guess_number": GuessNumber,
     "rows": Rows,
     "maths": Maths,
