@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from satune.files.lines import append_lines, read_lines
+from satune.files.writing import strict_json, write_atomically
 from satune.types import Episode
 
 UNEQUAL = frozenset({"time", "seconds", "memory", "rate", "host", "pid"})
@@ -289,10 +290,20 @@ def append_event(path: str | Path, event: Event) -> None:
 
     Raises UserError where the disk refuses, TypeError for values that are not plain.
     """
+    append_lines(path, [_timed(event)])
+
+
+def begin_events(path: str | Path, event: Event) -> None:
+    """Write a file of this one event, as ``append_event`` adds it: complete, in place of what was
+    there, or not at all."""
+    write_atomically(path, f"{strict_json(_timed(event))}\n")
+
+
+def _timed(event: Event) -> dict[str, Any]:
     fields: Mapping[str, Any] = event
     assert "time" not in fields
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    append_lines(path, [{"event": fields["event"], "time": now, **fields}])
+    return {"event": fields["event"], "time": now, **fields}
 
 
 def read_events(path: str | Path) -> list[Event]:

@@ -66,7 +66,6 @@ def _check_episodes(training: Training) -> list[Any]:
 
 
 def _begin(training: Training, tolerance: Tolerance) -> None:
-    training.save_recipe()
     for name in training.learners:
         training.publish(name)
     if training.settings.update.objective.reference_kl > 0:
@@ -88,11 +87,15 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
             },
         }
     )
+    # Only now is this a run's directory, and whatever is called recipe.yaml there the run's.
+    training.save_recipe()
     if training.evaluates_greedy:
         training.evaluate(greedy=True)
     training.evaluate(greedy=False)
     if training.settings.stages:
         training.save("stage-0000")
+        # A run that has learned something always has a checkpoint to go on from.
+        training.finish_saving()
 
 
 def _finish(training: Training) -> dict[str, Any]:
