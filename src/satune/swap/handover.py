@@ -24,6 +24,9 @@ from satune.play.match import Match
 from satune.play.rollout import Job, play_jobs, run_alone
 from satune.types import Episode, Key, Problem, UserError
 
+LEAST_SHARE = 1 / 64
+"""A smaller share is none: hardly a problem would hold a newcomer's episode by its coins."""
+
 Verdict = Literal["accepted", "refused", "stopped"]
 Pairs = Sequence[tuple[Problem, tuple[int, ...]]]
 """Problems, each with the samples whose coin fell to the newcomer: at least one."""
@@ -68,13 +71,14 @@ class HandOverSettings:
 class Look:
     """One look at the evidence so far. ``epsilon`` is the newcomer's share while it was gathered,
     ``allowed`` the share it allows; ``lower`` and ``upper`` bound J(new) - J(old), each wrong with
-    probability ``alpha``; ``episodes`` of either side since the last look."""
+    probability ``alpha``; ``episodes`` of either side since the last look, ``old`` and ``new`` the
+    mean rewards of those that the world did not end (None where it ended all)."""
 
     epsilon: float
     problems: int
     episodes: int
-    old: float
-    new: float
+    old: float | None
+    new: float | None
     mean: float
     lower: float
     upper: float
@@ -142,8 +146,9 @@ def hand_over(
     differences: list[float] = []
     for number, size in enumerate(settings.sizes()):
         at = key.at(draw=number)
+        epsilon = found.epsilon if found.epsilon >= LEAST_SHARE else 0.0
         pairs, found.offset = _pairs(
-            draw, size - len(differences), found.offset, settings.samples, at, found.epsilon
+            draw, size - len(differences), found.offset, settings.samples, at, epsilon
         )
         old, new = play(pairs, at)
         differences += _differences(pairs, old, new)
@@ -154,7 +159,7 @@ def hand_over(
         )
         lower = found.certificate.lower
         look = Look(
-            epsilon=found.epsilon,
+            epsilon=epsilon,
             problems=size,
             episodes=len(new),
             old=_mean(old),
@@ -237,8 +242,9 @@ def _differences(pairs: Pairs, old: Sequence[Episode], new: Sequence[Episode]) -
     return found
 
 
-def _mean(episodes: Sequence[Episode]) -> float:
-    return sum(episode.reward for episode in episodes) / len(episodes)
+def _mean(episodes: Sequence[Episode]) -> float | None:
+    heard = [episode.reward for episode in episodes if not episode.masked]
+    return sum(heard) / len(heard) if heard else None
 
 
 # -- between two teams that play ----------------------------------------------------------------
