@@ -90,9 +90,22 @@ def test_a_torn_line_was_no_test_and_a_damaged_one_is_named(tmp_path: Path) -> N
     assert Ledger(path).used == 1 and path.read_bytes() != whole
     assert enter(Ledger(path), KEY.at(draw=1)).number == 2
     assert [test.number for test in Ledger(path).tests] == [1, 2]
-    path.write_bytes(whole + b'{"number": 2}\n')
-    with pytest.raises(UserError, match=r"certify\.jsonl, line 2: no test"):
-        Ledger(path)
+    row = json.loads(whole)
+    damaged = [
+        {"number": 2},
+        row | {"number": "2"},
+        row | {"number": True},
+        row | {"offset": -1},
+        row | {"alpha": None},
+        row | {"alpha": 7.0},
+        row | {"old": ["aa"]},
+        row | {"new": {"ann": 1}},
+        row | {"more": 1},
+    ]
+    for each in damaged:
+        path.write_bytes(whole + json.dumps(each).encode() + b"\n")
+        with pytest.raises(UserError, match=r"certify\.jsonl, line 2: no test"):
+            Ledger(path)
 
 
 # In a run

@@ -109,9 +109,11 @@ class RowCache(Cache):
             tensor[here] = tensor.index_select(0, there)
             tensor[there] = moved
 
-    def append(self, other: RowCache, rows: Tensor, length: int, *, held: int) -> None:
+    def append(
+        self, other: RowCache, rows: Tensor, length: int, *, held: int, most: int | None = None
+    ) -> None:
         """Put ``rows`` of another cache (repeats allowed), their first ``length`` tokens, behind
-        the first ``held`` rows; what was there is lost.
+        the first ``held`` rows; what was there is lost. ``most`` is that of ``reserve``.
 
         An empty cache takes the other's tensors over where all its rows are wanted as they are.
         """
@@ -122,7 +124,7 @@ class RowCache(Cache):
             return
         if held == 0:
             self.keys, self.values, self.capacity = [], [], max(rounded(length), other.room)
-        self.reserve(length)
+        self.reserve(length, most=most)
         total = held + len(chosen)
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, source in enumerate(theirs):

@@ -9,8 +9,8 @@ test has drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from satune.core.confidence import Spending
@@ -103,9 +103,18 @@ class Ledger:
 
 
 def _test(path: Path, number: int, row: Mapping[str, object]) -> Test:
-    try:
-        return Test(**row)  # type: ignore[arg-type]
-    except TypeError:
-        raise UserError(
-            f"{path}, line {number}: no test of a certificate; remove the run"
-        ) from None
+    kinds = {each.name: _KINDS[str(each.type)] for each in fields(Test)}
+    whole = row.keys() == kinds.keys() and all(fits(row[name]) for name, fits in kinds.items())
+    if not whole:
+        raise UserError(f"{path}, line {number}: no test of a certificate; remove the run")
+    return Test(**row)  # type: ignore[arg-type]
+
+
+_KINDS: dict[str, Callable[[object], bool]] = {
+    "int": lambda value: type(value) is int and value >= 0,
+    "float": lambda value: type(value) is float and 0 <= value <= 1,
+    "Mapping[str, str]": lambda value: (
+        isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+    ),
+}
+"""What a field of a ``Test`` may hold, by its type."""
