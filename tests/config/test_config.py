@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -20,16 +19,15 @@ from satune.commands.train import RESUMABLE, check_recipe_unchanged
 from satune.config import schema, yaml12
 from satune.config.derive import OWN, Named, models_in, sections_of
 from satune.config.load import differences, load_recipe, recipe_text, save_recipe
-from satune.core.objectives import OBJECTIVES
+from satune.core.settings import OBJECTIVES
 from satune.engines.base import ENGINES
-from satune.loading import KEY_VARIABLE
 from satune.protocols.named import PROTOCOLS
 from satune.tasks.catalog import TASKS, load_task
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import SCHEDULES
-from satune.types import UserError
+from satune.types import ServedModel, UserError
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
 
@@ -185,7 +183,8 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          "optimizer.weight_decay: expected a number of at most 1e+06, got 1000000000.0"),
         ("optimizer: {eps: 1e-50}",
          "optimizer.eps: expected a number of at least 1e-30, got 1e-50"),
-        ("optimizer: {autocast: fp8}", "optimizer.autocast: expected bfloat16, got 'fp8'"),
+        ("optimizer: {autocast: fp8}",
+         "optimizer.autocast: expected one of bfloat16, float16, got 'fp8'"),
         ("engine: {name: locl}", f"engine.name: expected one of {choices(ENGINES)}, got 'locl';"
          " did you mean 'local'?"),
         ("objective: {name: null}", f"objective.name: expected one of {choices(OBJECTIVES)},"
@@ -202,8 +201,9 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          "objective.clip_high: expected a number above 0, got 0"),
         ("log: {tensorboard: 'yes'}", "log.tensorboard: expected true or false, got 'yes'"),
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
-        ("gae: {gamma: 0.99}", "gae: unknown key; the keys here are seed, team, task, protocol,"
-         " rollout, schedule, order, objective, credit, trust_region, optimizer, stages,"
+        ("discount: {gamma: 0.99}",
+         "discount: unknown key; the keys here are seed, team, task, protocol, rollout, schedule,"
+         " order, objective, credit, trust_region, gauge, optimizer, stages,"
          " evaluate, certify, engine, checkpoint, log, tiny"),
         ("objective: {name: sat, clipp: 0.1}",
          "objective.clipp: unknown key; did you mean objective.clip?"),
@@ -241,6 +241,16 @@ def test_a_wrong_key_or_value_is_one_line(tmp_path: Path, text: str, expected: s
          "team.agents.a.learning_rate: expected a number of at most 1e+30, got 1e+39"),
         ("{agents: {a: {model: 'http://h/v1#m', frozen: true, attention: eager}, b: {model: y}}}",
          "team.agents.a.attention: its server computes a served model; remove the key"),
+        ("{agents: {a: {model: 'http://h/v1'}}}",
+         "team.agents.a.model: a model at h: give http://ADDRESS/v1#MODEL"),
+        ("{agents: {a: {model: 'http://u:pw@h/v1#m'}}}",
+         "team.agents.a.model: a model at h: its address holds a key or a query; give the key in an"
+         " environment variable (server.api_key_env)"),
+        ("{agents: {a: {model: 3}}}", "team.agents.a.model: expected a text, got 3"),
+        ("{agents: {a: {model: ''}}}",
+         "team.agents.a.model: expected a text that is not empty, got ''"),
+        ("{agents: {a: {model: {address: 'http://h/v1', name: m}}}}",
+         "team.agents.a.model: expected a text, got keys (address, name)"),
         ("{agents: {a.b: {model: y}}}",
          "team.agents.a.b: expected a name of letters, digits, '-' and '_', got 'a.b'"),
         ("{agents: {a: {model: y, lora: {rnk: 3}}}}",
@@ -516,6 +526,20 @@ def test_what_a_resume_may_change_is_documented(relay: Path, tmp_path: Path) -> 
             check_recipe_unchanged(directory, load_recipe(relay, [other, "stages=3"]))
 
 
+def test_a_served_model_is_read_once_and_saved_as_it_was_written(
+    relay: Path, tmp_path: Path
+) -> None:
+    written = "http://Host:80/v1/#org/M"
+    at = f"team.agents.ben.model={written}"
+    recipe = load_recipe(relay, [at, "team.agents.ben.frozen=true"])
+    models = [agent.model for agent in recipe.team.agents.values()]
+    assert models == ["tiny:qwen3-s", ServedModel("http://Host:80/v1/", "org/M")]
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert recipe.model_dump(mode="json")["team"]["agents"]["ben"]["model"] == written
+    again = load_recipe(tmp_path / "saved.yaml")
+    assert again == recipe and differences(again, recipe) == []
+
+
 def test_a_served_models_address_may_change_and_its_name_may_not(
     relay: Path, tmp_path: Path
 ) -> None:
@@ -529,17 +553,6 @@ def test_a_served_models_address_may_change_and_its_name_may_not(
     check_recipe_unchanged(directory, load_recipe(relay, moved))
     with pytest.raises(UserError, match=r"team\.agents\.ben\.model"):
         check_recipe_unchanged(directory, load_recipe(relay, at("http://a/v1#N")))
-
-
-def test_a_server_is_asked_as_the_engine_that_asks_it_says() -> None:
-    pytest.importorskip("httpx")
-    from satune.engines.openai import ServerSettings
-
-    engines = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
-    section = {name: f.default for name, f in schema.ServerSection.model_fields.items()}
-    # The key's variable is the address's own; the first delay is no choice of a recipe.
-    assert section.pop("api_key_env") == KEY_VARIABLE and engines.pop("first_delay")
-    assert section == engines
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

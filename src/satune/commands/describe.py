@@ -10,14 +10,15 @@ import torch
 import yaml
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
+from satune.agents.specs import LoraSpec
 from satune.commands.assemble import load_tasks, overlap_note
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
-from satune.config.schema import AgentSection, Recipe
-from satune.loading import served
+from satune.config.schema import Recipe
 from satune.tiny.zoo import is_tiny, tiny_model
+from satune.types import ServedModel
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _PARTS = ("weights", "gradients", "optimizer", "anchor_and_proposal")
 _DEVICE = 80 * 10**9
 """What a common accelerator holds; the description says whether that is enough."""
@@ -39,16 +40,16 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     total = 0
     for name, section in resolved.agents.items():
         entry: dict[str, Any] = {
-            "model": section.model,
+            "model": str(section.model),
             "seats": [seat for seat, agent in resolved.seats.items() if agent == name],
             "temperature": section.temperature,
             "delta": recipe.trust_region.of(section.delta).delta,
             "trained": not section.frozen and recipe.stages > 0,
         }
-        if served(section.model) is not None:
+        if isinstance(section.model, ServedModel):
             # Elsewhere it may take what it takes.
             entry["memory"] = dict.fromkeys(_PARTS, 0)
-        elif (sizes := _sizes(section)) is not None:
+        elif (sizes := _sizes(section.model, section.lora)) is not None:
             parameters, adapter, numbers = sizes
             shared = recipe.team.sharing == "lora" and section.model in counted
             counted.add(section.model)
@@ -124,25 +125,25 @@ def _overlap(recipe: Recipe) -> dict[str, str]:
     return {"overlap": line} if line else {}
 
 
-def _sizes(section: AgentSection) -> tuple[int, int, int | None] | None:
+def _sizes(source: str, lora: LoraSpec | None) -> tuple[int, int, int | None] | None:
     """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
-    if is_tiny(section.model):
-        model: Any = tiny_model(section.model, 0)
+    if is_tiny(source):
+        model: Any = tiny_model(source, 0)
     else:
-        config = configuration(section.model)
+        config = configuration(source)
         if config is None:
             return None
         model = skeleton(config)
     parameters = sum(p.numel() for p in model.parameters())
     adapter = 0
-    if section.lora is not None:
-        wanted = section.lora.targets
+    if lora is not None:
+        wanted = lora.targets
         head = model.get_output_embeddings()
         for name, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear) or module is head:
                 continue
             if wanted == ("all-linear",) or name.rsplit(".", 1)[-1] in wanted:
-                adapter += section.lora.rank * (module.in_features + module.out_features)
+                adapter += lora.rank * (module.in_features + module.out_features)
     return parameters, adapter, cached_numbers(model.config)
 
 

@@ -13,9 +13,8 @@ from satune.commands.assemble import Cast
 from satune.commands.project import PREVIEWED, preview, project_seat
 from satune.commands.reseat import Found, Reseated, load_found, with_newcomer
 from satune.commands.swap_request import (
-    DELTA,
-    DELTA_OF_ALL,
     Given,
+    Pair,
     SwapRequest,
     check_request,
     kept_answers,
@@ -25,11 +24,12 @@ from satune.commands.trust import remember
 from satune.config.load import save_recipe
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
-from satune.files.events import Event, Notice, SwapEvent, SwapRecord
+from satune.files.events import Distillation, Event, Notice, SwapEvent, SwapRecord
 from satune.play.evaluation import Evaluation, paired_difference
 from satune.report.monitors import scalar_writer
 from satune.swap.directory import Outcome, Source, write_result
 from satune.swap.handover import hand_over_between, mixture_kl
+from satune.swap.settings import DELTA, DELTA_OF_ALL
 from satune.tasks.catalog import draw
 from satune.types import Key, Progress, UserError, no_progress
 
@@ -73,19 +73,20 @@ def swap(
         if watch is not None:
             watch(cast(Event | Notice, {"event": kind, **fields}))
 
-    with swap_lock(request, out), kept_answers(request, found, out) as answers:
-        return _perform(request, found, out, Servers(answers=answers), progress, tell)
+    with swap_lock(request, out), kept_answers(request, pairs, found, out) as answers:
+        return _perform(request, pairs, found, out, Servers(answers=answers), progress, tell)
 
 
 def _perform(
     request: SwapRequest,
+    pairs: Sequence[Pair],
     found: Found,
     out: Path,
     servers: Servers,
     progress: Progress,
     tell: Tell,
 ) -> SwapResult:
-    started, pairs = time.perf_counter(), request.pairs()
+    started = time.perf_counter()
     for line in found.passed:
         tell("note", {"text": line})
     team = load_found(found, progress, servers)
@@ -184,14 +185,14 @@ class _Swap:
             return self.request.delta
         return DELTA_OF_ALL if len(self.request.seats) == len(self.found.seats) else DELTA
 
-    def seat(self, team: Reseated, group: Sequence[tuple[str, str]]) -> Reseated:
+    def seat(self, team: Reseated, group: Sequence[Pair]) -> Reseated:
         for seat, model in group:
             team = with_newcomer(
                 team, seat, model, tiny=self.request.tiny, server=self.request.server
             )
         return team
 
-    def method(self, old: Reseated, new: Reseated, group: Sequence[tuple[str, str]]) -> Given:
+    def method(self, old: Reseated, new: Reseated, group: Sequence[Pair]) -> Given:
         """The method of a group. Raises UserError where projection is asked for and impossible."""
         asked = self.request.method
         for seat, model in group:
@@ -220,7 +221,7 @@ class _Swap:
                 return "handover"
         return "project" if asked == "auto" else asked
 
-    def give(self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given) -> None:
+    def give(self, group: Sequence[Pair], reseated: Reseated, method: Given) -> None:
         """Measure one group of seats and, unless it is a dry run, hand them over or refuse."""
         started = time.perf_counter()
         record = self._measured(group, reseated, method)
@@ -237,9 +238,7 @@ class _Swap:
         record["seconds"] = time.perf_counter() - started
         self.records.append(record)
 
-    def _measured(
-        self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given
-    ) -> SwapRecord:
+    def _measured(self, group: Sequence[Pair], reseated: Reseated, method: Given) -> SwapRecord:
         """A record with held-out reward before, and with the newcomers as they are."""
         tokens = 0
         if self.before is None:
@@ -250,7 +249,7 @@ class _Swap:
         return {
             "seats": [seat for seat, _ in group],
             "agents": {seat: reseated.agent_of(seat) for seat, _ in group},
-            "models": dict(group),
+            "models": {seat: str(model) for seat, model in group},
             "method": method,
             "verdict": "measured",
             "reason": "",
@@ -262,9 +261,7 @@ class _Swap:
             "problems": gain.problems,
         }
 
-    def _preview(
-        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
-    ) -> None:
+    def _preview(self, reseated: Reseated, group: Sequence[Pair], record: SwapRecord) -> None:
         """What a projection would be, before one is tried."""
         record["projection"] = {}
         for number, (seat, _) in enumerate(group):
@@ -281,12 +278,11 @@ class _Swap:
             record["tokens"] += tokens
             self.tell("alignment", {"seat": seat, **figures})
 
-    def _project(
-        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
-    ) -> None:
+    def _project(self, reseated: Reseated, group: Sequence[Pair], record: SwapRecord) -> None:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
         team: Reseated | None = self.team
-        distillation = record["distillation"] = {}
+        distillation: dict[str, Distillation] = {}
+        record["distillation"] = distillation
         previewed = record.get("projection", {})
         for seat, _ in group:
             assert team is not None
@@ -338,14 +334,14 @@ class _Swap:
             swap_key(self.found, len(self.records)),
             self.spending,
             offset=self.offset,
-            watch=lambda look: self.tell("look", {"seats": record["seats"], **look.to_dict()}),
+            watch=lambda look: self.tell("look", {"seats": record["seats"], **look}),
         )
         self.offset = found.offset
         self.evidence += [{"seats": record["seats"], **row} for row in found.rows]
         record["verdict"], record["reason"] = found.verdict, found.reason
         record["epsilon"] = record["tv"] = found.epsilon
         record["mixture_kl"] = mixture_kl(found.epsilon)
-        record["looks"] = [look.to_dict() for look in found.looks]
+        record["looks"] = found.looks
         if found.certificate is not None:
             record["lower"], record["claim"] = found.certificate.lower, found.certificate.claim
         record["tokens"] += found.sampled_tokens

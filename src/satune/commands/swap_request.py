@@ -15,20 +15,21 @@ from pydantic import ValidationError
 
 from satune.commands.reseat import Found, check_seat, find_team
 from satune.commands.trust import NOTHING, Trust
-from satune.config.schema import ServerSection
+from satune.config.derive import section_of
+from satune.engines.settings import ServerSettings
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors
-from satune.loading import nearest_hint, served
+from satune.loading import model_in, nearest_hint
 from satune.swap.directory import refuse_existing
-from satune.swap.handover import HandOverSettings
-from satune.types import UserError
+from satune.swap.settings import DistillSettings, HandOverSettings
+from satune.types import ServedModel, UserError
 
 Given = Literal["project", "handover"]
 """How a seat is given to a newcomer."""
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
-DELTA, DELTA_OF_ALL = 0.01, 0.004
-"""Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
+Pair = tuple[str, str | ServedModel]
+"""A seat, and the model that it is to be given to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class SwapRequest:
     together: bool = False
     dry_run: bool = False
     otherwise: Literal["mixture", "refuse", "handover"] | None = None
-    rounds: int = 30
+    rounds: int = DistillSettings().rounds
     tiny: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
@@ -60,8 +61,9 @@ class SwapRequest:
     def fallback(self) -> Literal["mixture", "refuse", "handover"]:
         return self.otherwise or ("handover" if self.method == "auto" else "refuse")
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """Each seat with its model. Raises UserError where they do not match."""
+    def pairs(self) -> list[Pair]:
+        """Each seat with its model. Raises UserError where they do not match, and for a served
+        model whose address or name is missing."""
         if not self.seats:
             raise UserError("--seat: name a seat, and its model by --with")
         for seat in self.seats:
@@ -72,11 +74,15 @@ class SwapRequest:
                 f"--with: {len(self.models)} models for {len(self.seats)} seats; give one a seat, "
                 "in the same order, or one for all"
             )
-        models = self.models if len(self.models) > 1 else [self.models[0]] * len(self.seats)
+        try:
+            models = [model_in(model) for model in self.models]
+        except UserError as error:
+            raise UserError(f"--with: {error}") from None
+        models = models if len(models) > 1 else models * len(self.seats)
         return list(zip(self.seats, models, strict=True))
 
 
-def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
+def check_request(request: SwapRequest, pairs: Sequence[Pair]) -> tuple[Found, Path]:
     """The team, and where the new one goes; whatever can be refused before models are loaded."""
     if request.method not in METHODS:
         hint = nearest_hint(request.method, METHODS)
@@ -94,15 +100,11 @@ def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tup
     found = find_team(source, request.recipe, request.trust)
     for seat, model in pairs:
         check_seat(found, seat)
-        try:
-            at_server = served(model) is not None
-        except UserError as error:
-            raise UserError(f"--with: {error}") from None
-        if at_server and request.method == "project":
+        if isinstance(model, ServedModel) and request.method == "project":
             raise UserError(
                 f"--with {model}: a server shows no distributions to project; use --method handover"
             )
-    _check_server(request)
+    _check_server(request, pairs)
     return found, out
 
 
@@ -123,13 +125,16 @@ def swap_lock(request: SwapRequest, out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def kept_answers(request: SwapRequest, found: Found, out: Path) -> Iterator[Path | None]:
+def kept_answers(
+    request: SwapRequest, pairs: Sequence[Pair], found: Found, out: Path
+) -> Iterator[Path | None]:
     """Where servers' answers lie until the swap is decided, so that the same command, begun again
     after a failure, asks only for what is missing. None for a dry run, which writes nothing."""
     if request.dry_run:
         yield None
         return
-    same = [str(found.path.resolve()), found.checkpoint, request.pairs(), dict(request.server)]
+    named = [(seat, str(model)) for seat, model in pairs]
+    same = [str(found.path.resolve()), found.checkpoint, named, dict(request.server)]
     digest = hashlib.blake2b(json.dumps(same).encode(), digest_size=4).hexdigest()
     path = out.absolute().with_name(f"{out.absolute().name}.answers-{digest}.jsonl")
     try:
@@ -141,17 +146,17 @@ def kept_answers(request: SwapRequest, found: Found, out: Path) -> Iterator[Path
     path.unlink(missing_ok=True)
 
 
-def _check_server(request: SwapRequest) -> None:
+def _check_server(request: SwapRequest, pairs: Sequence[Pair]) -> None:
+    section = section_of(ServerSettings)
     try:
-        section = ServerSection(**request.server)
+        section(**request.server)
     except ValidationError as error:
         first = error.errors()[0]
         where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
-        hint = nearest_hint(where, ServerSection.model_fields) if "extra" in first["type"] else ""
+        hint = nearest_hint(where, section.model_fields) if "extra" in first["type"] else ""
         raise UserError(f"--server-option {where}: {said}{hint}") from None
-    if request.server and not any(served(model) for model in request.models):
+    if request.server and not any(isinstance(model, ServedModel) for _, model in pairs):
         raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
-    if "api_key_env" in request.server and not os.environ.get(section.api_key_env):
-        raise UserError(
-            f"--server-option api_key_env: ${section.api_key_env} is not set; export it"
-        )
+    variable = request.server.get("api_key_env")
+    if variable is not None and not os.environ.get(variable):
+        raise UserError(f"--server-option api_key_env: ${variable} is not set; export it")

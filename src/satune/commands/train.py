@@ -14,15 +14,16 @@ from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast
 from satune.commands.trust import remember
 from satune.config.checks import decisions
-from satune.config.derive import may_change
+from satune.config.derive import Named, may_change
 from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 from satune.loading import check_options, load_object
 from satune.play.evaluation import progress_of
 from satune.play.rollout import rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
+from satune.task_parts import is_fresh
 from satune.tasks.catalog import draw, take
 from satune.training.checkpoint import Checkpoints
 from satune.training.credit import load_credit
@@ -55,6 +56,7 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
             objective=load_objective(recipe.objective),
             credit=load_credit(recipe.credit.name, recipe.credit.options),
             trust_region=recipe.trust_region,
+            gauge=recipe.gauge,
             epochs=recipe.optimizer.epochs,
             mini_batches=recipe.optimizer.mini_batches,
             max_new_tokens=rollout.max_new_tokens,
@@ -111,7 +113,7 @@ class LocalWorld:
 
     @property
     def certifies(self) -> Literal["fresh", "finite"]:
-        return "fresh" if getattr(self.cast.task, "fresh", False) else "finite"
+        return "fresh" if is_fresh(self.cast.task) else "finite"
 
     def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
         drawn = draw(self.cast.task, "certify", problems, offset)
@@ -175,7 +177,7 @@ def check_held_out(task: Task) -> None:
         return [repr((p.text, p.answer, p.metadata)) for p in problems]
 
     first = draw(task, "certify", 16)
-    if getattr(task, "fresh", False):
+    if is_fresh(task):
         taught = content(take(task, "train", len(first)))
         same = content(first) == taught
     else:
@@ -231,22 +233,25 @@ def _may_change(key: str, held: Recipe, now: Recipe) -> bool:
         if len(parts) < len(named):
             continue
         if all(a in (b, "NAME") for a, b in zip(named, parts, strict=False)):
-            plain = (each.model_dump(mode="json") for each in (held, now))
-            return mark.allows(*(_value(each, parts[: len(named)]) for each in plain))
+            return mark.allows(*(_value(each, parts[: len(named)]) for each in (held, now)))
     return False
 
 
 def _value(recipe: Any, parts: Sequence[str]) -> Any:
-    """The value of a dotted key of a recipe as plain values; None where there is none."""
+    """The value of a dotted key of a recipe; None where there is none."""
     for part in parts:
-        recipe = recipe.get(part) if isinstance(recipe, Mapping) else None
+        section = recipe.options if isinstance(recipe, Named) else recipe
+        recipe = section.get(part) if isinstance(section, Mapping) else getattr(section, part, None)
     return recipe
 
 
 def tolerance_of(recipe: Recipe) -> Tolerance:
     """What engine and learner may differ by: rounding of the compute type."""
-    if recipe.team.dtype == "bfloat16" or recipe.optimizer.autocast:
+    computed = recipe.optimizer.autocast or recipe.team.dtype
+    if computed == "bfloat16":
         return Tolerance(mean=0.05, largest=2.0)
+    if computed == "float16":
+        return Tolerance(mean=0.01, largest=0.5)
     if recipe.team.dtype == "float64":
         return Tolerance(mean=1e-6, largest=1e-5)
     return Tolerance(mean=1e-4, largest=1e-3)

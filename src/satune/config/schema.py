@@ -17,12 +17,13 @@ from pydantic import BeforeValidator, Field
 
 from satune.agents.messages import TemplateSettings
 from satune.agents.specs import LoraSpec, Rate
-from satune.config.derive import Choice, Derived, Named, OpenSection, Section
-from satune.core.objectives import OBJECTIVES, ObjectiveSettings
+from satune.config.derive import Choice, Derived, Named, OpenSection, Section, Written
+from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.base import ENGINES
-from satune.loading import KEY_VARIABLE, served
-from satune.ranges import Count, MayChange, Positive, Range, Text, Whole
+from satune.engines.settings import ServerSettings
+from satune.loading import model_in
+from satune.ranges import MayChange, Range, Text, Whole
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS
@@ -31,9 +32,11 @@ from satune.training.settings import (
     CertifySettings,
     CheckpointSettings,
     EvaluateSettings,
+    GaugeSettings,
     RolloutSettings,
     StepSettings,
 )
+from satune.types import ServedModel
 
 # Names become directory names and parts of dotted overrides, hence neither dots nor slashes.
 Name = Annotated[str, Range(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -43,30 +46,18 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class ServerSection(Section):
-    """How the server of a model at ``http://ADDRESS/v1#MODEL`` is asked."""
-
-    api_key_env: Annotated[str, Range(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = KEY_VARIABLE
-    concurrency: Count = 32
-    retries: Whole = 8
-    timeout: Positive = 1200.0
-    requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None
-    stream: bool = False
-    seed: bool = True
-
-
-def served_elsewhere(before: str, after: str) -> bool:
+def served_elsewhere(before: str | ServedModel, after: str | ServedModel) -> bool:
     """Whether two models are one by its name, at two addresses of servers."""
-    there, then = served(before), served(after)
-    return there is not None and then is not None and there[1] == then[1]
+    if not isinstance(before, ServedModel) or not isinstance(after, ServedModel):
+        return False
+    return before.name == after.name
 
 
 class AgentSection(Section):
     """One agent: a model path, a GGUF file, a hub id, ``tiny:<family>-<size>`` or, where it is
     frozen, ``http://ADDRESS/v1#MODEL``; and what is its own."""
 
-    model: Annotated[Text, MayChange(served_elsewhere)]
+    model: Annotated[str | ServedModel, Written(model_in), MayChange(served_elsewhere)]
     temperature: float = 1.0
     template: Annotated[TemplateSettings, Derived()] = TemplateSettings()
     lora: Annotated[LoraSpec, Derived()] | None = None
@@ -75,7 +66,7 @@ class AgentSection(Section):
     frozen: bool = False
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager"] | None = None
-    server: Annotated[ServerSection | None, MayChange()] = None
+    server: Annotated[Annotated[ServerSettings, Derived()] | None, MayChange()] = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class TeamSection(Section):
     sharing: Literal["separate", "lora", "shared"] = "separate"
     agents: Annotated[dict[Name, AgentSection], Field(min_length=1)]
     seats: Annotated[dict[Name, Name], Field(min_length=1)] | None = None
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     device: Annotated[Text, MayChange()] = "auto"
     cache: Annotated[str | None, MayChange()] = None
 
@@ -115,7 +106,7 @@ class TeamSection(Section):
             agents = {
                 name: agent
                 if agent.lora
-                or served(agent.model) is not None
+                or isinstance(agent.model, ServedModel)
                 or Path(agent.model, "adapter_config.json").is_file()
                 else agent.model_copy(update={"lora": LoraSpec()})
                 for name, agent in self.agents.items()
@@ -144,7 +135,7 @@ class LogSection(Section):
 
 
 EngineChoice = Annotated[Named, Choice(ENGINES, "local")]
-TERMS = Choice(OBJECTIVES, "sat", 1, ObjectiveSettings, ("reference_kl", "entropy"))
+TERMS = Choice(OBJECTIVES, "sat", 0, ObjectiveSettings, ("reference_kl", "entropy"))
 
 
 class Recipe(Section):
@@ -160,6 +151,7 @@ class Recipe(Section):
     objective: Annotated[ObjectiveSettings, TERMS] = Field("sat", validate_default=True)
     credit: Annotated[Named, Choice(CREDIT, "group", 3)] = Field("group", validate_default=True)
     trust_region: Annotated[TrustRegionSettings, Derived()] = TrustRegionSettings()
+    gauge: Annotated[GaugeSettings, Derived()] = GaugeSettings()
     optimizer: Annotated[StepSettings, Derived()] = StepSettings()
     stages: Annotated[Whole, MayChange()] = 20
     evaluate: Annotated[EvaluateSettings, Derived()] = EvaluateSettings()

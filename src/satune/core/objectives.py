@@ -1,8 +1,8 @@
 """The training objectives as pure functions from one bundle of tensors to a loss and its metrics.
 
-An objective is ``f(batch: ObjectiveBatch, **options) -> (loss, metrics)``. Its options are its
-keyword parameters, with their ranges and defaults: a recipe's keys are derived from them. Every
-term is divided by totals of the whole mini-batch that the caller passes in, so that the losses of
+An objective is ``f(batch: ObjectiveBatch, **options) -> (loss, metrics)``; the ranges and defaults
+of its options stand in ``core.settings``, those of the user's own in its signature. Every term is
+divided by totals of the whole mini-batch that the caller passes in, so that the losses of
 micro-batches add up to the loss of one large batch. The per-token values of a batch may be leaves
 of their own: nothing but autograd on them is needed for the loss's derivative by each value.
 Shape suffixes: ``T`` own tokens, ``E`` episodes of the micro-batch.
@@ -11,15 +11,14 @@ Shape suffixes: ``T`` own tokens, ``E`` episodes of the micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from satune.core.ratios import sequence_log_ratio, sum_by, token_log_ratio
-from satune.ranges import Fraction, NotNegative, Positive, check, check_call
+from satune.core.settings import OBJECTIVES, ObjectiveSettings
 
 LINEAR_ABOVE = 20.0
 """Log-ratio above which e^u goes on as its tangent, so that neither it nor its gradient overflows.
@@ -65,39 +64,20 @@ which are sums that add up over micro-batches. The batch's episodes of weight 0 
 """
 
 
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """Which objective with which ``options``, and the weights of the terms beside it: ``beta`` of
-    ``kl_T``, ``reference_kl`` and ``entropy``.
-
-    ``name`` is one of OBJECTIVES, or names ``loss``, the user's own function of the same form.
-    Raises: ValueError on an unknown name or option, or a value outside its range.
-    """
-
-    name: str = "sat"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    beta: NotNegative = 0.0
-    reference_kl: NotNegative = 0.0
-    entropy: NotNegative = 0.0
-    loss: Objective | None = None
-
-    def __post_init__(self) -> None:
-        check(self, "objective")
-        if self.loss is None and ":" not in self.name:
-            if self.name not in OBJECTIVES:
-                known = ", ".join(OBJECTIVES)
-                raise ValueError(f"objective.name {self.name!r}: choose one of {known}")
-            check_call(OBJECTIVES[self.name], self.options, "objective")
-
-    def policy_loss(self, batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
-        """The objective itself, without the terms beside it."""
-        loss, metrics = (self.loss or OBJECTIVES[self.name])(batch, **self.options)
-        if loss.dim() != 0:
-            raise ValueError(
-                f"objective {self.name}: its loss has the shape {tuple(loss.shape)}; "
-                "return one number for the whole batch"
-            )
-        return loss, metrics
+def policy_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+    """The objective itself, without the terms beside it. Raises ValueError for an objective of the
+    user's own that gives no single number."""
+    if settings.loss is not None:
+        loss, metrics = settings.loss(batch, **settings.options)
+    else:
+        options = OBJECTIVES[settings.name](**settings.options)
+        loss, metrics = LOSSES[settings.name](batch, **asdict(options))
+    if loss.dim() != 0:
+        raise ValueError(
+            f"objective {settings.name}: its loss has the shape {tuple(loss.shape)}; "
+            "return one number for the whole batch"
+        )
+    return loss, metrics
 
 
 def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
@@ -114,8 +94,8 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
     """
     _check_batch(batch)
     batch, weights_T = _without_weightless(batch)
-    policy_loss, metrics = settings.policy_loss(batch)
-    loss = policy_loss
+    policy, metrics = policy_loss(batch, settings)
+    loss = policy
     for name, coefficient, values_T in (
         ("kl", settings.beta, batch.kl_T),
         ("reference_kl", settings.reference_kl, batch.reference_kl_T),
@@ -132,11 +112,11 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
         if coefficient != 0:
             loss = loss + coefficient * total / batch.token_total
         metrics[name] = total
-    metrics |= {"policy_loss": policy_loss, "loss": loss, "token_weight": weights_T.sum()}
+    metrics |= {"policy_loss": policy, "loss": loss, "token_weight": weights_T.sum()}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def sat(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
+def sat(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """Clipped sequence ratio of the summed log-ratio: E3 of THEORY §4 (b) when A = R - b."""
     u_E = sequence_log_ratio(
         batch.logprobs_T, batch.anchor_logprobs_T, batch.episode_T, batch.episodes
@@ -144,7 +124,7 @@ def sat(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, 
     return _clipped_episodes(u_E, batch, clip)
 
 
-def gspo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
+def gspo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """As sat with the log-ratio averaged over the episode's own tokens."""
     u_E = sequence_log_ratio(
         batch.logprobs_T, batch.anchor_logprobs_T, batch.episode_T, batch.episodes
@@ -160,7 +140,7 @@ def _clipped_episodes(
     return loss, _ratio_metrics(u_E, clipped_E, batch.weights_E != 0)
 
 
-def grpo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
+def grpo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over each episode's own tokens, then over episodes."""
     gain_T, metrics = _clipped_tokens(batch, clip, clip)
     gain_E = sum_by(gain_T, batch.episode_T, batch.episodes) / _own_tokens(batch)
@@ -168,7 +148,7 @@ def grpo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor,
 
 
 def dapo(
-    batch: ObjectiveBatch, *, clip_low: Fraction | None = 0.2, clip_high: Positive | None = 0.28
+    batch: ObjectiveBatch, *, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over all tokens: every token of a long episode counts."""
     gain_T, metrics = _clipped_tokens(batch, clip_low, clip_high)
@@ -177,7 +157,7 @@ def dapo(
 
 
 def cispo(
-    batch: ObjectiveBatch, *, clip_low: Fraction | None = None, clip_high: Positive | None = 4.0
+    batch: ObjectiveBatch, *, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Metrics]:
     """log π times the clipped token ratio, which is a constant: no token loses its gradient to the
     clip, the clip only bounds how much it counts. Averaged over all tokens.
@@ -200,7 +180,7 @@ def reinforce(batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
     return loss, _ratio_metrics(u_E, torch.zeros_like(u_E), batch.weights_E != 0)
 
 
-OBJECTIVES: dict[str, Objective] = {
+LOSSES: dict[str, Objective] = {
     "sat": sat,
     "gspo": gspo,
     "grpo": grpo,

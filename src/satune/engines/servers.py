@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from satune.agents.pretrained import AgentSpec
 from satune.engines.answers import Answers
 from satune.engines.routed import RoutedEngine
-from satune.loading import KEY_VARIABLE, served
-from satune.types import Completion, Engine, Key, Prompt, Sampling, UserError
+from satune.engines.settings import ServerSettings
+from satune.loading import KEY_VARIABLE
+from satune.types import Completion, Engine, Key, Prompt, Sampling, ServedModel, UserError
 
 if TYPE_CHECKING:  # httpx is an extra
     from satune.engines.openai import OpenAIEngine
@@ -51,49 +52,48 @@ class Servers:
         or options were said to be others, and without the package that asks.
         """
         try:
-            from satune.engines.client import ServerSettings, address_of
+            from satune.engines.client import address_of
             from satune.engines.openai import OpenAIEngine
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{url}: to ask a server needs {error.name}; pip install 'satune[openai]'"
             ) from None
         address = str(address_of(url)).rstrip("/")
-        settings = ServerSettings(**{**(options or {}), **self._given})
-        if address not in self._engines:
+        known = self._engines.get(address)
+        variable = key_variable or (known.settings.api_key_env if known else self._key_variable)
+        try:
+            settings = ServerSettings(variable, **{**(options or {}), **self._given})
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if known is None:
             if self._answers is None:
                 self._answers = Answers(self._path)
-            self._engines[address] = OpenAIEngine(
-                url,
-                {},
-                settings,
-                key_variable=key_variable or self._key_variable,
-                answers=self._answers,
-            )
-        engine = self._engines[address]
-        if key_variable not in (None, engine.key_variable):
+            known = OpenAIEngine(url, {}, settings, answers=self._answers)
+            self._engines[address] = known
+        if variable != known.settings.api_key_env:
             raise UserError(
-                f"{engine.base_url}: its key is in ${engine.key_variable} and in ${key_variable}; "
-                "name one of them"
+                f"{known.base_url}: its key is in ${known.settings.api_key_env} and in "
+                f"${variable}; name one of them"
             )
-        if options is not None and settings != engine.settings:
+        if options is not None and settings != known.settings:
             raise UserError(
-                f"{engine.base_url}: is to be asked in two ways; give every agent there the same "
+                f"{known.base_url}: is to be asked in two ways; give every agent there the same "
                 "server section"
             )
-        return engine
+        return known
 
-    def model(self, url: str, name: str, key_variable: str | None = None) -> ServedModel:
-        """The model ``name`` at an address. Raises UserError as ``at``."""
-        return ServedModel(self.at(url, key_variable), name)
+    def model(self, model: ServedModel, key_variable: str | None = None) -> ServedEngine:
+        """What asks this model. Raises UserError as ``at``."""
+        return ServedEngine(self.at(model.address, key_variable), model.name)
 
     async def close(self) -> None:
         for engine in self.engines:
             await engine.close()
 
 
-class ServedModel:
-    """A model at a server, for whoever it plays; others may use the server too. ``thinking`` is
-    passed to its chat template where it is given."""
+class ServedEngine:
+    """Asks one model at a server, for whoever it plays; others may use the server too. ``thinking``
+    is passed to its chat template where it is given."""
 
     def __init__(self, server: OpenAIEngine, model: str, thinking: bool | None = None) -> None:
         self._server = server
@@ -126,12 +126,12 @@ def with_served(
     """``local``, and the models of the served agents in ``specs`` for the seats that they fill."""
     there: dict[str, Engine] = {}
     for name, spec in specs.items():
-        at = served(spec.model)
-        assert at is not None
+        model = spec.served
+        assert model is not None
         options = dict(spec.server)
         variable = options.pop("api_key_env", KEY_VARIABLE)
-        server = servers.at(at[0], variable, options)
-        there[name] = ServedModel(server, at[1], spec.template.enable_thinking)
+        server = servers.at(model.address, variable, options)
+        there[name] = ServedEngine(server, model.name, spec.template.enable_thinking)
     if not there:
         return local
     of_seats = {seat: there[agent] for seat, agent in seats.items() if agent in there}

@@ -1,5 +1,5 @@
-"""From episodes to advantages: a credit rule says how much better than expected each episode was
-for one agent.
+"""The credit rules: each says how much better than expected every episode was for one agent
+(``training.advantages`` asks them).
 
 A rule is a callable ``rule(episodes, agent, max_new_tokens) -> Tensor [E]`` whose options are what
 its class (or, beyond these three, its function) takes:
@@ -15,21 +15,20 @@ A recipe names one of CREDIT or the user's own, ``credit: path/to/file.py:name``
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from satune.core.advantages import Baseline, group_advantages, overlong_penalty
+from satune.core.settings import Baseline
 from satune.loading import load_named
 from satune.ranges import Positive, Whole, check
-from satune.types import Episode, UserError
+from satune.types import Episode
 
-Credit = Callable[[Sequence[Episode], str, int], Tensor]
+if TYPE_CHECKING:  # a recipe is read without torch
+    from torch import Tensor
+
+Credit = Callable[[Sequence[Episode], str, int], "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,10 @@ class GroupCredit:
         check(self, "credit")
 
     def __call__(self, episodes: Sequence[Episode], agent: str, max_new_tokens: int) -> Tensor:
+        import torch
+
+        from satune.core.advantages import group_advantages, overlong_penalty
+
         rewards = [self.reward(episode, agent) for episode in episodes]
         rewards_E = torch.tensor(rewards, dtype=torch.float64)
         if self.overlong_buffer > 0:
@@ -62,7 +65,7 @@ class GroupCredit:
             )
         return group_advantages(
             rewards_E,
-            groups(episodes),
+            torch.tensor(labels(episodes)),
             baseline=self.baseline,
             normalise=self.normalise,
             clip=self.clip,
@@ -99,37 +102,10 @@ def load_credit(
     return load_named("credit", name, CREDIT, options or {}, skip=3, base=base)
 
 
-def advantages(
-    rule: Credit, episodes: Sequence[Episode], agent: str, max_new_tokens: int
-) -> Tensor:
-    """Advantages [E] of an experience in float64, by a rule that sees only what may be judged.
-
-    Episodes that the world ended get 0 and play no part in their group; a group with fewer than
-    two others has nothing to compare and gets 0.
-    Raises: UserError if the rule does not give one number an episode.
-    """
-    heard = Counter(episode.problem.id for episode in episodes if not episode.masked)
-    judged = [
-        index
-        for index, episode in enumerate(episodes)
-        if not episode.masked and heard[episode.problem.id] >= 2
-    ]
-    advantages_E = torch.zeros(len(episodes), dtype=torch.float64)
-    if judged:
-        found = torch.as_tensor(rule([episodes[i] for i in judged], agent, max_new_tokens))
-        if found.shape != (len(judged),):
-            raise UserError(
-                f"credit: the rule gave the shape {tuple(found.shape)} for {len(judged)} episodes; "
-                "return one advantage an episode"
-            )
-        advantages_E[judged] = found.detach().double()
-    return advantages_E
-
-
-def groups(episodes: Sequence[Episode]) -> Tensor:
-    """The problem of each episode as a label [E], counted in order of first appearance."""
+def labels(episodes: Sequence[Episode]) -> list[int]:
+    """The problem of each episode as a label, counted in order of first appearance."""
     label: dict[str, int] = {}
-    return torch.tensor([label.setdefault(e.problem.id, len(label)) for e in episodes])
+    return [label.setdefault(episode.problem.id, len(label)) for episode in episodes]
 
 
 def _longest(episode: Episode, agent: str) -> int:
