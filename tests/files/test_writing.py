@@ -55,9 +55,13 @@ def test_a_failed_write_leaves_the_old_file(
 @pytest.mark.parametrize(
     ("number", "says"),
     [
-        (errno.EACCES, "no permission"), (errno.EROFS, "read-only"), (errno.ENOSPC, "full"),
-        (errno.EIO, "Input/output error; give another --out"), (errno.ELOOP, "symbolic links; give"),
-        (errno.ESTALE, "tale file handle; give"), (errno.ENOENT, "No such file or directory; give"),
+        (errno.EACCES, "no permission"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOSPC, "full"),
+        (errno.EIO, "Input/output error; give another --out"),
+        (errno.ELOOP, "symbolic links; give"),
+        (errno.ESTALE, "tale file handle; give"),
+        (errno.ENOENT, "No such file or directory; give"),
     ],  # fmt: skip
 )
 def test_errors_of_the_disk_are_worded(number: int, says: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 
 from satune.files.events import Event
-from satune.files.writing import write_atomically
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError, ids_of, logprobs_of
 

@@ -80,7 +80,7 @@ class Rows:
         """Whether the block of the store in which the states of all of these lie may become the
         batch: what is new in their prompts is one forward, and there is room for the places that
         it takes and for what they will write."""
-        block = self.store.block_of(requests[0].owner)
+        block = self.store.block_of([request.owner for request in requests])
         cached = [self.store.match(request.owner, request.fed) for request in requests]
         if block is None or not all(cached):
             return False
@@ -165,8 +165,7 @@ class Rows:
         fresh = [r.fed[start:] for r, start in zip(requests, cached, strict=True)]
         width = max(map(len, fresh))
         found = self.store.take([request.owner for request in requests])
-        if found is None:
-            return None
+        assert found is not None
         cache, rows = found
         self._begin(cache)
         count = len(requests)
