@@ -62,7 +62,7 @@ def test_a_failed_write_leaves_the_old_file(
         (errno.ELOOP, "symbolic links; give"),
         (errno.ESTALE, "tale file handle; give"),
         (errno.ENOENT, "No such file or directory; give"),
-    ],  # fmt: skip
+    ],
 )
 def test_errors_of_the_disk_are_worded(number: int, says: str) -> None:
     with (
