@@ -283,6 +283,9 @@ def test_describe_tells_sizes_without_loading(
     }  # fmt: skip
     both = 4 * (ann["parameters"] + bob["parameters"])
     assert found["memory"]["together"] == both + 20 * bob["parameters"]
+    # Weights of both, moments of both at rest, the larger one's moments, anchor and proposal.
+    peak = found["peak"]
+    assert peak["peak"] >= peak["measure"] > 3 * both + 4 * 4 * bob["parameters"]
     # hybrid: between one rollout a stage and one an agent, of 3 problems × 4 samples.
     assert found["stage"] == {
         "steps": 2,
@@ -299,7 +302,7 @@ def test_describe_tells_sizes_without_loading(
 def test_describe_refuses_what_cannot_run(satune: Run, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("async def play(talk):\n    return (\n")
     for override, said in {
-        "task={name: realy}": "unknown task 'realy'; did you mean 'relay'?",
+        "task={name: realy}": "unknown task 'realy' (nearest: relay;",
         "task={name: relay, number: 3}": "task relay: no option 'number'",
         "protocol=chian": "unknown protocol 'chian'",
         "protocol={name: debate, round: 2}": "protocol debate: no option 'round'",
@@ -316,7 +319,7 @@ def test_describe_leaves_out_what_it_cannot_know(satune: Run, recipe: Path) -> N
     assert code == 0
     assert "parameters" not in found["agents"]["bob"] and "memory" not in found["agents"]["bob"]
     assert "parameters" in found["agents"]["ann"]
-    assert found["memory"] == {}
+    assert found["memory"] == {} and "peak" not in found
     code, stdout, _ = satune("describe", recipe, hub)
     assert code == 0 and "memory: not known here" in stdout
 

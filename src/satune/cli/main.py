@@ -38,7 +38,7 @@ def main() -> None:
     try:
         _refuse_other_encodings()
         # Without any word typer shows the help; with some, what is wrong with them is told here.
-        ended = app(standalone_mode=len(sys.argv) == 1)
+        ended = app(prog_name="satune", standalone_mode=len(sys.argv) == 1)
         if ended == 130:  # how typer reports a ctrl-C that a command did not catch
             _leave("interrupted")
         sys.exit(ended)
