@@ -303,9 +303,9 @@ def test_describe_refuses_what_cannot_run(satune: Run, recipe: Path, tmp_path: P
     (tmp_path / "broken.py").write_text("async def play(talk):\n    return (\n")
     for override, said in {
         "task={name: realy}": "unknown task 'realy' (nearest: relay;",
-        "task={name: relay, number: 3}": "task relay: no option 'number'",
+        "task={name: relay, number: 3}": "task relay: unknown option 'number'",
         "protocol=chian": "unknown protocol 'chian'",
-        "protocol={name: debate, round: 2}": "protocol debate: no option 'round'",
+        "protocol={name: debate, round: 2}": "protocol debate: unknown option 'round'",
         f"protocol={tmp_path / 'broken.py'}:play": "broken.py",
         "rollout.max_new_tokens=100000": "rollout.max_new_tokens: 100000 leave no room",
     }.items():

@@ -378,25 +378,19 @@ Notice = LookNotice | AlignmentNotice | DistillationNotice | Note
 """What is shown while a swap goes on and not written as an event."""
 
 
-def append_event(path: str | Path, event: Event) -> None:
-    """Add an event to a file of them, with ``time``: when it was written, in UTC.
+def append_event(path: str | Path, event: Event, *, first: bool = False) -> None:
+    """Add an event to a file of them, with ``time``: when it was written, in UTC. As the ``first``
+    it takes the place of all that was there: complete, or not at all.
 
     Raises UserError where the disk refuses, TypeError for values that are not plain.
     """
-    append_lines(path, [_timed(event)])
-
-
-def begin_events(path: str | Path, event: Event) -> None:
-    """Write a file of this one event, as ``append_event`` adds it: complete, in place of what was
-    there, or not at all."""
-    write_atomically(path, f"{strict_json(_timed(event))}\n")
-
-
-def _timed(event: Event) -> dict[str, Any]:
-    fields: Mapping[str, Any] = event
-    assert "time" not in fields
+    assert "time" not in event
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return {"event": fields["event"], "time": now, **fields}
+    row = {"event": event["event"], "time": now, **event}
+    if first:
+        write_atomically(path, f"{strict_json(row)}\n")
+    else:
+        append_lines(path, [row])
 
 
 def read_events(path: str | Path) -> list[Event]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.files.arrays import append_rows, files_of_rows, read_rows
-from satune.files.events import Event, append_event, begin_events, read_events
+from satune.files.events import Event, append_event, read_events
 from satune.files.lines import cut_torn_line
 from satune.files.lock import LOCK, locked
 from satune.files.manifest import missing_part
@@ -181,7 +181,7 @@ class RunDirectory:
         """Add one event, with the time. The first event of a run takes the place of all others:
         they are of a beginning that came to nothing."""
         if event["event"] == "run":
-            begin_events(self.events, event)
+            append_event(self.events, event, first=True)
             return
         append_event(self.events, event)
         self._unsynced.add(self.events)
