@@ -301,6 +301,19 @@ def test_describe_tells_sizes_without_loading(
     assert json.loads(stdout)["stage"]["certify_episodes"] == [60, 120]
 
 
+def test_describe_refuses_what_cannot_run(satune: Run, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("async def play(talk):\n    return (\n")
+    for override, said in {
+        "task={name: realy}": "unknown task 'realy' (nearest: relay;",
+        "task={name: relay, number: 3}": "task relay: unknown option 'number'",
+        "protocol=chian": "unknown protocol 'chian'",
+        "protocol={name: debate, round: 2}": "protocol debate: unknown option 'round'",
+        f"protocol={tmp_path / 'broken.py'}:play": "broken.py",
+        "rollout.max_new_tokens=100000": "rollout.max_new_tokens: 100000 leave no room",
+    }.items():
+        assert said in refused(satune("describe", recipe, override)), override
+
+
 def test_describe_leaves_out_what_it_cannot_know(satune: Run, recipe: Path) -> None:
     hub = "team.agents.bob.model=somebody/some-model"
     code, stdout, _ = satune("describe", recipe, hub, "--json")

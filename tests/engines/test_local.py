@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -515,6 +516,24 @@ def test_a_failing_conversation_does_not_stop_the_others():
 
     results = run(all_of_them())
     assert [isinstance(r, Completion) for r in results] == [True, False, False, True, True]
+
+
+def test_a_ctrl_c_while_it_decodes_is_not_told_twice(caplog, monkeypatch):
+    """Of a task whose exception nobody asks for, asyncio prints the traceback as it goes."""
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    engine = engine_of()
+    monkeypatch.setattr(Policy, "hidden", interrupted)
+    try:
+        draw(engine, [([1, 2, 3], KEY.at(problem="p", sample=0, seat="a"))])
+    except KeyboardInterrupt:
+        ended = True
+    assert ended and engine._driver is not None and engine._driver.done()
+    del engine
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_a_cancelled_request_does_not_stop_the_others():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from satune.files.lines import append_lines, read_lines
+from satune.files.writing import strict_json, write_atomically
 from satune.types import Episode
 
 UNEQUAL = frozenset({"time", "seconds", "memory", "rate", "host", "pid"})
@@ -260,15 +261,16 @@ class Distillation(TypedDict):
 class Look(TypedDict):
     """One look of a hand-over at the evidence so far. ``epsilon`` is the newcomer's share while it
     was gathered, ``allowed`` the share it allows; ``lower`` and ``upper`` bound J(new) - J(old),
-    each wrong with probability ``alpha``; ``episodes`` of either side since the last look. ``tv``
-    and ``kl`` hold exactly for the mixture at ``allowed``: the most that trajectories' TV and
-    KL(old‖mix) can be."""
+    each wrong with probability ``alpha``; ``episodes`` of either side since the last look, ``old``
+    and ``new`` the mean rewards of those that the world did not end (None where it ended all).
+    ``tv`` and ``kl`` hold exactly for the mixture at ``allowed``: the most that trajectories' TV
+    and KL(old‖mix) can be."""
 
     epsilon: float
     problems: int
     episodes: int
-    old: float
-    new: float
+    old: float | None
+    new: float | None
     mean: float
     lower: float
     upper: float
@@ -380,15 +382,19 @@ Notice = LookNotice | AlignmentNotice | DistillationNotice | Note
 """What is shown while a swap goes on and not written as an event."""
 
 
-def append_event(path: str | Path, event: Event) -> None:
-    """Add an event to a file of them, with ``time``: when it was written, in UTC.
+def append_event(path: str | Path, event: Event, *, first: bool = False) -> None:
+    """Add an event to a file of them, with ``time``: when it was written, in UTC. As the ``first``
+    it takes the place of all that was there: complete, or not at all.
 
     Raises UserError where the disk refuses, TypeError for values that are not plain.
     """
-    fields: Mapping[str, Any] = event
-    assert "time" not in fields
+    assert "time" not in event
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    append_lines(path, [{"event": fields["event"], "time": now, **fields}])
+    row = {"event": event["event"], "time": now, **event}
+    if first:
+        write_atomically(path, f"{strict_json(row)}\n")
+    else:
+        append_lines(path, [row])
 
 
 def read_events(path: str | Path) -> list[Event]:

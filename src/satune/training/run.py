@@ -105,6 +105,8 @@ class Training:
         assert state.batch is not None
         state.betas[agent] = verdict.beta
         state.accepted[agent] = verdict.accepted
+        # Of earlier steps of the sweep as well: the team no longer has what they changed.
+        state.accepted |= {name: False for name in verdict.reverted if name in state.accepted}
         state.batch.reweight(verdict.log_ratio_E)
         state.batch.spent |= verdict.spent
         state.certify, state.issued = verdict.certify, verdict.issued
