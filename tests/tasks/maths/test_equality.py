@@ -6,6 +6,7 @@ import json
 import random
 import time
 from fractions import Fraction
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from satune.tasks.maths.notation import tokens_of
 from satune.tasks.maths.reading import Literal, Many, read
 from satune.tasks.maths.task import Maths
 from satune.tasks.maths.terms import Unreadable, fraction_of, parse
-from satune.tasks.maths.values import point, values
+from satune.tasks.maths.values import points, values
 from satune.types import Problem
 from yardstick import at_most
 
@@ -284,6 +285,45 @@ TABLE = {
         \text{an ellipse} == ellipse
         \text{(A)} != \text{(A) or (B)}
         """,
+    "expressions of letters": r"""
+        x+5 != |x+5|
+        x+5 != \sqrt{x^2+10x+25}
+        |x+5| == \sqrt{x^2+10x+25}
+        5-x != |x-5|
+        |5-x| == |x-5|
+        n != n+\lfloor (n+5)/10\rfloor
+        a != |a|
+        t^3 != |t|^3
+        t^4 == |t|^4
+        a-b != |a-b|
+        b-a != |a-b|
+        b != \frac{a+b+|a-b|}{2}
+        ab != |ab|
+        ab != |a|b
+        abcd != |abcd|
+        |x-z| != |x-y|+|y-z|
+        |x-y| != |x-z|+|y-z|
+        |y-z| != |x-y|+|x-z|
+        \sqrt{xy} == \sqrt{x}\sqrt{y}
+        \sqrt{ab} == \sqrt{a}\sqrt{b}
+        \sqrt{(x-3)(x-7)} == \sqrt{x-3}\sqrt{x-7}
+        \sqrt{a^2-b^2} == \sqrt{a-b}\sqrt{a+b}
+        \sqrt{b^2-a^2} == \sqrt{b-a}\sqrt{b+a}
+        \sqrt{xy} != \sqrt{x}\sqrt{y+1}
+        x\sqrt{y} != \sqrt{x^2y}
+        \sqrt{-x^2-1} != \sqrt{-x^2-2}
+        \ln(xy) == \ln x+\ln y
+        x^{n/2} == \sqrt{x^n}
+        a^{m/2} == \sqrt{a^m}
+        (-1)^{n+1} == -(-1)^n
+        (-1)^n != 1
+        (-1)^n != -1
+        (-1)^k(k+1) != k+1
+        \sqrt[3]{x} == x^{1/3}
+        \sqrt[6]{x^2} != \sqrt[3]{x}
+        y=|x| != y=x
+        x+5<y != |x+5|<y
+        """,
     "notation": r"""
         \sqrt[4]5 == \sqrt[4]{5}
         \sqrt[3]{-8} == -2
@@ -365,6 +405,28 @@ def test_inputs_that_were_graded_wrongly(name):
 # -- parts ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("letters", ["x", "ab", "nkm", "wxyz", "abcdef"])
+def test_points_show_every_sign_and_order(letters):
+    tried = points(letters, True)
+    for a in letters:
+        assert {(abs(at[a]) >= 100, at[a] > 0) for at in tried} == set(
+            product((True, False), repeat=2)
+        )
+        assert all(at[a].denominator > 1 for at in tried)
+        for b in set(letters) - {a}:
+            assert {at[a] > at[b] for at in tried if min(at.values()) > 0} == {True, False}
+            assert {(at[a] > 0, at[b] > 0) for at in tried} >= {
+                (True, True),
+                (False, False),
+                (False, True),
+            }
+
+
+def test_points_depend_on_no_letter():
+    latin, greek = points(("a", "b"), True), points(("n", "x_1"), True)
+    assert [list(at.values()) for at in latin] == [list(at.values()) for at in greek]
+
+
 def test_numbers_are_read_exactly():
     # 0.1(6) = 1/10 + 6/90 = 1/6; 0.(142857) = 1/7.
     assert fraction_of("0.1(6)") == Fraction(1, 6)
@@ -398,7 +460,7 @@ def test_a_product_equals_its_expansion(a, b):
 @given(integers, integers.filter(bool), integers, integers.filter(bool))
 def test_sums_of_fractions_are_exact(a, b, c, d):
     text = rf"\frac{{{a}}}{{{b}}}-\frac{{{c}}}{{{d}}}"
-    (found,), _ = values([parse(tokens_of(text))], point(0, True))
+    (found,), *_ = values([parse(tokens_of(text))], {})
     assert found == Fraction(a, b) - Fraction(c, d)
 
 
@@ -418,7 +480,7 @@ NO_VALUE = [
 @pytest.mark.parametrize("text", NO_VALUE)
 def test_what_has_no_value_within_reach_equals_no_number(text):
     with pytest.raises(Unreadable):
-        values([parse(tokens_of(text))], point(0, True))
+        values([parse(tokens_of(text))], {})
     assert not same(read("5"), read(text))
 
 

@@ -16,9 +16,17 @@ from satune.tasks.maths.reading import (
     term_of,
 )
 from satune.tasks.maths.terms import Term, Unreadable, number
-from satune.tasks.maths.values import close, is_real, nearly, point, symbols, values
+from satune.tasks.maths.values import (
+    POSITIVE_POINTS,
+    Value,
+    close,
+    is_real,
+    nearly,
+    points,
+    symbols,
+    values,
+)
 
-_POSITIVE_POINTS, _POINTS = 4, 7
 _FEWEST_POINTS = 2
 _MOST_UNORDERED = 40
 _ROUNDED_PLACES = 6
@@ -69,17 +77,32 @@ def same_terms(a: Term, b: Term) -> bool:
         len({name.casefold() for name in symbols(term)}) == len(symbols(term)) for term in (a, b)
     )
     tried = 0
-    for i in range(_POINTS if names else 1):
-        try:
-            (left, right), bits = values([a, b], point(i, fold))
-        except Unreadable:
-            continue
-        if i >= _POSITIVE_POINTS and not (is_real(left) and is_real(right)):
-            continue  # another branch of a root or logarithm
+    for (left, right), bits in _deciding([a, b], names, fold):
         if not close(left, right, bits):
             return False
         tried += 1
     return tried >= (_FEWEST_POINTS if names else 1)
+
+
+def _deciding(terms: list[Term], names: set[str], fold: bool) -> Iterator[tuple[list[Value], int]]:
+    """The values of the terms, and their bits, at the points that decide: where all of them are
+    defined in real numbers. An i in a term is welcome at the first points. Where too few decide,
+    the first points do in complex numbers."""
+    decided = 0
+    undefined: list[tuple[list[Value], int]] = []
+    for i, point in enumerate(points(names, fold)):
+        try:
+            found, bits, real = values(terms, point)
+        except Unreadable:
+            continue
+        first = i < POSITIVE_POINTS
+        if real and (first or all(is_real(value) for value in found)):
+            decided += 1
+            yield found, bits
+        elif first:
+            undefined.append((found, bits))
+    if decided < _FEWEST_POINTS:
+        yield from undefined
 
 
 def _same_amounts(reference: Reading, answer: Reading, *, both_units: bool = False) -> bool:
@@ -112,7 +135,7 @@ def _rounded(exact: Quantity, decimal: Quantity) -> bool:
     if symbols(exact.term, decimal.term):
         return False
     try:
-        (value,), _ = values([decimal.term], point(0, True))
+        (value,), *_ = values([decimal.term], {})
         assert isinstance(value, Fraction)  # a number, perhaps with a sign
         digits = str(abs(value * 10**decimal.places).numerator)
         if len(digits) < _ROUNDED_PLACES or digits[-_ROUNDED_PLACES:] in ("000000", "999999"):
@@ -254,13 +277,7 @@ def _proportional(a: Term, b: Term, *, positive: bool) -> bool:
     quotient = Term("product", (a, Term("inverse", (b,))))
     first: Fraction | None = None
     tried = 0
-    for i in range(_POINTS):
-        try:
-            (found,), bits = values([quotient], point(i, False))
-        except Unreadable:
-            continue
-        if not is_real(found) and i >= _POSITIVE_POINTS:
-            continue
+    for (found,), bits in _deciding([quotient], symbols(a), fold=False):
         if found == 0 or (positive and not (is_real(found) and found > 0)):
             return False
         if first is not None and not close(found, first, bits):
