@@ -91,6 +91,47 @@ TABLE = {
         9000000 == 9\text{ million}
         24 == 2\text{ dozen}
         1,000,000 == 1 million
+        10000000 == 10 \text{ millions}
+        10 != 10 \text{ millions}
+        10 != 10 \text{ billions}
+        10 != 10 billions
+        24 == 2 \text{ dozens}
+        24 == 2 \text{ dozens of eggs}
+        2 != 2 \text{ dozens}
+        0.007 == 7 \text{ thousandths}
+        7 != 7 \text{ thousandths}
+        7 != 7 \text{ ten-thousandths}
+        7 != 7 \text{ hundred thousandths}
+        7 != 7 \text{ tenths}
+        0.7 == 7 \text{ tenths}
+        0.7 == 7 \text{ tenths of a mile}
+        7 != 7 \text{ tenth}
+        7 != 7 \text{ halves}
+        \frac72 == 7 \text{ halves}
+        \frac23 == 2 \text{ thirds}
+        20 == 20 \text{ fifth graders}
+        20 == 20 \text{ seconds}
+        10 != 10 \text{ doubled}
+        10 != 10 \text{ twice}
+        10 != 10 \text{ lakh}
+        1000000 == 10 \text{ lakh}
+        10 != 10 \text{ bn}
+        10 != 10 \text{ binary}
+        10 != 10\text{ (binary)}
+        10 != 10 \text{ in hex}
+        10 != 10_{\text{octal}}
+        8 == 8 \text{ binary strings}
+        90 == 90 \text{ two-digit numbers}
+        6 == 6 \text{ one-to-one functions}
+        5 == 5 \text{ hundred-dollar bills}
+        7 != 7 \text{ ten-thousandths of a mile}
+        5 != 5\text{ six}
+        5 != 5\text{ tens}
+        5 != 5\text{ twenty-six}
+        5 != 5\text{ incorrect}
+        5 != 5\text{ is false}
+        5 != 5\text{ false}
+        5 != 5\text{ never}
         """,
     "exact values": r"""
         2 == (i\sqrt{2}i)^2
@@ -166,6 +207,25 @@ TABLE = {
         8 != \approx 9
         8 == = 8
         8 == x \approx 8
+        42 != 42\approx 5
+        42 == 42\approx 42.3
+        42 != 42\approx 43.1
+        42 != 41+1\approx 5
+        42 != 42\text{ cm}\approx 5\text{ cm}
+        42 == 42\text{ cm}\approx 16.5\text{ in}
+        3 != 3 \approx 4
+        5 != x=5\approx 6
+        \frac18 == \frac18\approx 0.13
+        \frac18 == \frac18\approx 0.12
+        \frac18 != \frac18\approx 0.14
+        \frac18 == \frac18\approx 12.5\%
+        1234 == 1234\approx 1200
+        1234 != 1234\approx 1201
+        \sqrt{2} == \sqrt{2}\approx 1.414
+        \sqrt{2} != \sqrt{2}\approx 1.42
+        \sqrt{2} == \sqrt{2}\approx \frac{17}{12}
+        \sqrt{2} != \sqrt{2}\approx \frac{19}{12}
+        2^{40} == 2^{40}\approx 1.1\times 10^{12}
         \frac13 == x=\frac13\approx 0.33
         8 == \text{approximately } 8
         8 == \(8\)
@@ -204,6 +264,16 @@ TABLE = {
         8m != 8
         7:30 == 7:30 \text{ p.m.}
         7:30 != 7:31
+        4:30 != 2:15
+        4:30 != 8:60
+        4:30 == 04:30
+        4:05 != 8:10
+        4:30 != \frac{2}{15}
+        4:30\text{ p.m.} != 2:15\text{ p.m.}
+        10:15:00 != 20:30:00
+        2:3 == 10:15
+        4:13 == 8:26
+        \frac23 == 10:15
         7:30\text{ a.m.} != 7:30 \text{ p.m.}
         """,
     "sets, tuples, intervals": r"""
@@ -268,6 +338,19 @@ TABLE = {
         x=1, y=2 == y=2, x=1
         x=1, y=2 != x=2, y=1
         (1,2) == (x,y)=(1,2)
+        (1,2) != (y,x)=(1,2)
+        (1,2) == (y,x)=(2,1)
+        (1,2,3) == (c,a,b)=(3,1,2)
+        (1,2,3) != (c,a,b)=(1,2,3)
+        (2,3) == (m,b)=(2,3)
+        (y,x)=(2,1) == (2,1)
+        (x,y)=(1,2) == (y,x)=(2,1)
+        (x,y)=(1,2) != (y,x)=(1,2)
+        (3,-1) == y=-1,x=3
+        (3,-1) == x=3,y=-1
+        (3,-1) == y=-1\text{ and }x=3
+        (3,-1) != y=3,x=-1
+        (3,-1) != x=-1,y=3
         x<3 == 3>x
         x<3 != x\le3
         """,
@@ -283,6 +366,11 @@ TABLE = {
         \text{C, D} == C,D
         \text{C, D} != C,E
         \text{an ellipse} == ellipse
+        \text{east} != -\text{east}
+        \text{east} != -(\text{east})
+        \text{east} != (-\text{east})
+        east != -east
+        \text{north-east} == \text{North-East}
         \text{(A)} != \text{(A) or (B)}
         """,
     "expressions of letters": r"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
@@ -37,11 +38,11 @@ def same(reference: Reading, answer: Reading) -> bool:
     """Whether the answer says what the reference says. What only the answer may do: name what it
     gives (x = 5 for 5), or be a set where the reference is an inequality."""
     if isinstance(reference, Relation) and isinstance(answer, Relation):
-        return _same_relations(reference, answer)
+        return _same_relations(_in_order(reference), _in_order(answer))
     if isinstance(answer, Relation):
         if not set(answer.signs) <= {"=", "in"} or not _holds(answer):
             return False
-        return same(reference, answer.sides[-1])
+        return same(reference, _in_order(answer).sides[-1])
     if isinstance(reference, Relation):
         if set(reference.signs) <= {"=", "in"}:
             return reference.named and same(reference.sides[-1], answer)
@@ -171,12 +172,12 @@ def _same_many(reference: Reading, answer: Reading) -> bool:
         return False
     if kinds == {"union"}:
         return _same_unordered(a, b)
-    if kinds == {"ratio"}:
+    if kinds <= {"ratio", "time"} and reference.kind == "ratio":
         return _same_ratio(a, b)
     # 1,2 for (1,2), and [1,2,3] for (1,2,3): the order counts.
-    loose = kinds == {"list", "()"} or (kinds == {"()", "[]"} and len(a) > 2)
+    loose = kinds in ({"list", "()"}, {"time", "ratio"}) or (kinds == {"()", "[]"} and len(a) > 2)
     if len(kinds) == 1 or loose:
-        return all(same(x, y) for x, y in zip(a, b, strict=True))
+        return all(same(x, y) for x, y in zip(_by_name(a), _by_name(b), strict=True))
     return False
 
 
@@ -186,12 +187,45 @@ def _same_as_single(reference: Reading, answer: Reading) -> bool:
     if many.kind == "set" and len(many.items) == 1:
         item = many.items[0]
         return same(item, other) if many is reference else same(other, item)
-    if many.kind == "ratio" and len(many.items) == 2:
+    is_ratio = many.kind == "ratio" or (many.kind == "time" and many is answer)
+    if is_ratio and len(many.items) == 2:
         upper, lower = (term_of(item) for item in many.items)
         if upper is not None and lower is not None:
             quotient = Quantity(Term("product", (upper, Term("inverse", (lower,)))))
             return _same_amounts(quotient, other)
     return False
+
+
+def _in_order(relation: Relation) -> Relation:
+    """A pair that is called (y, x), and what is so called, as one that is called (x, y)."""
+    names, given = relation.sides[0], relation.sides[-1]
+    if not (isinstance(names, Many) and isinstance(given, Many) and given.kind in ("()", "list")):
+        return relation
+    if len(names.items) != len(given.items):
+        return relation
+    sides = (
+        names._replace(items=_alphabetical(names.items, names.items)),
+        *relation.sides[1:-1],
+        given._replace(items=_alphabetical(names.items, given.items)),
+    )
+    return relation._replace(sides=sides)
+
+
+def _by_name(items: Sequence[Reading]) -> Sequence[Reading]:
+    """y = 1, x = 2 as x = 2, y = 1."""
+    named = [item.sides[0] for item in items if isinstance(item, Relation) and item.named]
+    return _alphabetical(named, items) if len(named) == len(items) else items
+
+
+def _alphabetical(names: Sequence[Reading], items: Sequence[Reading]) -> tuple[Reading, ...]:
+    """Items in the order of their names, where these are letters that follow each other in the
+    alphabet. Others have no order that everybody keeps to: (m, b) is one."""
+    letters = [name.text for name in names if isinstance(name, Name) and len(name.text) == 1]
+    order = sorted(range(len(letters)), key=letters.__getitem__)
+    steps = {ord(letters[j]) - ord(letters[i]) for i, j in itertools.pairwise(order)}
+    if len(letters) < len(names) or steps != {1}:
+        return tuple(items)
+    return tuple(items[i] for i in order)
 
 
 def _distinct(items: Sequence[Reading]) -> tuple[Reading, ...]:

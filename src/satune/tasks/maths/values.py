@@ -159,10 +159,30 @@ def nearly(term: Term, decimal: Fraction, places: int) -> bool:
 def shown(value: Value, decimal: Fraction, places: int, bits: int) -> bool:
     """Whether a real value begins with these decimal places (-2: whole hundreds), the last of them
     rounded or cut off."""
+    scale = Fraction(10) ** places
     with _mp.workprec(bits):
-        beyond = (abs(_float(value)) - abs(_float(decimal))) * _mp.mpf(10) ** places
+        if isinstance(value, Fraction):
+            beyond = (abs(value) - abs(decimal)) * scale
+        else:
+            beyond = (abs(value) - abs(_float(decimal))) * _float(scale)
         same_sign = decimal == 0 or (value > 0) == (decimal > 0)
         return bool(same_sign and (0 <= beyond < 1 or abs(beyond) <= 0.5))
+
+
+def agree(a: Term, places_a: int | None, b: Term, places_b: int | None) -> bool:
+    """Whether two constants are the same to the decimal places that one of them shows (None: it is
+    no decimal), or else to a hundredth of their size. A whole number's final zeros show nothing."""
+    (left, right), bits, _ = values([a, b], {})
+    if not (is_real(left) and is_real(right)):
+        return close(left, right, bits)
+    for value, decimal, places in ((left, right, places_b), (right, left, places_a)):
+        if places is not None:
+            digits = str(decimal.numerator) if decimal and places == 0 else ""
+            if shown(value, decimal, places + len(digits.rstrip("0")) - len(digits), bits):
+                return True
+    with _mp.workprec(bits):
+        difference = abs(_float(left) - _float(right))
+        return places_a is places_b is None and bool(100 * difference <= abs(_float(left)))
 
 
 def _float(value: Value) -> Value:
