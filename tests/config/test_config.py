@@ -183,7 +183,8 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          "optimizer.weight_decay: expected a number of at most 1e+06, got 1000000000.0"),
         ("optimizer: {eps: 1e-50}",
          "optimizer.eps: expected a number of at least 1e-30, got 1e-50"),
-        ("optimizer: {autocast: fp8}", "optimizer.autocast: expected bfloat16, got 'fp8'"),
+        ("optimizer: {autocast: fp8}",
+         "optimizer.autocast: expected one of bfloat16, float16, got 'fp8'"),
         ("engine: {name: locl}", f"engine.name: expected one of {choices(ENGINES)}, got 'locl';"
          " did you mean 'local'?"),
         ("objective: {name: null}", f"objective.name: expected one of {choices(OBJECTIVES)},"
@@ -200,8 +201,9 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          "objective.clip_high: expected a number above 0, got 0"),
         ("log: {tensorboard: 'yes'}", "log.tensorboard: expected true or false, got 'yes'"),
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
-        ("gae: {gamma: 0.99}", "gae: unknown key; the keys here are seed, team, task, protocol,"
-         " rollout, schedule, order, objective, credit, trust_region, optimizer, stages,"
+        ("discount: {gamma: 0.99}",
+         "discount: unknown key; the keys here are seed, team, task, protocol, rollout, schedule,"
+         " order, objective, credit, trust_region, gauge, optimizer, stages,"
          " evaluate, certify, engine, checkpoint, log, tiny"),
         ("objective: {name: sat, clipp: 0.1}",
          "objective.clipp: unknown key; did you mean objective.clip?"),

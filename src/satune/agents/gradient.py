@@ -34,6 +34,7 @@ class MiniBatch:
 
     ``advantages_E`` and ``weights_E`` cover the whole experience. Where the anchor does not know
     all of the tokens, the weights are still the anchor's: what is scored is then kept for it.
+    The gradient comes ``scale`` times as large.
     """
 
     scorer: Scorer
@@ -42,6 +43,7 @@ class MiniBatch:
     advantages_E: Tensor
     weights_E: Tensor
     objective: ObjectiveSettings
+    scale: float = 1.0
     at_anchor: bool = field(init=False)
     token_total: float = field(init=False)
     _totals: dict[str, float] = field(init=False, default_factory=dict)
@@ -71,7 +73,7 @@ class MiniBatch:
         for batch in self.scorer.batches(self.anchor.packed, episodes, whole_episodes=True):
             loss, metrics = self._loss(self._scored(batch), batch.tokens_T, batch.episodes)
             self._count(loss, metrics)
-            loss.backward()
+            (self.scale * loss).backward()
 
     def _in_two_passes(self, episodes: Sequence[int]) -> None:
         tokens_T = self._of(episodes).nonzero().squeeze(-1)
@@ -88,7 +90,7 @@ class MiniBatch:
         if not guessed:
             self._count(loss, metrics)
         derivatives = torch.autograd.grad(
-            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+            self.scale * loss, list(leaves.values()), allow_unused=True, materialize_grads=True
         )
         values = self._pass(episodes, tokens_T, dict(zip(leaves, derivatives, strict=True)))
         if guessed:

@@ -32,6 +32,7 @@ from satune.training.settings import (
     CertifySettings,
     CheckpointSettings,
     EvaluateSettings,
+    GaugeSettings,
     RolloutSettings,
     StepSettings,
 )
@@ -82,7 +83,7 @@ class TeamSection(Section):
     sharing: Literal["separate", "lora", "shared"] = "separate"
     agents: Annotated[dict[Name, AgentSection], Field(min_length=1)]
     seats: Annotated[dict[Name, Name], Field(min_length=1)] | None = None
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     device: Annotated[Text, MayChange()] = "auto"
     cache: Annotated[str | None, MayChange()] = None
 
@@ -150,6 +151,7 @@ class Recipe(Section):
     objective: Annotated[ObjectiveSettings, TERMS] = Field("sat", validate_default=True)
     credit: Annotated[Named, Choice(CREDIT, "group", 3)] = Field("group", validate_default=True)
     trust_region: Annotated[TrustRegionSettings, Derived()] = TrustRegionSettings()
+    gauge: Annotated[GaugeSettings, Derived()] = GaugeSettings()
     optimizer: Annotated[StepSettings, Derived()] = StepSettings()
     stages: Annotated[Whole, MayChange()] = 20
     evaluate: Annotated[EvaluateSettings, Derived()] = EvaluateSettings()

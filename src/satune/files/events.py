@@ -104,7 +104,8 @@ class UpdateEvent(TypedDict):
 
     ``version`` is the number of the agent's weights after the step, ``failures`` are those among
     the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
-    rollout, update and measure at least. ``masked`` counts the episodes that the world ended, which
+    rollout, update and measure at least. ``rounding`` is what training.gauge found, with its
+    ``warning`` where rounding decides. ``masked`` counts the episodes that the world ended, which
     the step did not learn from.
     """
 
@@ -134,6 +135,7 @@ class UpdateEvent(TypedDict):
     grad_norm: NotRequired[float]
     optimizer_steps: NotRequired[int]
     mismatch: NotRequired[dict[str, float]]
+    rounding: NotRequired[dict[str, Any]]
     capped_mass: NotRequired[float]
     masked: NotRequired[int]
     certificate: NotRequired[Certificate]

@@ -24,8 +24,9 @@ from satune.core.ratios import capped_weights, effective_sample_size, sequence_l
 from satune.core.settings import ObjectiveSettings
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
 from satune.training.advantages import advantages, groups
+from satune.training.gauge import MEND, figures_of, findings
 from satune.training.settings import UpdateSettings
-from satune.types import Episode, Experience, Key
+from satune.types import Episode, Experience, Key, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ def improve(
         event["seconds"] = {"update": time.perf_counter() - started}
         beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, nothing_E, event)
+    if settings.gauge.due(key.stage):
+        event["rounding"] = _gauged(learner, agent, episodes, before, settings)
     event["mismatch"] = _mismatch(anchor)
     scoring = learning.pop("scoring")
     event["seconds"] = {"score": scoring, "update": time.perf_counter() - started - scoring}
@@ -237,6 +240,31 @@ def _enforce(
         if proposal is None:
             proposal = learner.export()
         learner.interpolate(before.weights, proposal, search.scale)
+
+
+def _gauged(
+    learner: Learner,
+    agent: str,
+    episodes: Sequence[Episode],
+    before: Snapshot,
+    settings: UpdateSettings,
+) -> dict[str, Any]:
+    """What rounding makes of the proposal, on some of the experience; with a ``warning`` where it
+    decides. Raises UserError, the agent as before, where it decides too much."""
+    some = [e for e in episodes if any(turn.agent == agent for turn in e.turns)]
+    packed = own_turns(agent, some[: settings.gauge.episodes])
+    region = settings.trust_region
+    gauged = learner.gauge(packed, before.weights)
+    figures = figures_of(gauged, packed, settings.objective, region)
+    said, swamped = findings(figures, region.delta)
+    if not said:
+        return figures
+    warning = f"agent {agent}: rounding decides: {'; '.join(said)}"
+    if swamped and settings.gauge.act == "refuse":
+        learner.restore(before)
+        learner.rest()
+        raise UserError(f"{warning}; {MEND}")
+    return {**figures, "warning": warning}
 
 
 def _mismatch(anchor: Anchor) -> dict[str, float]:

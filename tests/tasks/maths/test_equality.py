@@ -661,6 +661,7 @@ COSTLY = {
     "a large factorial": "99999999!",
     "a polynomial": "(x+y+z)^{500}",
     "a large angle": r"\sin(10^{40})",
+    "digits of many sines": "e^{9x}+" + "+".join(rf"\sin({i}x)" for i in range(150)),
     "exponentials": "e^{" * 8 + "2" + "}" * 8,
     "a tiny part": r"\sin(1)+10^{-3000}+\cos(2)",
     "a gamma": r"(\sqrt{2}+10^{9})!",

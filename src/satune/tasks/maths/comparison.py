@@ -18,6 +18,8 @@ from satune.tasks.maths.reading import (
 )
 from satune.tasks.maths.terms import Term, Unreadable, number
 from satune.tasks.maths.values import (
+    FEWER_BITS,
+    MOST_BITS,
     POSITIVE_POINTS,
     Value,
     close,
@@ -92,11 +94,11 @@ def _deciding(terms: list[Term], names: set[str], fold: bool) -> Iterator[tuple[
     decided = 0
     undefined: list[tuple[list[Value], int]] = []
     for i, point in enumerate(points(names, fold)):
+        first = i < POSITIVE_POINTS
         try:
-            found, bits, real = values(terms, point)
+            found, bits, real = values(terms, point, MOST_BITS if first else FEWER_BITS)
         except Unreadable:
             continue
-        first = i < POSITIVE_POINTS
         if real and (first or all(is_real(value) for value in found)):
             decided += 1
             yield found, bits

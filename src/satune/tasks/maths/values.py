@@ -21,7 +21,9 @@ from mpmath.libmp import NoConvergence
 from satune.tasks.maths.terms import Term, Unreadable
 
 Value = Any  # Fraction, or mpmath's mpf or mpc
-_LEAST_BITS, _MOST_BITS = 320, 40_000
+_LEAST_BITS, MOST_BITS = 320, 40_000
+FEWER_BITS = 5_000
+"""What is enough where a value is only one of many, and would cost too much otherwise."""
 _MOST_EXACT_BITS = 20_000
 _LARGEST_MAGNITUDE = 1_000_000
 _LARGEST_FACTORIAL = 3000
@@ -98,8 +100,8 @@ def symbols(*terms: Term) -> set[str]:
     return found
 
 
-def values(terms: list[Term], at: Point) -> Values:
-    """The values of the terms at a point.
+def values(terms: list[Term], at: Point, most_bits: int = MOST_BITS) -> Values:
+    """The values of the terms at a point, to ``most_bits`` at most.
 
     Raises Unreadable where there is no value, or none within the bounds.
     """
@@ -114,7 +116,7 @@ def values(terms: list[Term], at: Point) -> Values:
         needed = _LEAST_BITS + 4 * calculator.spread
         if needed <= bits or all(isinstance(value, Fraction) for value in found):
             return Values(found, bits, calculator.real)
-        if needed > _MOST_BITS:
+        if needed > most_bits:
             raise Unreadable("the value needs too many digits")
         bits = needed
 
