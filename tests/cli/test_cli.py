@@ -251,6 +251,8 @@ def test_quickstart_prints_one_json_object(
     assert {"reward_before", "reward_after", "stages", "seconds", "tokens"} <= set(summary)
     swap = summary["swap"]
     assert swap["verdict"] == "mixture" and Path(swap["out"], "manifest.json").is_file()
+    assert Path(summary["report"]) == out / "report.html"
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
     recipe = (out / "recipe.yaml").read_text()
     assert recipe.startswith("seed: 3\n") and "\n  seed: 3" in recipe
     # The command that a person is told to go on with is this run's own.

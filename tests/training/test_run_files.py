@@ -36,6 +36,30 @@ def run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Pat
     return out
 
 
+# Conversations on held-out problems
+
+
+def test_conversations_of_evaluations_lie_apart(run: Path) -> None:
+    def rows(stage: int) -> list[dict[str, Any]]:
+        text = (run / "episodes" / f"evaluation-{stage:04d}.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    assert sorted(path.name for path in (run / "episodes").glob("*.jsonl")) == [
+        "evaluation-0000.jsonl", "evaluation-0002.jsonl", "stage-0001.jsonl", "stage-0002.jsonl",
+    ]  # fmt: skip
+    before, after = rows(0), rows(2)
+    assert [row["problem"]["id"] for row in before] == [row["problem"]["id"] for row in after]
+    assert {(row["stage"], row["greedy"]) for row in before} == {(0, False)}
+    assert all("step" not in row for row in after)
+
+
+def test_a_resume_cuts_them_back(run: Path, recipe: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in (run / "episodes").iterdir()}
+    (run / "summary.json").unlink()
+    go(recipe, run, checkpoint="stage-0001")
+    assert {path.name: path.read_bytes() for path in (run / "episodes").iterdir()} == whole
+
+
 # The recipe
 
 

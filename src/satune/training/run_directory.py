@@ -158,7 +158,14 @@ class RunDirectory:
     def append_episodes(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add conversations of ``stage`` (from 1; 0: before training) to the stage's files: rows of
         episodes as ``files.arrays.append_rows`` takes them."""
-        path = self.episodes / f"stage-{stage:04d}.jsonl"
+        self._append_rows(self.episodes / f"stage-{stage:04d}.jsonl", rows)
+
+    def append_evaluation(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add conversations on held-out problems, played after ``stage`` stages, to a file of their
+        own, as ``append_episodes``."""
+        self._append_rows(self.episodes / f"evaluation-{stage:04d}.jsonl", rows)
+
+    def _append_rows(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         append_rows(path, rows)
         self._unsynced |= set(files_of_rows(path))
 
