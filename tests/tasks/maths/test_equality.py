@@ -401,6 +401,9 @@ TABLE = {
         x\sqrt{y} != \sqrt{x^2y}
         \sqrt{-x^2-1} != \sqrt{-x^2-2}
         \ln(xy) == \ln x+\ln y
+        2ix == \sqrt{-4}x
+        2ix != -\sqrt{-4}x
+        \sqrt{-x} == i\sqrt{x}
         x^{n/2} == \sqrt{x^n}
         a^{m/2} == \sqrt{a^m}
         (-1)^{n+1} == -(-1)^n
