@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import typer
 
@@ -21,7 +21,7 @@ from satune.cli.train import train
 from satune.types import UserError
 
 # Of the click that typer works with, which is one of its own in some versions.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     add_completion=False,
