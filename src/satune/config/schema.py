@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from satune.agents.messages import TemplateSettings
-from satune.agents.specs import LoraSpec, Rate
+from satune.agents.specs import CriticSettings, LoraSpec, Rate
 from satune.config.derive import Choice, Derived, Named, OpenSection, Section
 from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
@@ -159,6 +159,7 @@ class Recipe(Section):
     order: Annotated[Named, Choice(ORDERS, "static", 1)] = Field("static", validate_default=True)
     objective: Annotated[ObjectiveSettings, TERMS] = Field("sat", validate_default=True)
     credit: Annotated[Named, Choice(CREDIT, "group", 3)] = Field("group", validate_default=True)
+    critic: Annotated[CriticSettings, Derived()] = CriticSettings()
     trust_region: Annotated[TrustRegionSettings, Derived()] = TrustRegionSettings()
     optimizer: Annotated[StepSettings, Derived()] = StepSettings()
     stages: Annotated[Whole, MayChange()] = 20

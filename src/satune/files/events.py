@@ -105,7 +105,9 @@ class UpdateEvent(TypedDict):
     ``version`` is the number of the agent's weights after the step, ``failures`` are those among
     the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
     rollout, update and measure at least. ``masked`` counts the episodes that the world ended, which
-    the step did not learn from.
+    the step did not learn from. ``critic`` says of an agent's value function how much of the
+    discounted rewards it explained before it learnt from them (``explained_variance``), its mean
+    ``value`` then, and the mean ``loss`` of its fit.
     """
 
     event: Literal["update"]
@@ -136,6 +138,7 @@ class UpdateEvent(TypedDict):
     mismatch: NotRequired[dict[str, float]]
     capped_mass: NotRequired[float]
     masked: NotRequired[int]
+    critic: NotRequired[dict[str, float | None]]
     certificate: NotRequired[Certificate]
     gate: NotRequired[Gate]
 

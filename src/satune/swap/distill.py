@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from satune.agents.mixture import Distances, MixturePolicy
-from satune.agents.packing import PackedTurns
+from satune.agents.packing import PackedTurns, mini_batches
 from satune.agents.policy import Policy
 from satune.agents.ports import Learner, NonFinite
 from satune.agents.weights import Weights
@@ -24,7 +24,7 @@ from satune.core.divergence import DivergenceStatistics
 from satune.core.trust_region import Unit
 from satune.swap.measurement import statistics_of
 from satune.training.ports import Draw
-from satune.training.update import mini_batches, own_turns
+from satune.training.update import own_turns
 from satune.types import Episode, Key, UserError
 
 Publish = Callable[[int, Mapping[str, Tensor]], None]

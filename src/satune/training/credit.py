@@ -10,6 +10,7 @@ its class (or, beyond these three, its function) takes:
     max_new_tokens  the most tokens that a message may have
     result          one advantage an episode, in the order of ``episodes``; 0 teaches nothing
 
+``gae`` is another kind: it asks the agent's critic and gives an advantage a turn or a token.
 A recipe names one of CREDIT or the user's own, ``credit: path/to/file.py:name``.
 """
 
@@ -19,17 +20,34 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from satune.agents.packing import PackedTurns
+from satune.agents.ports import ValueTargets
+from satune.agents.specs import CriticSettings
 from satune.core.advantages import Baseline, group_advantages, overlong_penalty
+from satune.core.objectives import Per
+from satune.core.ratios import capped_weights
+from satune.core.values import explained_variance
 from satune.loading import load_named
 from satune.ranges import Positive, Whole, check
+from satune.training.gae import own_advantages, own_moments
 from satune.types import Episode, UserError
 
-Credit = Callable[[Sequence[Episode], str, int], Tensor]
+Rule = Callable[[Sequence[Episode], str, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What an update learns from an experience: an advantage and a weight ``per`` episode, own turn
+    or own token of it, in the order of the packed turns."""
+
+    per: Per
+    advantages_U: Tensor
+    weights_U: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +101,112 @@ class SeatCredit(GroupCredit):
     """
 
     def reward(self, episode: Episode, agent: str) -> float:
-        given = episode.grade.seats or {}
-        own = {turn.seat: given[turn.seat] for turn in episode.turns
-               if turn.agent == agent and turn.seat in given}  # fmt: skip
-        return sum(own.values()) / len(own) if own else episode.reward
+        return seats_reward(episode, agent)
 
 
-CREDIT: dict[str, Callable[..., Any]] = {"group": GroupCredit, "seats": SeatCredit}
+def seats_reward(episode: Episode, agent: str) -> float:
+    """The mean reward of the agent's own seats, as ``SeatCredit`` says."""
+    given = episode.grade.seats or {}
+    own = {turn.seat: given[turn.seat] for turn in episode.turns
+           if turn.agent == agent and turn.seat in given}  # fmt: skip
+    return sum(own.values()) / len(own) if own else episode.reward
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What ``gae`` makes of an experience: the lesson of the agent, that of its critic, and how
+    much of the discounted rewards the critic's values explained (None: all rewards are equal)."""
+
+    lesson: Lesson
+    targets: ValueTargets
+    explained_variance: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GaeCredit:
+    """Generalised advantages by the agent's critic, over its own turns or tokens (THEORY §6).
+
+    ``reward`` is the "team"'s, or of the agent's own "seats" as the credit rule of that name has
+    it. Where agents were updated since the rollout, every turn has the weight w of its whole
+    episode; with ``traces`` it has that of what the others wrote before it, and truncated traces
+    correct what they wrote after. ``whiten`` takes the mean away from the advantages and divides
+    them by their standard deviation, both weighted; ``clip`` then bounds their absolute value
+    (None: no bound).
+    """
+
+    reward: Literal["team", "seats"] = "team"
+    traces: bool = False
+    whiten: bool = True
+    clip: Positive | None = 5.0
+
+    def __post_init__(self) -> None:
+        check(self, "credit")
+
+    def estimate(
+        self,
+        agent: str,
+        episodes: Sequence[Episode],
+        packed: PackedTurns,
+        values_T: Tensor,
+        critic: CriticSettings,
+        log_weights_E: Tensor,
+        log_ratios: Sequence[Sequence[float]] | None = None,
+        cap: float | None = None,
+    ) -> Estimate:
+        """Advantages, weights and the critic's targets of an experience without what the world
+        ended. ``log_weights_E`` are log w of whole episodes, of which ``log_ratios`` has each
+        turn's part; ``cap`` bounds w."""
+        per = critic.boundary
+        ratios = log_ratios if self.traces else None
+        moments = own_moments(packed, episodes, agent, ratios)
+        worth = seats_reward if self.reward == "seats" else lambda episode, _: episode.reward
+        rewards_E = torch.tensor([worth(e, agent) for e in episodes], dtype=torch.float64)
+
+        def advantages(lam: float) -> Tensor:
+            return own_advantages(
+                moments, values_T, rewards_E, gamma=critic.discount, lam=lam, per=per
+            )
+
+        log_weights_S = log_weights_E[moments.episode_S]
+        if ratios is not None:
+            whole_E = torch.tensor([sum(each) for each in ratios], dtype=torch.float64)
+            log_weights_S = log_weights_S - whole_E[moments.episode_S] + moments.before_S
+        weights_S, _ = capped_weights(log_weights_S, cap)
+        spoke_H = moments.step_H >= 0
+        weights_H = torch.zeros(len(spoke_H), dtype=torch.float64)
+        weights_H[spoke_H] = weights_S[moments.step_H[spoke_H]]
+        weights_U = weights_H if per == "turn" else weights_H[packed.turn_T]
+        tokens_N = moments.first_H[spoke_H] if per == "turn" else torch.arange(packed.tokens)
+        asked_U = spoke_H if per == "turn" else torch.ones(packed.tokens, dtype=torch.bool)
+
+        advantages_U = advantages(critic.lam)
+        values_N, weights_N = values_T.double()[tokens_N], weights_U[asked_U]
+        targets = ValueTargets(tokens_N, values_N + advantages_U[asked_U], values_N, weights_N)
+        returns_N = values_N + advantages(1.0)[asked_U]
+        explained = explained_variance(values_N, returns_N, weights_N)
+        if self.whiten:
+            advantages_U = torch.where(asked_U, _whitened(advantages_U, weights_U), 0.0)
+        if self.clip is not None:
+            advantages_U = advantages_U.clamp(-self.clip, self.clip)
+        return Estimate(Lesson(per, advantages_U, weights_U), targets, explained)
+
+
+def _whitened(advantages_U: Tensor, weights_U: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 under the weights; 0 where all that count are equal."""
+    counted = advantages_U[weights_U != 0]
+    if not len(counted) or bool((counted == counted[0]).all()):
+        return torch.zeros_like(advantages_U)
+    share_U = weights_U / weights_U.sum()
+    centred_U = advantages_U - (share_U * advantages_U).sum()
+    return centred_U / ((share_U * centred_U**2).sum().sqrt() + 1e-8)
+
+
+Credit = Rule | GaeCredit
+CREDIT: dict[str, Callable[..., Any]] = {
+    "group": GroupCredit,
+    "seats": SeatCredit,
+    "gae": GaeCredit,
+}
 
 
 def load_credit(
@@ -99,9 +216,7 @@ def load_credit(
     return load_named("credit", name, CREDIT, options or {}, skip=3, base=base)
 
 
-def advantages(
-    rule: Credit, episodes: Sequence[Episode], agent: str, max_new_tokens: int
-) -> Tensor:
+def advantages(rule: Rule, episodes: Sequence[Episode], agent: str, max_new_tokens: int) -> Tensor:
     """Advantages [E] of an experience in float64, by a rule that sees only what may be judged.
 
     Episodes that the world ended get 0 and play no part in their group; a group with fewer than

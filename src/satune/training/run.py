@@ -106,6 +106,8 @@ class Training:
         state.betas[agent] = verdict.beta
         state.accepted[agent] = verdict.accepted
         state.batch.reweight(verdict.log_ratio_E)
+        if verdict.log_ratio_H is not None:
+            state.batch.note_ratios(agent, verdict.log_ratio_H)
         state.batch.spent |= verdict.spent
         state.certify, state.issued = verdict.certify, verdict.issued
         if verdict.claim is not None:

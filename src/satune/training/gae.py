@@ -1,0 +1,136 @@
+"""An agent's advantages by generalised advantage estimation over its own steps (THEORY §6).
+
+An own step is a moment in which the agent speaks; whatever others do until its next one is the
+world's answer to it. V is 0 after the last step, whose reward is the episode's. Agents that were
+updated since the episodes were written would now answer differently: the trace of a step,
+c = min(1, ratio of their messages from this step to the next), weighs its residual and all later
+ones, so that
+
+    A_k = c_k (r_k + γ V_{k+1} - V_k + γλ A_{k+1}).
+
+Between the tokens of a turn nobody answers and c is 1. Turns of one moment each have their own
+value and share what follows, whose value and advantage are means over the turns of the next step.
+Shape suffixes: ``T`` own tokens, ``H`` own turns, ``S`` own steps, ``E`` episodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from satune.agents.packing import PackedTurns
+from satune.core.advantages import gae, truncated_traces
+from satune.core.objectives import Per
+from satune.core.ratios import sum_by
+from satune.types import Episode
+
+
+@dataclass(frozen=True, slots=True)
+class OwnMoments:
+    """Where an agent's own turns lie. ``first_H`` and ``count_H`` are a turn's own tokens,
+    ``step_H`` its step (-1: it has no tokens and counts for nothing); ``episode_S`` a step's
+    episode, ``left_S`` how many steps the episode has after it. ``before_S`` and ``during_S`` sum
+    log(new/old) of what the others wrote before a step, and from it until the next one."""
+
+    first_H: Tensor
+    count_H: Tensor
+    step_H: Tensor
+    episode_S: Tensor
+    left_S: Tensor
+    before_S: Tensor
+    during_S: Tensor
+
+
+def own_moments(
+    packed: PackedTurns,
+    episodes: Sequence[Episode],
+    agent: str,
+    log_ratios: Sequence[Sequence[float]] | None = None,
+) -> OwnMoments:
+    """The steps of an experience's packed own turns. ``log_ratios`` has log(new/old) of every turn
+    of every episode, 0 for agents that have not changed; None: nobody has."""
+    count_H = torch.bincount(packed.turn_T, minlength=packed.turns)
+    counts = iter(count_H.tolist())
+    step_H: list[int] = []
+    episode_S: list[int] = []
+    left_S: list[int] = []
+    before_S: list[float] = []
+    during_S: list[float] = []
+    for index, episode in enumerate(episodes):
+        ratios = [0.0] * len(episode.turns) if log_ratios is None else log_ratios[index]
+        mine = [(t.moment, next(counts)) for t in episode.turns if t.agent == agent]
+        moments = sorted({moment for moment, tokens in mine if tokens})
+        place = {moment: len(episode_S) + k for k, moment in enumerate(moments)}
+        step_H += [place[moment] if tokens else -1 for moment, tokens in mine]
+        pairs = zip(episode.turns, ratios, strict=True)
+        others = [(turn.moment, u) for turn, u in pairs if turn.agent != agent]
+        for begin, end in zip(moments, [*moments[1:], math.inf], strict=True):
+            before_S.append(sum(u for moment, u in others if moment < begin))
+            during_S.append(sum(u for moment, u in others if begin <= moment < end))
+        episode_S += [index] * len(moments)
+        left_S += range(len(moments) - 1, -1, -1)
+    number = {"dtype": torch.float64}
+    return OwnMoments(
+        first_H=count_H.cumsum(0) - count_H,
+        count_H=count_H,
+        step_H=torch.tensor(step_H, dtype=torch.long),
+        episode_S=torch.tensor(episode_S, dtype=torch.long),
+        left_S=torch.tensor(left_S, dtype=torch.long),
+        before_S=torch.tensor(before_S, **number),
+        during_S=torch.tensor(during_S, **number),
+    )
+
+
+def own_advantages(
+    moments: OwnMoments,
+    values_T: Tensor,
+    rewards_E: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    per: Per,
+) -> Tensor:
+    """Advantages of each own turn [H] or token [T], as ``per`` says, in float64.
+
+    ``values_T`` has V of the state before each own token; a turn's is that of its first one. A turn
+    without tokens gets 0.
+    """
+    values_T, rewards_E = values_T.double(), rewards_E.double()
+    advantages_T = torch.zeros_like(values_T)
+    steps = len(moments.episode_S)
+    spoke_H = moments.step_H >= 0
+    turns_S = torch.bincount(moments.step_H[spoke_H], minlength=steps)
+    trace_S = truncated_traces(moments.during_S)
+    value_S, advantage_S = (torch.zeros(steps, dtype=torch.float64) for _ in range(2))
+    left_H = torch.full_like(moments.step_H, -1)
+    left_H[spoke_H] = moments.left_S[moments.step_H[spoke_H]]
+    for left in range(int(left_H.max()) + 1 if len(left_H) else 0):
+        turn_N = (left_H == left).nonzero().squeeze(-1)
+        step_N, first_N = moments.step_H[turn_N], moments.first_H[turn_N]
+        length_N = moments.count_H[turn_N] if per == "token" else torch.ones_like(turn_N)
+        if left == 0:
+            tail_N = rewards_E[moments.episode_S[step_N]]
+        else:
+            tail_N = gamma * (value_S[step_N + 1] + lam * advantage_S[step_N + 1])
+        place_NK = first_N[:, None] + torch.arange(int(length_N.max()))
+        real_NK = place_NK < (first_N + length_N)[:, None]
+        values_NK = values_T[place_NK.clamp(max=len(values_T) - 1)]
+        last_N1 = (length_N - 1)[:, None]
+        end_N = values_NK.gather(1, last_N1).squeeze(1)
+        # A reward that makes the last residual c (tail - V).
+        paid_N = end_N + trace_S[step_N] * (tail_N - end_N)
+        rewards_NK = torch.zeros_like(values_NK).scatter(1, last_N1, paid_N[:, None])
+        ones_NK = torch.ones_like(values_NK)
+        found_NK = gae(rewards_NK, values_NK, ones_NK, gamma=gamma, lam=lam, lengths=length_N)
+        advantages_T[place_NK[real_NK]] = found_NK[real_NK]
+        value_S += sum_by(values_T[first_N], step_N, steps) / turns_S
+        advantage_S += sum_by(advantages_T[first_N], step_N, steps) / turns_S
+    if per == "token":
+        return advantages_T
+    advantages_H = torch.zeros(len(spoke_H), dtype=torch.float64)
+    advantages_H[spoke_H] = advantages_T[moments.first_H[spoke_H]]
+    return advantages_H
