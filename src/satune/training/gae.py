@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def own_moments(
         step_H += [place[moment] if tokens else -1 for moment, tokens in mine]
         pairs = zip(episode.turns, ratios, strict=True)
         others = [(turn.moment, u) for turn, u in pairs if turn.agent != agent]
-        for begin, end in zip(moments, [*moments[1:], math.inf], strict=True):
+        for begin, end in pairwise([*moments, math.inf]):
             before_S.append(sum(u for moment, u in others if moment < begin))
             during_S.append(sum(u for moment, u in others if begin <= moment < end))
         episode_S += [index] * len(moments)
