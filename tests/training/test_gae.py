@@ -1,4 +1,4 @@
-"""Generalised advantages over an agent's own turns and tokens, against the sum that defines them."""
+"""Generalised advantages over own turns and tokens, against the sum that defines them."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
+from satune.agents.specs import CriticSettings
 from satune.commands.assemble import load_tasks, overlap_note
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
@@ -29,8 +30,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     Memory counts weights, gradients, AdamW's two moments (resident for one agent at a time) and the
     two copies a step keeps (anchor and proposal). ``cache`` holds an agent's key-value cache in
     bytes: a token, and a message of ``max_new_tokens``. It grows with the conversations that are
-    decoded at once and, like activations, is in no sum. Sizes that cannot be told are absent: of
-    models that are neither here nor among the published ones that ``agents.architectures`` lists.
+    decoded at once and, like activations, is in no sum. ``critic`` has the parameters of an agent's
+    critic, and as memory its weights and what a step adds: gradients, moments, a copy. Sizes that
+    cannot be told are absent: of models that are neither here nor among the published ones that
+    ``agents.architectures`` lists.
     """
     resolved = recipe.team.resolved()
     master = 8 if recipe.team.dtype == "float64" else 4
@@ -65,6 +68,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             step = trained * master
             entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
             total += entry["memory"]["weights"]
+            if trained and recipe.critic.kind != "none":
+                entry["critic"] = _critic(recipe.critic, section, master)
+                total += entry["critic"].get("memory", {}).get("weights", 0)
             if numbers is not None:
                 # Keys and values are held in the type that attention computes in.
                 held = _BYTES[recipe.team.dtype] if section.lora else master
@@ -76,13 +82,16 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     updates = max(
         (
             sum(v for k, v in agent["memory"].items() if k != "weights")
+            + agent.get("critic", {}).get("memory", {}).get("step", 0)
             for agent in agents.values()
             if "memory" in agent
         ),
         default=0,
     )
     # Sizes of models on the hub are not known here, and a sum without them would be too small.
-    known = all("memory" in agent for agent in agents.values())
+    known = all(
+        "memory" in agent and "memory" in agent.get("critic", agent) for agent in agents.values()
+    )
     rollouts = schedule_of(recipe).rollouts(steps)
     episodes = recipe.rollout.problems * recipe.rollout.samples
     memory = (
@@ -126,13 +135,9 @@ def _overlap(recipe: Recipe) -> dict[str, str]:
 
 def _sizes(section: AgentSection) -> tuple[int, int, int | None] | None:
     """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
-    if is_tiny(section.model):
-        model: Any = tiny_model(section.model, 0)
-    else:
-        config = configuration(section.model)
-        if config is None:
-            return None
-        model = skeleton(config)
+    model = _laid_out(section.model)
+    if model is None:
+        return None
     parameters = sum(p.numel() for p in model.parameters())
     adapter = 0
     if section.lora is not None:
@@ -144,6 +149,29 @@ def _sizes(section: AgentSection) -> tuple[int, int, int | None] | None:
             if wanted == ("all-linear",) or name.rsplit(".", 1)[-1] in wanted:
                 adapter += section.lora.rank * (module.in_features + module.out_features)
     return parameters, adapter, cached_numbers(model.config)
+
+
+def _laid_out(name: str) -> Any:
+    """A model without its weights; None where its sizes cannot be told."""
+    if is_tiny(name):
+        return tiny_model(name, 0)
+    config = configuration(name)
+    return None if config is None else skeleton(config)
+
+
+def _critic(critic: CriticSettings, section: AgentSection, number: int) -> dict[str, Any]:
+    """Parameters and memory of an agent's critic, ``number`` bytes a parameter; nothing of a model
+    whose sizes cannot be told."""
+    model = _laid_out(critic.model or section.model)
+    if model is None:
+        return {}
+    line = model.config.get_text_config().hidden_size + 1
+    held = trained = line
+    if critic.kind == "model":
+        held += sum(p.numel() for p in model.parameters())
+        trained += sum(p.numel() for p in model.base_model.parameters())
+    memory = {"weights": held * number, "step": 4 * trained * number}
+    return {"parameters": trained, "memory": memory}
 
 
 def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
