@@ -65,12 +65,14 @@ class RolloutEvent(TypedDict):
 
 class Divergence(TypedDict):
     """KL(proposal‖anchor) over an agent's states, nats; ``trajectory`` and ``reverse_quantile``
-    hold KL(anchor‖proposal) as well."""
+    hold KL(anchor‖proposal) as well. ``violation_share`` counts states above δ, ``violation_rate``
+    problems with one."""
 
     mean: float
     quantile: float
     max: float
     trajectory: dict[str, float]
+    violation_share: float
     violation_rate: float
     violation_ucb: float
     reverse_quantile: NotRequired[float]
