@@ -321,7 +321,7 @@ def test_values_need_no_groups(relay: Path) -> None:
         (["rollout.samples=1", "objective=reinforce"], "rollout.samples", "use at least 2"),
         (["credit=gae"], "credit.name", "gae asks a critic, but there is none; set critic.kind"),
         (["critic.kind=head"], "critic.kind", "values that credit 'group' never asks for"),
-        (["credit=gae", "critic.kind=head", "critic.model=m"], "critic.model", "is for critic.kind"),
+        (["credit=gae", "critic={kind: head, model: m}"], "critic.model", "is for critic.kind"),
         (["credit=gae", "critic={kind: model, model: 'http://localhost/v1#m'}"], "critic.model",
          "must be a model that can be trained here"),
         (["credit={name: gae, traces: true}", "critic.kind=head", "schedule=stale"],
