@@ -249,12 +249,8 @@ def test_ppo_has_a_critic(name: str) -> None:
     recipe = row(f"baselines/{name}")
     assert recipe.credit.name == "gae" and not recipe.trust_region.enabled
     critic = recipe.critic
-    assert (critic.kind, critic.boundary, critic.lam, critic.discount) == (
-        "model",
-        "token",
-        0.95,
-        1,
-    )
+    assert (critic.kind, critic.boundary) == ("model", "token")
+    assert (critic.lam, critic.discount) == (0.95, 1)
     agents = recipe.team.agents.values()
     assert {agent.model for agent in agents} == {MODELS["q4"]}
     assert len(agents) == {"solo_ppo": 1, "team_ppo": 3}[name]
