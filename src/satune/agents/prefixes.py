@@ -80,13 +80,13 @@ def shared_hidden(policy: Policy, input_ids: Tensor, plan: Plan) -> Tensor:
     """Hidden states [B, S - P, H] of the columns from P on of ``input_ids`` [B, S]."""
     length, width = plan.trunk_ids.shape[1], input_ids.shape[1]
     cache = _Trunk()
-    causal_SS = torch.ones(width, width, dtype=torch.bool, device=input_ids.device).tril()
     positions_S = torch.arange(width, device=input_ids.device)[None]
 
     def feed(ids: Tensor, begin: int, end: int) -> Tensor:
+        visible = torch.ones(end - begin, end, dtype=torch.bool, device=input_ids.device)
         return policy.hidden(
             ids,
-            attention_mask=causal_SS[None, None, begin:end, :end],
+            attention_mask=visible.tril(begin)[None, None],
             position_ids=positions_S[:, begin:end],
             cache=cache,
         )
