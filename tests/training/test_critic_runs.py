@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_world
+from command_line import Run
 from satune.cli.train import run_training
 from satune.commands.describe import describe_recipe
 from satune.config.load import load_recipe
@@ -228,6 +229,15 @@ def test_describe_counts_the_critic(recipe: Path) -> None:
         assert critic["memory"] == {"weights": weights, "step": step_bytes}
         extra = found["memory"]["together"] - plain["memory"]["together"]
         assert extra == 2 * weights + step_bytes  # weights of both agents, one step at a time
+
+
+def test_describe_shows_the_critic(recipe: Path, satune: Run) -> None:
+    code, out, _ = satune("describe", recipe, *PPO)
+    assert code == 0
+    # 17 numbers of 4 bytes, and four times as much in a step.
+    assert "critics (weights and one step): ann 68.0 B and 272.0 B, bob 68.0 B and 272.0 B" in out
+    _, out, _ = satune("describe", recipe)
+    assert "critics" not in out
 
 
 def test_a_critics_model_reads_the_agents_tokens(recipe: Path, tmp_path: Path) -> None:
