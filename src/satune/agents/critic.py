@@ -53,10 +53,13 @@ class LocalCritic:
         self._head = nn.Linear(policy.config.hidden_size, 1, dtype=self._scorer.dtype)
         for parameter in self._head.to(policy.device).parameters():
             nn.init.zeros_(parameter)
-        self._parameters = {f"head.{name}": p for name, p in self._head.named_parameters()}
+        self._parameters: dict[str, nn.Parameter] = {
+            f"head.{name}": parameter for name, parameter in self._head.named_parameters()
+        }
         if self._own:
             for name, parameter in policy.backbone.named_parameters():
-                self._parameters[f"model.{name}"] = parameter.requires_grad_()
+                parameter.requires_grad_()
+                self._parameters[f"model.{name}"] = parameter
         self._moments = Moments(self._parameters, self._optimizer, file)
 
     @torch.no_grad()

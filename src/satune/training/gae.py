@@ -74,15 +74,14 @@ def own_moments(
             during_S.append(sum(u for moment, u in others if begin <= moment < end))
         episode_S += [index] * len(moments)
         left_S += range(len(moments) - 1, -1, -1)
-    number = {"dtype": torch.float64}
     return OwnMoments(
         first_H=count_H.cumsum(0) - count_H,
         count_H=count_H,
         step_H=torch.tensor(step_H, dtype=torch.long),
         episode_S=torch.tensor(episode_S, dtype=torch.long),
         left_S=torch.tensor(left_S, dtype=torch.long),
-        before_S=torch.tensor(before_S, **number),
-        during_S=torch.tensor(during_S, **number),
+        before_S=torch.tensor(before_S, dtype=torch.float64),
+        during_S=torch.tensor(during_S, dtype=torch.float64),
     )
 
 
