@@ -16,11 +16,12 @@ PACKAGE = ROOT / "src" / "satune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 400
 
-GROUND = {"types", "loading", "thoughts", "ranges"}
+GROUND = {"types", "task_parts", "loading", "thoughts", "ranges"}
 TRAINING = GROUND | {"files", "core", "agents", "team"}
 ARROWS: dict[str, set[str] | None] = {
     # room: the rooms it may import; None: all of them
     "types": set(),
+    "task_parts": {"types"},
     "loading": {"types"},
     "thoughts": set(),
     "ranges": set(),
@@ -46,6 +47,7 @@ ARROWS: dict[str, set[str] | None] = {
 OUTSIDE: dict[str, set[str]] = {
     # rooms that hold to few packages beside the standard library
     "types": set(),
+    "task_parts": set(),
     "loading": set(),
     "thoughts": set(),
     "ranges": set(),

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from satune.loading import check_options, load_object, nearest_hint
-from satune.types import UserError
+from satune.loading import check_options, load_object, model_in, nearest_hint
+from satune.types import ServedModel, UserError
 
 SOURCE = """
 from __future__ import annotations
@@ -79,3 +79,38 @@ def test_options_are_held_against_the_parameters():
 def test_nearest_lists_what_there_is():
     assert nearest_hint("relai", ["relay", "rows"]) == " (nearest: relay; there are: relay, rows)"
     assert nearest_hint("xyz", ["relay"]) == " (there are: relay)"
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "name"),
+    [
+        ("http://localhost:8000/v1#m", "http://localhost:8000/v1", "m"),
+        ("HTTPS://Host/v1/#org/name", "HTTPS://Host/v1/", "org/name"),
+        ("http://[::1]:80/v1#m#2", "http://[::1]:80/v1", "m#2"),
+    ],
+)
+def test_a_model_at_a_server_is_its_address_and_its_name(text, address, name):
+    model = model_in(text)
+    assert model == ServedModel(address, name)
+    assert str(model) == text
+
+
+@pytest.mark.parametrize("text", ["org/name", "runs/a#b", "tiny:llama-s", "./m.gguf", "http://["])
+def test_any_other_model_is_what_is_written(text):
+    assert model_in(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("http://host/v1", "a model at host: give http://ADDRESS/v1#MODEL"),
+        ("http://host/v1#", "a model at host: give http://ADDRESS/v1#MODEL"),
+        ("https:///v1#m", "a model at no address: give http://ADDRESS/v1#MODEL"),
+        ("http://u:secret@host/v1#m", "a model at host: its address holds a key or a query"),
+        ("http://host/v1?key=secret#m", "a model at host: its address holds a key or a query"),
+    ],
+)
+def test_a_model_at_a_server_needs_both_and_holds_no_key(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        model_in(text)
+    assert "secret" not in str(caught.value)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, LoraSpec
 from satune.agents.rendering import TemplateSettings
+from satune.files.manifest import FORMAT
 from satune.team import Team, build_team, load_team, manifest_of
 from satune.tiny.tokenizers import llama_tokenizer, qwen3_tokenizer
 from satune.types import UserError
@@ -216,3 +217,22 @@ def test_the_manifest(tmp_path):
         manifest_of(tmp_path / "team")
     with pytest.raises(UserError, match="not a team directory"):
         manifest_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "fault"),
+    [
+        ("org/name", "served is not http://ADDRESS/v1#MODEL"),
+        ("http://host/v1", "a model at host: give http://ADDRESS/v1#MODEL"),
+        ("http://u:pw@host/v1#m", "a model at host: its address holds a key or a query"),
+    ],
+)
+def test_a_served_model_that_is_none_is_a_fault_of_the_manifest(tmp_path, written, fault):
+    agent = {"served": written, "temperature": 1.0, "template": {}, "sharing": "separate"}
+    manifest = {"format": FORMAT, "seats": {"one": "ann"}, "protocol": {}, "task": {}}
+    manifest["agents"] = {"ann": {**agent, "delta": None}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as caught:
+        manifest_of(tmp_path)
+    path = tmp_path / "manifest.json"
+    assert str(caught.value).startswith(f"{path}: damaged manifest (agents.ann: {fault}")

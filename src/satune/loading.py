@@ -21,21 +21,22 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from satune.types import UserError
+from satune.types import ServedModel, UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """The environment variable that holds a server's key where no other is named."""
 
 
-def served(model: str) -> tuple[str, str] | None:
-    """(address, name there) of a model at an OpenAI-compatible server; None for any other model.
+def model_in(text: str) -> str | ServedModel:
+    """The model that ``text`` names: one at a server by its address and its name there, any other
+    (a directory, a file, a hub id) as it is written.
 
     Raises UserError where a part is missing, and for an address that holds more.
     """
-    parts = _server(model)
+    parts = _server(text)
     if parts is None:
-        return None
-    address, _, name = model.partition("#")
+        return text
+    address, _, name = text.partition("#")
     # None of it is shown: what should not be in an address may be a key.
     if parts.username or parts.password or parts.query:
         raise UserError(
@@ -46,7 +47,7 @@ def served(model: str) -> tuple[str, str] | None:
         raise UserError(
             f"a model at {parts.hostname or 'no address'}: give http://ADDRESS/v1#MODEL"
         )
-    return address, name
+    return ServedModel(address, name)
 
 
 def address_in(text: str) -> str | None:

@@ -25,8 +25,8 @@ from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.files.manifest import FORMAT, MANIFEST, read_manifest
 from satune.files.names import is_plain
 from satune.files.writing import written_beside
-from satune.loading import served
-from satune.types import Renderer, Sampling, Seat, UserError
+from satune.loading import model_in
+from satune.types import Renderer, Sampling, Seat, ServedModel, UserError
 
 _TEMPLATE = {each.name for each in fields(TemplateSettings)}
 
@@ -117,7 +117,7 @@ class Team:
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an agent."""
         spec, policy = self.specs[name], self.policies.get(name)
-        entry: dict[str, Any] = {"dir": name} if policy else {"served": spec.model}
+        entry: dict[str, Any] = {"dir": name} if policy else {"served": str(spec.model)}
         entry |= {
             "temperature": spec.temperature,
             "template": asdict(spec.template),
@@ -235,10 +235,11 @@ def _fault_of_agent(name: str, entry: Any, directory: Path) -> str | None:
     if entry.get("attention") not in (None, "sdpa", "eager"):
         return "its attention is neither sdpa nor eager"  # transformers would fetch others' code
     if "served" in entry:
-        model = entry["served"]
-        if not isinstance(model, str) or served(model) is None:
-            return "served is not http://ADDRESS/v1#MODEL"
-        return None
+        try:
+            model = model_of(entry, directory)
+        except UserError as error:
+            return str(error)
+        return None if isinstance(model, ServedModel) else "served is not http://ADDRESS/v1#MODEL"
     for holder in (entry, entry.get("mixture") or {"dir": name}):
         folder = holder.get("dir") if isinstance(holder, dict) else None
         if not is_plain(folder):
@@ -257,6 +258,12 @@ def _is_inside(path: Path, directory: Path) -> bool:
     return path.resolve().is_relative_to(directory.resolve())
 
 
+def model_of(entry: Mapping[str, Any], directory: Path) -> str | ServedModel:
+    """The model of an agent's entry in the manifest of ``directory``. Raises UserError for a served
+    one whose address or name is missing."""
+    return model_in(entry["served"]) if "served" in entry else str(directory / entry["dir"])
+
+
 def load_team(
     directory: Path, *, dtype: str = "float32", device: str = "auto", seed: int = 0
 ) -> Team:
@@ -269,7 +276,7 @@ def load_team(
         specs.append(
             AgentSpec(
                 name=name,
-                model=entry.get("served") or str(directory / entry["dir"]),
+                model=model_of(entry, directory),
                 temperature=entry["temperature"],
                 template=TemplateSettings(**entry["template"]),
                 lora=_lora(entry.get("lora")),
@@ -330,7 +337,7 @@ def build_team(
 ) -> Team:
     """Load every local agent's model. Raises UserError as ``load_policies`` does."""
     policies = load_policies(
-        [spec for spec in specs if served(spec.model) is None],
+        [spec for spec in specs if spec.served is None],
         shared_base=sharing == "lora",
         precision=Precision.of(dtype, autocast),
         device=device,

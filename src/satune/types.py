@@ -49,6 +49,17 @@ def text_part(text: str) -> Part:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model at an OpenAI-compatible server; ``str`` gives what ``loading.model_in`` reads."""
+
+    address: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.address}#{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One task instance. ``prompt`` is message content as parts (text today)."""
 
@@ -101,13 +112,11 @@ class Key:
 
     def rng(self, *extra: object) -> random.Random:
         """A generator seeded by this key (and ``extra``), the same on every machine."""
-        text = repr(
-            (
-                self.seed, self.purpose, self.stage, self.step, self.draw,
-                self.problem, self.sample, self.seat, self.own_index, *extra,
-            )
+        named = (
+            self.seed, self.purpose, self.stage, self.step, self.draw,
+            self.problem, self.sample, self.seat, self.own_index, *extra,
         )  # fmt: skip
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(repr(named).encode(), digest_size=16).digest()
         return random.Random(int.from_bytes(digest, "big"))
 
 
@@ -176,9 +185,6 @@ class Turn:
     completion_tokens: int = 0
 
 
-EntryKind = Literal["problem", "own", "foreign", "observation", "instruction"]
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One item of the transcript as one seat sees it; a renderer turns entries into messages.
@@ -186,13 +192,10 @@ class Entry:
     ``parts`` is set for the problem, ``text`` for the rest, ``seat`` for own and foreign messages.
     """
 
-    kind: EntryKind
+    kind: Literal["problem", "own", "foreign", "observation", "instruction"]
     text: str = ""
     seat: str = ""
     parts: tuple[Part, ...] = ()
-
-
-Status = Literal["finished", "truncated", "failed"]
 
 
 class EpisodeFailure(Exception):
@@ -253,7 +256,7 @@ class Episode:
         return self.grade.score
 
     @property
-    def status(self) -> Status:
+    def status(self) -> Literal["finished", "truncated", "failed"]:
         if self.failure is not None:
             return "failed"
         return "truncated" if any(t.finish_reason == "length" for t in self.turns) else "finished"
@@ -353,11 +356,11 @@ class Environment(Protocol):
 
 
 class Task(Protocol):
-    """Problems and how answers to them are graded.
+    """Problems and how answers to them are graded; ``task_parts`` has what a task may have beside.
 
-    ``extract`` reads the answer out of a message (None: there is none), ``equal`` compares two
-    extracted answers (majority votes use it), ``grade`` takes a whole message. Rollouts call
-    ``grade`` in threads, several at a time, or await it where it is a coroutine function.
+    Splits are "train", "eval", "certify" and, of rows, "all". ``extract`` reads the answer out of a
+    message (None: there is none), ``equal`` compares two of them in majority votes, ``grade`` takes
+    a whole message: in threads, several at a time, or awaited where it is a coroutine function.
     """
 
     name: str

@@ -29,7 +29,7 @@ from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import SCHEDULES
-from satune.types import UserError
+from satune.types import ServedModel, UserError
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
 
@@ -241,6 +241,16 @@ def test_a_wrong_key_or_value_is_one_line(tmp_path: Path, text: str, expected: s
          "team.agents.a.learning_rate: expected a number of at most 1e+30, got 1e+39"),
         ("{agents: {a: {model: 'http://h/v1#m', frozen: true, attention: eager}, b: {model: y}}}",
          "team.agents.a.attention: its server computes a served model; remove the key"),
+        ("{agents: {a: {model: 'http://h/v1'}}}",
+         "team.agents.a.model: a model at h: give http://ADDRESS/v1#MODEL"),
+        ("{agents: {a: {model: 'http://u:pw@h/v1#m'}}}",
+         "team.agents.a.model: a model at h: its address holds a key or a query; give the key in an"
+         " environment variable (server.api_key_env)"),
+        ("{agents: {a: {model: 3}}}", "team.agents.a.model: expected a text, got 3"),
+        ("{agents: {a: {model: ''}}}",
+         "team.agents.a.model: expected a text that is not empty, got ''"),
+        ("{agents: {a: {model: {address: 'http://h/v1', name: m}}}}",
+         "team.agents.a.model: expected a text, got keys (address, name)"),
         ("{agents: {a.b: {model: y}}}",
          "team.agents.a.b: expected a name of letters, digits, '-' and '_', got 'a.b'"),
         ("{agents: {a: {model: y, lora: {rnk: 3}}}}",
@@ -527,6 +537,20 @@ def test_what_a_resume_may_change_is_documented(relay: Path, tmp_path: Path) -> 
     ):  # fmt: skip
         with pytest.raises(UserError, match=other.partition("=")[0]):
             check_recipe_unchanged(directory, load_recipe(relay, [other, "stages=3"]))
+
+
+def test_a_served_model_is_read_once_and_saved_as_it_was_written(
+    relay: Path, tmp_path: Path
+) -> None:
+    written = "http://Host:80/v1/#org/M"
+    at = f"team.agents.ben.model={written}"
+    recipe = load_recipe(relay, [at, "team.agents.ben.frozen=true"])
+    models = [agent.model for agent in recipe.team.agents.values()]
+    assert models == ["tiny:qwen3-s", ServedModel("http://Host:80/v1/", "org/M")]
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert recipe.model_dump(mode="json")["team"]["agents"]["ben"]["model"] == written
+    again = load_recipe(tmp_path / "saved.yaml")
+    assert again == recipe and differences(again, recipe) == []
 
 
 def test_a_served_models_address_may_change_and_its_name_may_not(

@@ -18,7 +18,7 @@ from satune.engines.roles import LocalRole, WithRoles, with_roles
 from satune.engines.servers import Servers
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
-from satune.types import EpisodeFailure, Key, Prompt, Sampling, UserError
+from satune.types import EpisodeFailure, Key, Prompt, Sampling, ServedModel, UserError
 from scripted import ScriptedEngine
 
 PUZZLES = [
@@ -100,13 +100,13 @@ def test_a_server_is_opened_by_whoever_assembles(world):
             return await super().generate(seat, Prompt(({},)), sampling, key)
 
     class Known(Servers):
-        def model(self, url, name, key_variable=None):
-            opened.append((url, name))
+        def model(self, model, key_variable=None):
+            opened.append(model)
             return Server(lambda *_: "Yes")
 
     recipe = recipe_with(world, "server", host="http://localhost:1/v1#m")
     cast = assemble(recipe, no_progress, Known())
-    assert opened == [("http://localhost:1/v1", "m")]
+    assert opened == [ServedModel("http://localhost:1/v1", "m")]
     play(cast)
     assert all(call == ("environment", "system", "environment") for call in opened[1:])
 
@@ -119,8 +119,8 @@ def test_an_evaluation_attaches_roles_once(world, tmp_path, monkeypatch, kind):
         loaded.append((specs[0].model, options["device"], options["precision"]))
         return load_policies(specs, **options)
 
-    def open_server(address, model):
-        opened.append((address, model))
+    def open_server(model):
+        opened.append(model)
         return ScriptedEngine(lambda *_: "Yes")
 
     monkeypatch.setattr("satune.engines.roles.load_policies", counted)
@@ -138,7 +138,7 @@ def test_an_evaluation_attaches_roles_once(world, tmp_path, monkeypatch, kind):
     assert report["environment_tokens"] > 0
     # Where the recipe's team lies, and in its precision.
     local = [(str(world[0] / "host"), "cpu", Precision.of("float64"))]
-    served = [("http://localhost:1/v1", "m")]
+    served = [ServedModel("http://localhost:1/v1", "m")]
     assert (loaded, opened) == ((local, []) if kind == "local" else ([], served))
 
 
@@ -146,9 +146,9 @@ def test_without_a_model_for_roles_the_teams_engine_stays_as_it_is(world):
     team = ScriptedEngine(lambda *_: "")
     options = {"precision": Precision.of("float32"), "device": "cpu"}
     options["open_server"] = Servers().model
-    assert with_roles(team, ("scripted", "", ""), **options) is team
+    assert with_roles(team, None, **options) is team
     with pytest.raises(UserError, match="agent host: cannot load model"):
-        with_roles(team, ("model", str(world[0] / "nowhere"), ""), **options)
+        with_roles(team, str(world[0] / "nowhere"), **options)
 
 
 def test_only_what_the_environment_asks_goes_to_its_model():

@@ -23,7 +23,7 @@ from satune.commands.train import check_recipe_unchanged
 from satune.config.load import load_recipe, save_recipe
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
-from satune.types import UserError
+from satune.types import ServedModel, UserError
 from swapped_teams import digests, go_on, state_of, trained
 
 MY_KEY = ("--server-option", "api_key_env=MY_KEY")
@@ -97,12 +97,14 @@ def test_it_is_handed_the_seat_by_its_reward(swapped: Any) -> None:
 def test_the_recipe_and_the_team_name_it_and_hold_no_key(world: Path, swapped: Any) -> None:
     out, _ = swapped
     section = load_recipe(out / "recipe.yaml").team.agents["bob"]
-    assert section.frozen and section.model.endswith("#good")
+    assert section.frozen
+    assert isinstance(section.model, ServedModel) and section.model.name == "good"
     assert section.server is not None and section.server.api_key_env == "MY_KEY"
     entry = json.loads((out / "team" / "manifest.json").read_text())["agents"]["bob"]
-    assert entry["served"] == section.model and "dir" not in entry
+    assert entry["served"] == str(section.model) and "dir" not in entry
     assert not (out / "team" / "bob").exists() and not (out / "newcomers" / "bob").exists()
-    assert list(load_team(out / "team", device="cpu").policies) == ["ann"]
+    team = load_team(out / "team", device="cpu")
+    assert list(team.policies) == ["ann"] and team.specs["bob"].served == section.model
     for path in out.rglob("*"):
         assert not path.is_file() or b"s3cret" not in path.read_bytes()
     old, new = (place / "checkpoints" / "stage-0001" for place in (world / "run", out))

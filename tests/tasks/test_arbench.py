@@ -21,7 +21,7 @@ from satune.tasks.arbench_dc import DetectiveCases
 from satune.tasks.arbench_sp import SituationPuzzles
 from satune.tasks.catalog import load_task
 from satune.tasks.guess_number import GuessNumber, feedback
-from satune.types import Completion, Key, UserError
+from satune.types import Completion, Key, ServedModel, UserError
 from scripted import ScriptedEngine, team
 from yardstick import at_most
 
@@ -295,10 +295,10 @@ def test_thoughts_are_left_out(text, left):
 @pytest.mark.parametrize(
     ("host", "wanted"),
     [
-        ("scripted", ("scripted", "", "")),
-        ("model:org/name", ("model", "org/name", "")),
-        ("http://localhost:8000/v1#m", ("server", "http://localhost:8000/v1", "m")),
-        ("https://a/v1#org/name", ("server", "https://a/v1", "org/name")),
+        ("scripted", None),
+        ("model:org/name", "org/name"),
+        ("http://localhost:8000/v1#m", ServedModel("http://localhost:8000/v1", "m")),
+        ("https://a/v1#org/name", ServedModel("https://a/v1", "org/name")),
     ],
 )
 def test_hosts(host, wanted):
@@ -310,7 +310,8 @@ def test_hosts(host, wanted):
     ("options", "message"),
     [
         ({"host": "gpt"}, "host is 'gpt'; give scripted, model:PATH_OR_ID or http"),
-        ({"host": "http://a/v1"}, "host is 'http://a/v1'"),
+        ({"host": "http://a/v1"}, "host: a model at a: give http://ADDRESS/v1#MODEL"),
+        ({"host": "http://u:pw@a/v1#m"}, "host: a model at a: its address holds a key"),
         ({"host": "model:"}, "host is 'model:'"),
         ({"host": 3}, "host is 3"),
         ({"max_turns": 0}, "max_turns is 0; give an integer from 1 up"),

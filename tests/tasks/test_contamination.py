@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from benchmark_rows import rows_of
+from every_task import NAMES, case
+from satune.task_parts import PARTS, is_fresh
 from satune.tasks.catalog import load_task
 from satune.tasks.contamination import (
     BEGINNING,
@@ -110,6 +114,20 @@ def test_the_known_overlaps_and_no_others(train, held_out):
     assert len(rest) == len(list(ours.problems("train"))) - len(expected)
     assert overlaps(rest, theirs.problems("all")) == []
     assert Without(ours, left_out).name == "maths"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_task_without_some_problems_has_the_parts_that_it_had(name, tmp_path):
+    given = case(name, tmp_path)
+    rest = Without(given.task, [Overlap(given.problem.id, "e", "text")])
+    for part in PARTS:
+        # The attribute as it stands, which is what isinstance asks for on newer versions of Python.
+        found = inspect.getattr_static(rest, part, None)
+        assert found == getattr(given.task, part, None), part
+    assert rest.grade(given.problem, given.right).score == 1.0
+    if not is_fresh(given.task):
+        assert list(given.task.problems("all")) == [given.problem]
+        assert list(rest.problems("all")) == []
 
 
 def test_a_real_game_whose_prompts_are_all_the_same_has_no_overlap():

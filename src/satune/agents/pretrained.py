@@ -25,19 +25,19 @@ from satune.agents.sources import (
     source_of,
 )
 from satune.agents.specs import ALL_LINEAR, LoraSpec
-from satune.types import UserError
+from satune.types import ServedModel, UserError
 
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
-    """What an agent is made from. ``model`` is a directory or a hub id, or says where the model is
-    served; ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe. ``attention``
-    names an implementation of transformers', None what the model says is best for it."""
+    """What an agent is made from. ``model`` is a directory, a file or a hub id, or a served model;
+    ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe. ``attention`` names
+    an implementation of transformers', None what the model says is best for it."""
 
     name: str
-    model: str
+    model: str | ServedModel
     temperature: float = 1.0
     template: TemplateSettings = field(default_factory=TemplateSettings)
     lora: LoraSpec | None = None
@@ -45,6 +45,17 @@ class AgentSpec:
     trust_remote_code: bool = False
     attention: str | None = None
     server: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The model where it is a served one."""
+        return self.model if isinstance(self.model, ServedModel) else None
+
+    @property
+    def source(self) -> str:
+        """Where a model that is loaded here comes from."""
+        assert isinstance(self.model, str)
+        return self.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +84,20 @@ def load_policies(
     bases: dict[tuple[str, str | None], tuple[PeftModel, Any]] = {}
 
     def load(spec: AgentSpec) -> Policy:
-        saved = saved_adapter(spec.model)
-        if saved and not Path(spec.model, "adapter_model.safetensors").is_file():
+        saved = saved_adapter(spec.source)
+        if saved and not Path(spec.source, "adapter_model.safetensors").is_file():
             raise UserError(  # a .bin is a pickle, and opening one may run what is written in it
-                f"agent {spec.name}: {spec.model} has no adapter_model.safetensors, and adapters "
+                f"agent {spec.name}: {spec.source} has no adapter_model.safetensors, and adapters "
                 "in another form (.bin) are not opened; save it anew with PEFT's save_pretrained"
             )
-        base_id = saved.base if saved else spec.model
+        base_id = saved.base if saved else spec.source
         lora = spec.lora or (LoraSpec() if shared_base else None)
         adapter = None
         if lora is None:
             model: nn.Module = _load_model(spec, base_id, precision.master)
             if saved:
                 model = _merged(spec, model)
-            tokenizer = _load_tokenizer(spec, spec.model)
+            tokenizer = _load_tokenizer(spec, spec.source)
         else:
             # PEFT cuts an adapter's name out of parameter names: it must be no part of the model's.
             adapter = f"agent_{spec.name}"
@@ -100,7 +111,7 @@ def load_policies(
                 model = _with_adapter(base, adapter, config, seed)
                 bases[base_id, spec.attention] = model, tokenizer
             if saved:
-                set_peft_model_state_dict(model, load_peft_weights(spec.model), adapter)
+                set_peft_model_state_dict(model, load_peft_weights(spec.source), adapter)
         return Policy(
             spec.name,
             model.to(where),
@@ -112,15 +123,15 @@ def load_policies(
 
     policies: dict[str, Policy] = {}
     for spec in specs:
-        misspelt = misspelt_path(spec.model)
+        misspelt = misspelt_path(spec.source)
         if misspelt:
-            raise UserError(_cannot_load(spec, spec.model, misspelt))
+            raise UserError(_cannot_load(spec, spec.source, misspelt))
         try:
             policies[spec.name] = load(spec)
         except UserError:
             raise
         except (*_UNLOADABLE, TypeError, AttributeError, IndexError) as error:
-            raise UserError(_cannot_load(spec, spec.model, _said(error))) from error
+            raise UserError(_cannot_load(spec, spec.source, _said(error))) from error
     return policies
 
 
@@ -150,14 +161,14 @@ def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: SavedAdapter | None) ->
         )
     if saved.config.get("peft_type") != "LORA":
         raise UserError(
-            f"agent {spec.name}: the adapter in {spec.model} is of type "
+            f"agent {spec.name}: the adapter in {spec.source} is of type "
             f"{saved.config.get('peft_type')}, and only LoRA adapters are trained"
         )
-    config: LoraConfig = LoraConfig.from_pretrained(spec.model)  # type: ignore[assignment]
+    config: LoraConfig = LoraConfig.from_pretrained(spec.source)  # type: ignore[assignment]
     if spec.lora is not None and (lora.rank, lora.alpha) != (config.r, config.lora_alpha):
         raise UserError(
             f"agent {spec.name}: lora has rank {lora.rank} and alpha {lora.alpha:g}, but the "
-            f"adapter in {spec.model} has rank {config.r} and alpha {config.lora_alpha:g}; "
+            f"adapter in {spec.source} has rank {config.r} and alpha {config.lora_alpha:g}; "
             "give those, or leave lora out"
         )
     config.inference_mode, config.lora_dropout = False, 0.0
@@ -174,15 +185,15 @@ def _with_adapter(model: nn.Module, adapter: str, config: LoraConfig, seed: int)
 
 
 def _merged(spec: AgentSpec, model: Any) -> nn.Module:
-    """The model with the adapter saved in ``spec.model`` put into its weights.
+    """The model with the adapter saved in ``spec.source`` put into its weights.
 
     A head that shares the embedding's weights gets its own where the adapter changes one of them:
     PEFT adds to the one alone. Raises UserError where the merged logits are not the adapter's.
     """
-    peft: Any = PeftModel.from_pretrained(model, spec.model)
+    peft: Any = PeftModel.from_pretrained(model, spec.source)
     if not hasattr(peft, "merge_and_unload"):
         raise UserError(
-            f"agent {spec.name}: the adapter in {spec.model} is of type {peft.peft_type.value}, "
+            f"agent {spec.name}: the adapter in {spec.source} is of type {peft.peft_type.value}, "
             "which is no change of weights; give a LoRA adapter"
         )
     ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
@@ -195,7 +206,7 @@ def _merged(spec: AgentSpec, model: Any) -> nn.Module:
     scale = expected.abs().max().clamp(min=1.0)
     if not torch.allclose(found / scale, expected / scale, atol=1e-3):
         raise UserError(
-            f"agent {spec.name}: merged into the weights, the adapter in {spec.model} is another "
+            f"agent {spec.name}: merged into the weights, the adapter in {spec.source} is another "
             "model than beside them; give the agent a lora block with the adapter's rank and alpha"
         )
     if merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight:

@@ -28,7 +28,6 @@ from satune.cli.common import (
     trust_of,
 )
 from satune.files.events import Event, Note
-from satune.loading import served
 
 
 def train(
@@ -133,7 +132,7 @@ def _train(
     if resume and name is None:
         what = "no checkpoint of the run; it begins anew" if held else "no run; a new one begins"
         display.note(f"{directory.path}: nothing to resume: {what}")
-    local = [a.model for a in recipe.team.agents.values() if served(a.model) is None]
+    local = [a.model for a in recipe.team.agents.values() if isinstance(a.model, str)]
     if all(map(is_tiny, local)):
         # Their matrices are too small to share: two threads were slower than one.
         torch.set_num_threads(1)

@@ -13,18 +13,28 @@ from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.base import EngineSettings, engine_settings
-from satune.engines.roles import SCRIPTED, with_roles
+from satune.engines.roles import with_roles
 from satune.engines.servers import Servers, with_served
 from satune.files.writing import tensor_errors
 from satune.play.evaluation import Evaluation, evaluate
 from satune.play.match import Match
 from satune.protocols.named import load_protocol
+from satune.task_parts import is_fresh, role_player_of
 from satune.tasks.catalog import load_task, take
 from satune.tasks.contamination import Without, note, training_overlaps
 from satune.team import Team, build_team
 from satune.tiny.demonstrations import demonstrate
 from satune.tiny.zoo import is_tiny, tiny_directory
-from satune.types import Engine, Key, Problem, Progress, Task, TeamProtocol, no_progress
+from satune.types import (
+    Engine,
+    Key,
+    Problem,
+    Progress,
+    ServedModel,
+    Task,
+    TeamProtocol,
+    no_progress,
+)
 
 GATE_PROBLEMS = 128
 """Problems on which a tiny base must reach its greedy success."""
@@ -48,7 +58,7 @@ class Cast:
 
     def held_out_problems(self, count: int) -> list[Problem]:
         task, split = self.held_out
-        if not getattr(task, "fresh", False):
+        if not is_fresh(task):
             count = min(count, len(list(task.problems(split))))
         return take(task, split, count, 0)
 
@@ -127,7 +137,7 @@ def assemble(
     )
     engine = with_roles(
         team_engine(team, recipe, servers),
-        getattr(task, "role_player", SCRIPTED) if roles else SCRIPTED,
+        role_player_of(task) if roles else None,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
         open_server=servers.model,
@@ -146,8 +156,8 @@ def engine_of(recipe: Recipe) -> EngineSettings:
     return engine_settings(recipe.engine.name, recipe.engine.options)
 
 
-def agent_spec(name: str, section: AgentSection, model: str) -> AgentSpec:
-    """A recipe's agent as the team is built of it, from the model at ``model``."""
+def agent_spec(name: str, section: AgentSection, model: str | ServedModel) -> AgentSpec:
+    """A recipe's agent as the team is built of it, from ``model``."""
     return AgentSpec(
         name=name,
         model=model,
@@ -167,14 +177,15 @@ def model_path(
     protocol: TeamProtocol,
     seats: Mapping[str, str],
     progress: Progress,
-) -> str:
+) -> str | ServedModel:
     """The agent's model; a tiny one is taught first, by this recipe's task and protocol.
 
     Its problems follow ``tiny.seed``, not the run's seed, and its gate never looks at
     ``evaluate.data``: a base depends on nothing that its fingerprint leaves out.
     """
-    if not is_tiny(agent.model):
-        return agent.model
+    model = agent.model
+    if isinstance(model, ServedModel) or not is_tiny(model):
+        return model
     template, settings = agent.template, recipe.tiny
     section = recipe.task
     task = load_task(section.name, section.data, settings.seed, None, **section.options)
@@ -195,7 +206,7 @@ def model_path(
 
     with tensor_errors(cache or Path.home() / ".cache"):
         directory = tiny_directory(
-            agent.model,
+            model,
             settings,
             json.dumps(
                 {
@@ -219,7 +230,7 @@ def model_path(
             template=template,
             held_out_success=greedy_success,
             cache=cache,
-            progress=lambda done, total, what: progress(done, total, f"{agent.model}: {what}"),
+            progress=lambda done, total, what: progress(done, total, f"{model}: {what}"),
         )
     return str(directory)
 

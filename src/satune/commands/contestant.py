@@ -163,7 +163,8 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
 
     # Its roles are those of whatever task is played: the examination attaches them.
     cast = assemble(recipe, progress, servers, roles=False)
-    models = {a.model for a in recipe.team.agents.values() if Path(a.model).exists()}
+    named = (a.model for a in recipe.team.agents.values())
+    models = {model for model in named if isinstance(model, str) and Path(model).exists()}
     return Contestant(
         cast.team.seats_for(recipe.rollout.max_new_tokens),
         cast.engine,

@@ -10,13 +10,13 @@ import torch
 import yaml
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
-from satune.agents.specs import CriticSettings
+from satune.agents.specs import CriticSettings, LoraSpec
 from satune.commands.assemble import load_tasks, overlap_note
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
-from satune.config.schema import AgentSection, Recipe
-from satune.loading import served
+from satune.config.schema import Recipe
 from satune.tiny.zoo import is_tiny, tiny_model
+from satune.types import ServedModel
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _PARTS = ("weights", "gradients", "optimizer", "anchor_and_proposal")
@@ -42,16 +42,16 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     total = 0
     for name, section in resolved.agents.items():
         entry: dict[str, Any] = {
-            "model": section.model,
+            "model": str(section.model),
             "seats": [seat for seat, agent in resolved.seats.items() if agent == name],
             "temperature": section.temperature,
             "delta": recipe.trust_region.of(section.delta).delta,
             "trained": not section.frozen and recipe.stages > 0,
         }
-        if served(section.model) is not None:
+        if isinstance(section.model, ServedModel):
             # Elsewhere it may take what it takes.
             entry["memory"] = dict.fromkeys(_PARTS, 0)
-        elif (sizes := _sizes(section)) is not None:
+        elif (sizes := _sizes(section.model, section.lora)) is not None:
             parameters, adapter, numbers = sizes
             shared = recipe.team.sharing == "lora" and section.model in counted
             counted.add(section.model)
@@ -69,7 +69,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
             total += entry["memory"]["weights"]
             if trained and recipe.critic.kind != "none":
-                entry["critic"] = _critic(recipe.critic, section, master)
+                entry["critic"] = _critic(recipe.critic, section.model, master)
                 total += entry["critic"].get("memory", {}).get("weights", 0)
             if numbers is not None:
                 # Keys and values are held in the type that attention computes in.
@@ -133,21 +133,21 @@ def _overlap(recipe: Recipe) -> dict[str, str]:
     return {"overlap": line} if line else {}
 
 
-def _sizes(section: AgentSection) -> tuple[int, int, int | None] | None:
+def _sizes(source: str, lora: LoraSpec | None) -> tuple[int, int, int | None] | None:
     """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
-    model = _laid_out(section.model)
+    model = _laid_out(source)
     if model is None:
         return None
     parameters = sum(p.numel() for p in model.parameters())
     adapter = 0
-    if section.lora is not None:
-        wanted = section.lora.targets
+    if lora is not None:
+        wanted = lora.targets
         head = model.get_output_embeddings()
         for name, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear) or module is head:
                 continue
             if wanted == ("all-linear",) or name.rsplit(".", 1)[-1] in wanted:
-                adapter += section.lora.rank * (module.in_features + module.out_features)
+                adapter += lora.rank * (module.in_features + module.out_features)
     return parameters, adapter, cached_numbers(model.config)
 
 
@@ -159,10 +159,10 @@ def _laid_out(name: str) -> Any:
     return None if config is None else skeleton(config)
 
 
-def _critic(critic: CriticSettings, section: AgentSection, number: int) -> dict[str, Any]:
-    """Parameters and memory of an agent's critic, ``number`` bytes a parameter; nothing of a model
-    whose sizes cannot be told."""
-    model = _laid_out(critic.model or section.model)
+def _critic(critic: CriticSettings, agents: str, number: int) -> dict[str, Any]:
+    """Parameters and memory of the critic of an agent with the model ``agents``, ``number`` bytes a
+    parameter; nothing of a model whose sizes cannot be told."""
+    model = _laid_out(critic.model or agents)
     if model is None:
         return {}
     line = model.config.get_text_config().hidden_size + 1

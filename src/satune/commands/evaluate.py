@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.commands.contestant import Contestant, file_identity
-from satune.engines.roles import SCRIPTED, with_roles
+from satune.engines.roles import with_roles
 from satune.files.lines import JsonLines
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors, is_partial, write_atomically
@@ -23,6 +23,7 @@ from satune.play.match import Match
 from satune.play.rollout import rollout
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.named import load_protocol
+from satune.task_parts import is_fresh, role_player_of
 from satune.tasks.catalog import load_task, take, takes
 from satune.types import Episode, Key, Problem, Progress, Seat, Task, UserError
 
@@ -121,7 +122,7 @@ async def examine(
     task, split, named = _task(contestant, wanted, seed)
     engine = with_roles(
         contestant.engine,
-        getattr(task, "role_player", SCRIPTED),
+        role_player_of(task),
         precision=contestant.precision,
         device=contestant.device,
         open_server=contestant.open_server,
@@ -215,13 +216,13 @@ def _task(contestant: Contestant, wanted: Wanted, seed: int) -> tuple[Task, str,
         options = {**options, "host": contestant.asked_task.get("host", contestant.host)}
     contestant.admit({"task": {"name": name, "data": data and str(data), **options}})
     task = load_task(name, data, seed, None, **options)
-    if getattr(task, "fresh", False):
+    if is_fresh(task):
         split = "eval"
     return task, split, {"name": name, "data": data, "options": options}
 
 
 def _problems(task: Task, split: str, limit: int | None) -> list[Problem]:
-    if getattr(task, "fresh", False):
+    if is_fresh(task):
         return take(task, split, limit or GENERATED)
     rows = list(task.problems(split))
     # Some benchmarks are sorted; the first few of them would be a sample of their own kind.

@@ -19,6 +19,7 @@ from satune.loading import missing_file, nearest_hint
 from satune.play.conversation import plurality
 from satune.play.evaluation import Scores, summary_of_graded
 from satune.play.statistics import mean_components
+from satune.task_parts import Indexed, is_fresh
 from satune.tasks.catalog import load_task
 from satune.tasks.pool import Failure, Workers
 from satune.tasks.sources import read_bytes, read_json
@@ -100,7 +101,7 @@ def match(task: Task, rows: Sequence[Responses]) -> tuple[list[Problem], int]:
     A task that generates its problems is asked for those named in the ids (relay-eval-000003) and
     has none that is missing. Raises UserError naming file and line of an unknown id.
     """
-    if getattr(task, "fresh", False):
+    if is_fresh(task):
         return [_generated(task, row) for row in rows], 0
     known = {problem.id: problem for problem in _all_problems(task)}
     for row in rows:
@@ -128,15 +129,14 @@ def _nearest_of_many(name: str, known: Mapping[str, Problem]) -> str:
 
 
 def _generated(task: Task, row: Responses) -> Problem:
-    at = getattr(task, "problem_at", None)
     found = _GENERATED.fullmatch(row.id)
-    if at is None or found is None:
+    if found is None or not isinstance(task, Indexed):
         raise UserError(
             f"{row.place}: task {task.name} generates its problems, and {row.id!r} is not the id "
             f"of one; write {task.name}-eval-000000 or give data"
         )
     try:
-        problem = at(found[1], int(found[2]))
+        problem = task.problem_at(found[1], int(found[2]))
     except UserError as error:
         raise UserError(f"{row.place}: id {row.id!r}: {error}") from error
     if problem.id != row.id:

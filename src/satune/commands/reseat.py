@@ -22,13 +22,13 @@ from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSectio
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
 from satune.files.names import refuse_links
-from satune.loading import nearest_hint, served
-from satune.team import Team, add_mixtures, manifest_of
+from satune.loading import nearest_hint
+from satune.team import Team, add_mixtures, manifest_of, model_of
 from satune.training.checkpoint import Checkpoints
 from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
 from satune.training.state_file import read_state
-from satune.types import Progress, UserError
+from satune.types import Progress, ServedModel, UserError
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None
             lora = {**lora, "targets": lora["targets"] or ["all-linear"]}
         agents[name] = AgentSection.model_validate(
             {
-                "model": entry.get("served") or str(path / entry["dir"]),
+                "model": model_of(entry, path),
                 "frozen": "served" in entry,
                 "server": entry.get("server"),
                 "temperature": entry["temperature"],
@@ -245,7 +245,7 @@ class Reseated:
 
     cast: Cast
     numbers: Numbers
-    newcomers: dict[str, str] = field(default_factory=dict)
+    newcomers: dict[str, str | ServedModel] = field(default_factory=dict)
 
     def agent_of(self, seat: str) -> str:
         return self.cast.team.seats[seat]
@@ -254,7 +254,7 @@ class Reseated:
 def with_newcomer(
     base: Reseated,
     seat: str,
-    model: str,
+    model: str | ServedModel,
     *,
     loaded: Policy | None = None,
     tiny: Mapping[str, Any] | None = None,
@@ -269,15 +269,15 @@ def with_newcomer(
     incumbent = team.seats[seat]
     # A text that was written for the incumbent's template says nothing to another tokenizer.
     had = recipe.team.resolved().agents[incumbent]
-    at_server = served(model)
+    at_server = isinstance(model, ServedModel)
     section = had.model_copy(
         update={
             "model": model,
             "trust_remote_code": False,
             "attention": None,
             "lora": None if at_server else had.lora,
-            "frozen": bool(at_server) or (had.frozen and incumbent in team.policies),
-            "server": _server_of(recipe.team, at_server[0], server or {}) if at_server else None,
+            "frozen": at_server or (had.frozen and incumbent in team.policies),
+            "server": _server_of(recipe.team, model.address, server or {}) if at_server else None,
         }
     )
     if loaded is None:
@@ -310,8 +310,8 @@ def with_newcomer(
 def _server_of(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
     """How a newcomer's server is asked: as the team asks it already, but for what is given."""
     for agent in team.resolved().agents.values():
-        there = served(agent.model)
-        if there is not None and there[0] == address and agent.server is not None:
+        there = agent.model.address if isinstance(agent.model, ServedModel) else None
+        if there == address and agent.server is not None:
             return agent.server.model_copy(update=dict(given))
     return ServerSection(**given)
 

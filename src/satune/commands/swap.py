@@ -16,6 +16,7 @@ from satune.commands.swap_request import (
     DELTA,
     DELTA_OF_ALL,
     Given,
+    Pair,
     SwapRequest,
     check_request,
     kept_answers,
@@ -73,19 +74,20 @@ def swap(
         if watch is not None:
             watch(cast(Event | Notice, {"event": kind, **fields}))
 
-    with swap_lock(request, out), kept_answers(request, found, out) as answers:
-        return _perform(request, found, out, Servers(answers=answers), progress, tell)
+    with swap_lock(request, out), kept_answers(request, pairs, found, out) as answers:
+        return _perform(request, pairs, found, out, Servers(answers=answers), progress, tell)
 
 
 def _perform(
     request: SwapRequest,
+    pairs: Sequence[Pair],
     found: Found,
     out: Path,
     servers: Servers,
     progress: Progress,
     tell: Tell,
 ) -> SwapResult:
-    started, pairs = time.perf_counter(), request.pairs()
+    started = time.perf_counter()
     for line in found.passed:
         tell("note", {"text": line})
     team = load_found(found, progress, servers)
@@ -184,14 +186,14 @@ class _Swap:
             return self.request.delta
         return DELTA_OF_ALL if len(self.request.seats) == len(self.found.seats) else DELTA
 
-    def seat(self, team: Reseated, group: Sequence[tuple[str, str]]) -> Reseated:
+    def seat(self, team: Reseated, group: Sequence[Pair]) -> Reseated:
         for seat, model in group:
             team = with_newcomer(
                 team, seat, model, tiny=self.request.tiny, server=self.request.server
             )
         return team
 
-    def method(self, old: Reseated, new: Reseated, group: Sequence[tuple[str, str]]) -> Given:
+    def method(self, old: Reseated, new: Reseated, group: Sequence[Pair]) -> Given:
         """The method of a group. Raises UserError where projection is asked for and impossible."""
         asked = self.request.method
         for seat, model in group:
@@ -220,7 +222,7 @@ class _Swap:
                 return "handover"
         return "project" if asked == "auto" else asked
 
-    def give(self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given) -> None:
+    def give(self, group: Sequence[Pair], reseated: Reseated, method: Given) -> None:
         """Measure one group of seats and, unless it is a dry run, hand them over or refuse."""
         started = time.perf_counter()
         record = self._measured(group, reseated, method)
@@ -237,9 +239,7 @@ class _Swap:
         record["seconds"] = time.perf_counter() - started
         self.records.append(record)
 
-    def _measured(
-        self, group: Sequence[tuple[str, str]], reseated: Reseated, method: Given
-    ) -> SwapRecord:
+    def _measured(self, group: Sequence[Pair], reseated: Reseated, method: Given) -> SwapRecord:
         """A record with held-out reward before, and with the newcomers as they are."""
         tokens = 0
         if self.before is None:
@@ -250,7 +250,7 @@ class _Swap:
         return {
             "seats": [seat for seat, _ in group],
             "agents": {seat: reseated.agent_of(seat) for seat, _ in group},
-            "models": dict(group),
+            "models": {seat: str(model) for seat, model in group},
             "method": method,
             "verdict": "measured",
             "reason": "",
@@ -262,9 +262,7 @@ class _Swap:
             "problems": gain.problems,
         }
 
-    def _preview(
-        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
-    ) -> None:
+    def _preview(self, reseated: Reseated, group: Sequence[Pair], record: SwapRecord) -> None:
         """What a projection would be, before one is tried."""
         record["projection"] = {}
         for number, (seat, _) in enumerate(group):
@@ -281,9 +279,7 @@ class _Swap:
             record["tokens"] += tokens
             self.tell("alignment", {"seat": seat, **figures})
 
-    def _project(
-        self, reseated: Reseated, group: Sequence[tuple[str, str]], record: SwapRecord
-    ) -> None:
+    def _project(self, reseated: Reseated, group: Sequence[Pair], record: SwapRecord) -> None:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
         team: Reseated | None = self.team
         distillation = record["distillation"] = {}

@@ -18,15 +18,17 @@ from satune.commands.trust import NOTHING, Trust
 from satune.config.schema import ServerSection
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors
-from satune.loading import nearest_hint, served
+from satune.loading import model_in, nearest_hint
 from satune.swap.directory import refuse_existing
 from satune.swap.handover import HandOverSettings
-from satune.types import UserError
+from satune.types import ServedModel, UserError
 
 Given = Literal["project", "handover"]
 """How a seat is given to a newcomer."""
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
+Pair = tuple[str, str | ServedModel]
+"""A seat, and the model that it is to be given to."""
 DELTA, DELTA_OF_ALL = 0.01, 0.004
 """Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
 
@@ -60,8 +62,9 @@ class SwapRequest:
     def fallback(self) -> Literal["mixture", "refuse", "handover"]:
         return self.otherwise or ("handover" if self.method == "auto" else "refuse")
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """Each seat with its model. Raises UserError where they do not match."""
+    def pairs(self) -> list[Pair]:
+        """Each seat with its model. Raises UserError where they do not match, and for a served
+        model whose address or name is missing."""
         if not self.seats:
             raise UserError("--seat: name a seat, and its model by --with")
         for seat in self.seats:
@@ -72,11 +75,15 @@ class SwapRequest:
                 f"--with: {len(self.models)} models for {len(self.seats)} seats; give one a seat, "
                 "in the same order, or one for all"
             )
-        models = self.models if len(self.models) > 1 else [self.models[0]] * len(self.seats)
+        try:
+            models = [model_in(model) for model in self.models]
+        except UserError as error:
+            raise UserError(f"--with: {error}") from None
+        models = models if len(models) > 1 else models * len(self.seats)
         return list(zip(self.seats, models, strict=True))
 
 
-def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tuple[Found, Path]:
+def check_request(request: SwapRequest, pairs: Sequence[Pair]) -> tuple[Found, Path]:
     """The team, and where the new one goes; whatever can be refused before models are loaded."""
     if request.method not in METHODS:
         hint = nearest_hint(request.method, METHODS)
@@ -94,15 +101,11 @@ def check_request(request: SwapRequest, pairs: Sequence[tuple[str, str]]) -> tup
     found = find_team(source, request.recipe, request.trust)
     for seat, model in pairs:
         check_seat(found, seat)
-        try:
-            at_server = served(model) is not None
-        except UserError as error:
-            raise UserError(f"--with: {error}") from None
-        if at_server and request.method == "project":
+        if isinstance(model, ServedModel) and request.method == "project":
             raise UserError(
                 f"--with {model}: a server shows no distributions to project; use --method handover"
             )
-    _check_server(request)
+    _check_server(request, pairs)
     return found, out
 
 
@@ -123,13 +126,16 @@ def swap_lock(request: SwapRequest, out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def kept_answers(request: SwapRequest, found: Found, out: Path) -> Iterator[Path | None]:
+def kept_answers(
+    request: SwapRequest, pairs: Sequence[Pair], found: Found, out: Path
+) -> Iterator[Path | None]:
     """Where servers' answers lie until the swap is decided, so that the same command, begun again
     after a failure, asks only for what is missing. None for a dry run, which writes nothing."""
     if request.dry_run:
         yield None
         return
-    same = [str(found.path.resolve()), found.checkpoint, request.pairs(), dict(request.server)]
+    named = [(seat, str(model)) for seat, model in pairs]
+    same = [str(found.path.resolve()), found.checkpoint, named, dict(request.server)]
     digest = hashlib.blake2b(json.dumps(same).encode(), digest_size=4).hexdigest()
     path = out.absolute().with_name(f"{out.absolute().name}.answers-{digest}.jsonl")
     try:
@@ -141,7 +147,7 @@ def kept_answers(request: SwapRequest, found: Found, out: Path) -> Iterator[Path
     path.unlink(missing_ok=True)
 
 
-def _check_server(request: SwapRequest) -> None:
+def _check_server(request: SwapRequest, pairs: Sequence[Pair]) -> None:
     try:
         section = ServerSection(**request.server)
     except ValidationError as error:
@@ -149,7 +155,7 @@ def _check_server(request: SwapRequest) -> None:
         where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
         hint = nearest_hint(where, ServerSection.model_fields) if "extra" in first["type"] else ""
         raise UserError(f"--server-option {where}: {said}{hint}") from None
-    if request.server and not any(served(model) for model in request.models):
+    if request.server and not any(isinstance(model, ServedModel) for _, model in pairs):
         raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
     if "api_key_env" in request.server and not os.environ.get(section.api_key_env):
         raise UserError(

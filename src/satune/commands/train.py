@@ -18,7 +18,7 @@ from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast, model_path
 from satune.commands.trust import remember
 from satune.config.checks import decisions
-from satune.config.derive import may_change
+from satune.config.derive import Named, may_change
 from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
@@ -27,6 +27,7 @@ from satune.loading import check_options, load_object
 from satune.play.evaluation import progress_of
 from satune.play.rollout import rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
+from satune.task_parts import is_fresh
 from satune.tasks.catalog import draw, take
 from satune.training.checkpoint import Checkpoints
 from satune.training.credit import load_credit
@@ -118,7 +119,7 @@ class LocalWorld:
 
     @property
     def certifies(self) -> Literal["fresh", "finite"]:
-        return "fresh" if getattr(self.cast.task, "fresh", False) else "finite"
+        return "fresh" if is_fresh(self.cast.task) else "finite"
 
     def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
         drawn = draw(self.cast.task, "certify", problems, offset)
@@ -223,7 +224,7 @@ def check_held_out(task: Task) -> None:
         return [repr((p.text, p.answer, p.metadata)) for p in problems]
 
     first = draw(task, "certify", 16)
-    if getattr(task, "fresh", False):
+    if is_fresh(task):
         taught = content(take(task, "train", len(first)))
         same = content(first) == taught
     else:
@@ -279,15 +280,15 @@ def _may_change(key: str, held: Recipe, now: Recipe) -> bool:
         if len(parts) < len(named):
             continue
         if all(a in (b, "NAME") for a, b in zip(named, parts, strict=False)):
-            plain = (each.model_dump(mode="json") for each in (held, now))
-            return mark.allows(*(_value(each, parts[: len(named)]) for each in plain))
+            return mark.allows(*(_value(each, parts[: len(named)]) for each in (held, now)))
     return False
 
 
 def _value(recipe: Any, parts: Sequence[str]) -> Any:
-    """The value of a dotted key of a recipe as plain values; None where there is none."""
+    """The value of a dotted key of a recipe; None where there is none."""
     for part in parts:
-        recipe = recipe.get(part) if isinstance(recipe, Mapping) else None
+        section = recipe.options if isinstance(recipe, Named) else recipe
+        recipe = section.get(part) if isinstance(section, Mapping) else getattr(section, part, None)
     return recipe
 
 

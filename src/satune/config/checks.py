@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from satune.config.schema import AgentSection, Recipe, ServerSection
-from satune.loading import nearest, served
+from satune.loading import nearest
 from satune.training.credit import CREDIT
 from satune.training.schedules import SCHEDULES, Schedule
-from satune.types import UserError
+from satune.types import ServedModel
 
 Fault = tuple[str, str]
 
@@ -77,12 +77,7 @@ def _agents_are_sound(recipe: Recipe) -> Iterator[Fault]:
 def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
     for name, agent in recipe.team.agents.items():
         path = f"team.agents.{name}"
-        try:
-            at_server = served(agent.model) is not None
-        except UserError as error:
-            yield f"{path}.model", str(error)
-            continue
-        if not at_server:
+        if not isinstance(agent.model, ServedModel):
             if agent.server is not None:
                 yield f"{path}.server", "is for a model at http://ADDRESS/v1#MODEL; remove the key"
         elif recipe.team.sharing == "shared":
@@ -100,14 +95,10 @@ def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
 def _servers_are_asked_one_way(recipe: Recipe) -> Iterator[Fault]:
     first: dict[str, tuple[str, ServerSection]] = {}
     for name, agent in recipe.team.agents.items():
-        try:
-            at = served(agent.model)
-        except UserError:
-            continue  # said by another check
-        if at is None:
+        if not isinstance(agent.model, ServedModel):
             continue
         section = agent.server or ServerSection()
-        other, asked = first.setdefault(at[0].rstrip("/").lower(), (name, section))
+        other, asked = first.setdefault(agent.model.address.rstrip("/").lower(), (name, section))
         if asked != section:
             yield (
                 f"team.agents.{name}.server",

@@ -102,6 +102,25 @@ class Derived:
 
 
 @dataclass(frozen=True, eq=False)
+class Written:
+    """Marks a field of the recipe that stands there as a text: ``read`` gives what it means (or
+    raises UserError), and ``str`` of that is what is saved."""
+
+    read: Callable[[str], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        def made(value: Any, validate: Callable[[Any], Any]) -> Any:
+            already = isinstance(value, source) and not isinstance(value, str)
+            return value if already else self.read(validate(value))
+
+        return core_schema.no_info_wrap_validator_function(
+            made,
+            handler.generate_schema(Text),
+            serialization=core_schema.plain_serializer_function_ser_schema(str),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Choice:
     """Marks a field of the recipe that names an entry of ``catalogue``, alone or with options.
 
@@ -173,6 +192,8 @@ def models_in(annotation: Any, metadata: tuple[Any, ...] = ()) -> list[tuple[str
             return list(mark.sections().items())
         if isinstance(mark, Derived):
             return [("", section_of(annotation))]
+        if isinstance(mark, Written):
+            return []
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [("", annotation)]
     if isinstance(annotation, type) and is_dataclass(annotation):

@@ -220,6 +220,8 @@ def _fault(error: Any) -> Fault:
         return path, _choice(given, context["expected"].replace(" or ", ", "))
     if kind == "union_tag_invalid":
         return f"{path}.name", _choice(context["tag"], context["expected_tags"])
+    if kind == "value_error":
+        return path, str(context["error"])
     expected = _EXPECTED.get(kind)
     if expected is None:
         return path, f"{error['msg'].lower()}, got {_show(given)}"

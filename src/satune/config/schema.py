@@ -17,11 +17,11 @@ from pydantic import BeforeValidator, Field
 
 from satune.agents.messages import TemplateSettings
 from satune.agents.specs import CriticSettings, LoraSpec, Rate
-from satune.config.derive import Choice, Derived, Named, OpenSection, Section
+from satune.config.derive import Choice, Derived, Named, OpenSection, Section, Written
 from satune.core.objectives import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.base import ENGINES
-from satune.loading import KEY_VARIABLE, served
+from satune.loading import KEY_VARIABLE, model_in
 from satune.ranges import Count, MayChange, Positive, Range, Text, Whole
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
@@ -34,6 +34,7 @@ from satune.training.settings import (
     RolloutSettings,
     StepSettings,
 )
+from satune.types import ServedModel
 
 # Names become directory names and parts of dotted overrides, hence neither dots nor slashes.
 Name = Annotated[str, Range(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -56,17 +57,18 @@ class ServerSection(Section):
     seed: bool = True
 
 
-def served_elsewhere(before: str, after: str) -> bool:
+def served_elsewhere(before: str | ServedModel, after: str | ServedModel) -> bool:
     """Whether two models are one by its name, at two addresses of servers."""
-    there, then = served(before), served(after)
-    return there is not None and then is not None and there[1] == then[1]
+    if not isinstance(before, ServedModel) or not isinstance(after, ServedModel):
+        return False
+    return before.name == after.name
 
 
 class AgentSection(Section):
     """One agent: a model path, a GGUF file, a hub id, ``tiny:<family>-<size>`` or, where it is
     frozen, ``http://ADDRESS/v1#MODEL``; and what is its own."""
 
-    model: Annotated[Text, MayChange(served_elsewhere)]
+    model: Annotated[str | ServedModel, Written(model_in), MayChange(served_elsewhere)]
     temperature: float = 1.0
     template: Annotated[TemplateSettings, Derived()] = TemplateSettings()
     lora: Annotated[LoraSpec, Derived()] | None = None
@@ -115,7 +117,7 @@ class TeamSection(Section):
             agents = {
                 name: agent
                 if agent.lora
-                or served(agent.model) is not None
+                or isinstance(agent.model, ServedModel)
                 or Path(agent.model, "adapter_config.json").is_file()
                 else agent.model_copy(update={"lora": LoraSpec()})
                 for name, agent in self.agents.items()

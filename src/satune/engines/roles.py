@@ -21,38 +21,35 @@ from satune.types import (
     Message,
     Prompt,
     Sampling,
+    ServedModel,
     UserError,
     ids_of,
 )
 
 _ROLE = "environment"
 
-SCRIPTED = ("scripted", "", "")
-"""The role player of a task whose roles need no model."""
-
-OpenServer = Callable[[str, str], Engine]
-"""(address, model) to an engine over an OpenAI-compatible server."""
+OpenServer = Callable[[ServedModel], Engine]
+"""What asks a model at its server."""
 
 
 def with_roles(
     team: Engine,
-    player: tuple[str, str, str],
+    player: str | ServedModel | None,
     *,
     precision: Precision,
     device: str,
     open_server: OpenServer,
 ) -> Engine:
-    """``team``, and beside it the engine that ``player`` names: ("scripted", "", ""), ("model",
-    path or hub id, "") or ("server", address, model).
+    """``team``, and beside it an engine for the model ``player`` (a directory, file or hub id, or a
+    served one); None: the roles need no model.
 
     Raises UserError for a model that cannot be loaded, and as ``open_server`` does.
     """
-    kind, where, served = player
-    if kind == "scripted":
+    if player is None:
         return team
-    if kind == "server":
-        return WithRoles(team, open_server(where, served))
-    spec = AgentSpec("host", where)
+    if isinstance(player, ServedModel):
+        return WithRoles(team, open_server(player))
+    spec = AgentSpec("host", player)
     policies = load_policies([spec], shared_base=False, precision=precision, device=device, seed=0)
     return WithRoles(team, LocalRole(policies["host"]))
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from satune.agents.pretrained import AgentSpec
 from satune.engines.answers import Answers
 from satune.engines.routed import RoutedEngine
-from satune.loading import KEY_VARIABLE, served
-from satune.types import Completion, Engine, Key, Prompt, Sampling, UserError
+from satune.loading import KEY_VARIABLE
+from satune.types import Completion, Engine, Key, Prompt, Sampling, ServedModel, UserError
 
 if TYPE_CHECKING:  # httpx is an extra
     from satune.engines.openai import OpenAIEngine
@@ -82,18 +82,18 @@ class Servers:
             )
         return engine
 
-    def model(self, url: str, name: str, key_variable: str | None = None) -> ServedModel:
-        """The model ``name`` at an address. Raises UserError as ``at``."""
-        return ServedModel(self.at(url, key_variable), name)
+    def model(self, model: ServedModel, key_variable: str | None = None) -> ServedEngine:
+        """What asks this model. Raises UserError as ``at``."""
+        return ServedEngine(self.at(model.address, key_variable), model.name)
 
     async def close(self) -> None:
         for engine in self.engines:
             await engine.close()
 
 
-class ServedModel:
-    """A model at a server, for whoever it plays; others may use the server too. ``thinking`` is
-    passed to its chat template where it is given."""
+class ServedEngine:
+    """Asks one model at a server, for whoever it plays; others may use the server too. ``thinking``
+    is passed to its chat template where it is given."""
 
     def __init__(self, server: OpenAIEngine, model: str, thinking: bool | None = None) -> None:
         self._server = server
@@ -126,12 +126,12 @@ def with_served(
     """``local``, and the models of the served agents in ``specs`` for the seats that they fill."""
     there: dict[str, Engine] = {}
     for name, spec in specs.items():
-        at = served(spec.model)
-        assert at is not None
+        model = spec.served
+        assert model is not None
         options = dict(spec.server)
         variable = options.pop("api_key_env", KEY_VARIABLE)
-        server = servers.at(at[0], variable, options)
-        there[name] = ServedModel(server, at[1], spec.template.enable_thinking)
+        server = servers.at(model.address, variable, options)
+        there[name] = ServedEngine(server, model.name, spec.template.enable_thinking)
     if not there:
         return local
     of_seats = {seat: there[agent] for seat, agent in seats.items() if agent in there}

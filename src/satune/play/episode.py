@@ -15,6 +15,7 @@ from typing import Any
 from satune.play.conversation import Conversation, on_its_text
 from satune.play.grading import Graders, check_grade
 from satune.play.match import Match
+from satune.task_parts import HasEnvironment
 from satune.thoughts import answer_part, is_cut
 from satune.types import (
     Completion,
@@ -139,13 +140,15 @@ class _Attempt:
 
     async def play(self) -> Played:
         """Raises EpisodeFailure where the conversation cannot go on, and as ``play``."""
-        make = getattr(self.match.task, "environment", None)
-        if make is None:
+        task = self.match.task
+        if not isinstance(task, HasEnvironment):
             answer = await self._answer()
             if answer is not None and answer_part(answer) is None and is_cut(answer):
                 raise EpisodeFailure(f"{CUT_THOUGHT}: the answer was never given", policy=True)
             return self.over(_said(answer), None)
-        environment = make(self.problem, self.key.rng("environment"), self.roles.generate)
+        environment = task.environment(
+            self.problem, self.key.rng("environment"), self.roles.generate
+        )
         while True:
             before = len(self.conversation.turns)
             answer = _said(await self._answer())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from satune.task_parts import HasEnvironment
 from satune.types import (
     FAILURES,
     GRADING_SECONDS,
@@ -62,7 +63,7 @@ class Match:
     @property
     def acting(self) -> bool:
         """Whether the task is an environment, in which the team's answers are actions."""
-        return getattr(self.task, "environment", None) is not None
+        return isinstance(self.task, HasEnvironment)
 
     def greedy(self) -> Match:
         """The same team with greedy decoding (temperature 0)."""

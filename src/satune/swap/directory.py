@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from satune.files.writing import (
 from satune.team import Team, manifest_of
 from satune.training.run_directory import RunDirectory
 from satune.training.state_file import read_state, write_state
-from satune.types import UserError
+from satune.types import ServedModel, UserError
 
 NEWCOMERS = "newcomers"
 """The folder of a run in which the models of newcomers lie."""
@@ -70,7 +70,7 @@ class Outcome:
     """
 
     team: Team
-    newcomers: Mapping[str, str]
+    newcomers: Mapping[str, str | ServedModel]
     versions: Mapping[str, int]
     issued: Mapping[str, int]
     trainable: bool
@@ -112,7 +112,7 @@ def refuse_existing(out: Path) -> None:
 def _write_run(source: Source, outcome: Outcome, beside: Path, out: Path, event: SwapEvent) -> None:
     assert source.run is not None and source.checkpoint is not None
     team, target = outcome.team, RunDirectory(beside)
-    newcomers = {n: model for n, model in outcome.newcomers.items() if n in team.policies}
+    newcomers = {n: model for n, model in outcome.newcomers.items() if isinstance(model, str)}
     models = {
         name: _save_newcomer(team, name, model, beside / NEWCOMERS, out / NEWCOMERS)
         for name, model in newcomers.items()
@@ -287,7 +287,7 @@ def _save_newcomer(team: Team, name: str, model: str, beside: Path, final: Path)
 
 
 def _write_team(
-    source: Path, team: Team, newcomers: Mapping[str, str], beside: Path, out: Path
+    source: Path, team: Team, newcomers: Collection[str], beside: Path, out: Path
 ) -> None:
     manifest = manifest_of(source)
     old = manifest["agents"]

@@ -22,6 +22,7 @@ from satune.core.certificates import HeldOut, StatisticalCertificate, certify, f
 from satune.core.confidence import Spending, lower_bound
 from satune.play.match import Match
 from satune.play.rollout import Job, play_jobs, run_alone
+from satune.task_parts import is_fresh
 from satune.types import Episode, Key, Problem, UserError
 
 Verdict = Literal["accepted", "refused", "stopped"]
@@ -276,7 +277,7 @@ def hand_over_between(
         key,
         spending,
         offset=offset,
-        held_out="fresh" if getattr(old.task, "fresh", False) else "finite",
+        held_out="fresh" if is_fresh(old.task) else "finite",
         watch=watch,
     )
 

@@ -19,10 +19,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from satune.loading import model_in
 from satune.tasks.sources import Row, identity, read_rows
 from satune.tasks.splits import RowTask, check_integer
 from satune.thoughts import without_thoughts
-from satune.types import Generate, Grade, Message, Problem, Sampling, StepResult, UserError
+from satune.types import (
+    Generate,
+    Grade,
+    Message,
+    Problem,
+    Sampling,
+    ServedModel,
+    StepResult,
+    UserError,
+)
 
 MAX_TURNS = 25
 LONGEST_QUESTION = 2000
@@ -171,7 +181,7 @@ class Questions(ABC):
 
 def check_game(
     name: str, host: str, max_turns: int, host_temperature: float
-) -> tuple[str, str, str]:
+) -> str | ServedModel | None:
     """``parse_host`` of the option. Raises UserError for options that no game allows."""
     check_integer(f"task {name}: max_turns", max_turns, 1)
     temperature = host_temperature
@@ -184,20 +194,21 @@ def check_game(
     return parse_host(name, host)
 
 
-def parse_host(name: str, host: str) -> tuple[str, str, str]:
-    """(kind, address or model, served model) of the option ``host``; kind is "scripted", "model" or
-    "server".
+def parse_host(name: str, host: str) -> str | ServedModel | None:
+    """The model that the option ``host`` names; None for "scripted".
 
     Raises UserError for any other form.
     """
     if host == "scripted":
-        return "scripted", "", ""
+        return None
     if isinstance(host, str) and host.startswith("model:") and host[6:]:
-        return "model", host[6:], ""
-    if isinstance(host, str) and host.startswith(("http://", "https://")):
-        address, _, model = host.partition("#")
-        if model and len(address.partition("//")[2]) > 0:
-            return "server", address, model
+        return host[6:]
+    try:
+        model = model_in(str(host))
+    except UserError as error:
+        raise UserError(f"task {name}: host: {error}") from None
+    if isinstance(model, ServedModel):
+        return model
     raise UserError(
         f"task {name}: host is {host!r}; give scripted, model:PATH_OR_ID or http://ADDRESS/v1#MODEL"
     )

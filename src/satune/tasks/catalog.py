@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.loading import check_options, load_object, nearest_hint
+from satune.task_parts import Indexed, is_fresh, seed_of
 from satune.tasks.arbench_dc import DetectiveCases
 from satune.tasks.arbench_sp import SituationPuzzles
 from satune.tasks.autologi import AutoLogi
@@ -95,10 +96,9 @@ def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
     later ids get "#2", "#3" and so on, as far as no problem of the split has such an id itself. A
     user's task must have finite splits or ``problem_at``.
     """
-    if getattr(task, "fresh", False):
-        at = getattr(task, "problem_at", None)
-        if at is not None:
-            return [at(split, index) for index in range(offset, offset + n)]
+    if is_fresh(task):
+        if isinstance(task, Indexed):
+            return [task.problem_at(split, index) for index in range(offset, offset + n)]
         return list(itertools.islice(task.problems(split), offset, offset + n))
     rows = list(task.problems(split))
     if not rows:
@@ -109,8 +109,7 @@ def take(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
         if position // len(rows) != epoch:
             epoch = position // len(rows)
             order = list(range(len(rows)))
-            seed = getattr(task, "seed", 0)
-            Key(seed, "order", problem=split, sample=epoch).rng().shuffle(order)
+            Key(seed_of(task), "order", problem=split, sample=epoch).rng().shuffle(order)
         chosen.append(rows[order[position % len(rows)]])
     return _numbered(chosen, rows)
 
@@ -121,12 +120,12 @@ def draw(task: Task, split: str, n: int, offset: int = 0) -> list[Problem]:
     A task that generates gives its stream, as ``take`` does; from a finite split problems are
     drawn at random with replacement, so that their mean is the split's mean.
     """
-    if getattr(task, "fresh", False):
+    if is_fresh(task):
         return take(task, split, n, offset)
     rows = list(task.problems(split))
     if not rows:
         raise UserError(f"task {task.name}: the split {split!r} holds no problems")
-    seed = getattr(task, "seed", 0)
+    seed = seed_of(task)
     keys = (Key(seed, "draw", problem=split, sample=i) for i in range(offset, offset + n))
     return _numbered([key.rng().choice(rows) for key in keys], rows)
 

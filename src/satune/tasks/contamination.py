@@ -11,8 +11,9 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from satune.task_parts import PARTS, is_fresh
 from satune.types import Problem, Task
 
 BEGINNING = 120
@@ -75,17 +76,18 @@ def overlaps(train: Iterable[Problem], held_out: Iterable[Problem]) -> list[Over
 
 
 class Without:
-    """A task without some of its problems; all else is the task's."""
+    """A task without some of its problems; all else is the task's, with the optional parts that it
+    has and none that it lacks."""
 
     def __init__(self, task: Task, left_out: Sequence[Overlap]) -> None:
         self._task = task
         self.name = task.name
         self.extract, self.equal, self.grade = task.extract, task.equal, task.grade
+        for part in PARTS:
+            if hasattr(task, part):
+                setattr(self, part, getattr(task, part))
         self.left_out = tuple(left_out)
         self._ids = {overlap.train for overlap in left_out}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
 
     def problems(self, split: str) -> Iterator[Problem]:
         return (problem for problem in self._task.problems(split) if problem.id not in self._ids)
@@ -94,7 +96,7 @@ class Without:
 def training_overlaps(task: Task, held_out: Task) -> list[Overlap]:
     """``overlaps`` of a task's training problems with all of an evaluation's; none for a task that
     generates its problems, whose prompts need not tell them apart."""
-    if getattr(task, "fresh", False) or getattr(held_out, "fresh", False):
+    if is_fresh(task) or is_fresh(held_out):
         return []
     return overlaps(task.problems("train"), held_out.problems("all"))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
+from satune.task_parts import HasExpert
 from satune.types import (
     Completion,
     Entry,
@@ -90,8 +91,7 @@ def demonstrate(
     ``problems(n)`` gives n training problems; ``error`` is the share of messages that are wrong on
     purpose. Raises UserError for a task without an expert.
     """
-    expert = getattr(task, "expert", None)
-    if expert is None:
+    if not isinstance(task, HasExpert):
         raise UserError(
             f"task {task.name}: has no expert(entries, rng, error) to teach a tiny agent; "
             "name a model directory or a hub id instead"
@@ -100,7 +100,7 @@ def demonstrate(
     match = Match(
         [Seat(name, name, renderer, Sampling(1)) for name in seats],
         protocol,
-        _ExpertEngine(expert, error),
+        _ExpertEngine(task.expert, error),
         task,
     )
     rollout_sync(match, problems(math.ceil(count / len(seats))), 1, Key(seed, "demonstrate"))
