@@ -272,9 +272,7 @@ class Experience:
     """What one agent's update learns from: whole groups of episodes and their log weights.
 
     ``log_weights[e]`` is log w of THEORY §6, the sum over the agents updated since the rollout of
-    anchor minus written log-probabilities; 0 right after a rollout. ``log_ratios`` has the same by
-    turn, in the order of each episode's turns, where a credit rule asks for it and somebody was
-    updated since.
+    anchor minus written log-probabilities; 0 right after a rollout. ``log_ratios`` has it by turn.
     """
 
     episodes: tuple[Episode, ...]

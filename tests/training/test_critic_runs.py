@@ -148,6 +148,31 @@ def test_later_agents_learn_with_the_ratios_of_the_turns_before_them(
 # Whole runs
 
 
+SEEN = """
+def odd(prompts, completions, answer, **columns):
+    \"\"\"1 for every second problem: what a prompt is worth can be seen in it.\"\"\"
+    return [float(int(a) // 2 % 2) for a in answer]
+"""
+
+
+@pytest.mark.parametrize("critic", ["kind: head, lr: 0.1", "kind: model, lr: 3e-3"])
+def test_values_explain_episodes_that_were_not_learnt_from(
+    recipe: Path, tmp_path: Path, critic: str
+) -> None:
+    (tmp_path / "seen.py").write_text(SEEN)
+    given = [
+        f"task.reward={tmp_path / 'seen.py'}:odd", "rollout.problems=9", "rollout.samples=3",
+        "objective=ppo", "credit=gae", f"critic={{{critic}, epochs: 12, clip: null}}",
+        "schedule=fresh", "stages=3", "team.agents.bob.frozen=true", "evaluate.greedy=false",
+    ]  # fmt: skip
+    go(recipe, tmp_path / "run", given)
+    explained = [
+        e["critic"]["explained_variance"] for e in tiny_world.events(tmp_path / "run", "update")
+    ]
+    # The nine problems come again, with other messages; the values were told before the fit.
+    assert explained[0] == pytest.approx(0, abs=1e-9) and explained[-1] > 0.6
+
+
 def go(recipe: Path, out: Path, overrides: list[str], checkpoint: str | None = None) -> None:
     resume = checkpoint is not None
     loaded = load_recipe(recipe, overrides)
