@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.tasks import sandbox
-from satune.tasks.maths import Maths
+from satune.tasks.maths.task import Maths
 from satune.types import Problem
 
 

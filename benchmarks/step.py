@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.rendering import ChatRenderer, TemplateSettings
 from satune.agents.weights import Weights
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.local import LocalEngine
 from satune.play.match import Match

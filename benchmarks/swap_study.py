@@ -254,7 +254,8 @@ def sides(run: Path) -> Any:
 def ramps(run: Path) -> dict[str, Any]:
     """Hand-overs of one seat on problems of their own, and the change of reward that they judge."""
     from satune.core.confidence import Spending
-    from satune.swap.handover import HandOverSettings, hand_over_between, play_mixture
+    from satune.swap.handover import hand_over_between, play_mixture
+    from satune.swap.settings import HandOverSettings
     from satune.tasks.catalog import draw, take
     from satune.types import Key
 
@@ -276,7 +277,7 @@ def ramps(run: Path) -> dict[str, Any]:
             settings, Key(1000 + number, "swap"),
             Spending(settings.confidence, settings.looks), offset=number * 100_000,
         )  # fmt: skip
-        shares = [look.allowed for look in ramp.looks]
+        shares = [look["allowed"] for look in ramp.looks]
         found.append({"verdict": ramp.verdict, "shares": shares})
         note(f"ramp {number}: {ramp.verdict}, {shares[-1]:.2f}")
     return {"change": mean, "half": half, "confidence": settings.confidence, "ramps": found}

@@ -10,7 +10,7 @@ from typing import Any
 
 import tiny_world
 from satune.config.load import load_recipe
-from satune.swap.handover import HandOverSettings
+from satune.swap.settings import HandOverSettings
 from satune.training.self_check import Tolerance
 from satune.training.trainer import train
 

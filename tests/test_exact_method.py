@@ -20,12 +20,13 @@ from torch import Tensor
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.policy import Policy
 from satune.core.divergence import divergence_statistics
-from satune.core.objectives import OBJECTIVES, WHOLE, ObjectiveSettings
 from satune.core.ratios import sequence_log_ratio
+from satune.core.settings import OBJECTIVES, WHOLE, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.training.credit import GroupCredit
-from satune.training.schedules import SCHEDULES, Batch, experience_for
+from satune.training.schedules import SCHEDULES, experience_for
 from satune.training.settings import UpdateSettings
+from satune.training.state import Batch
 from satune.training.update import groups, improve, own_turns
 from satune.types import Episode, Key
 from tiny_models import EOS, episode, tiny_policy, turn

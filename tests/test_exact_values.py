@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from satune.agents.specs import CriticSettings
-from satune.core.objectives import ObjectiveSettings
-from satune.training.credit import Estimate, GaeCredit
+from satune.core.settings import ObjectiveSettings
+from satune.training.credit import GaeCredit
+from satune.training.gae import Estimate, estimate
 from satune.training.update import own_turns
 from test_exact_method import (
     EPISODES,
@@ -57,9 +58,8 @@ def estimated(
 ) -> Estimate:
     settings = CriticSettings("head", boundary=boundary, gamma=1.0, lam=lam)  # type: ignore[arg-type]
     packed = own_turns(agent, EPISODES)
-    return more.pop("rule", RULE).estimate(
-        agent, EPISODES, packed, values_T, settings, log_weights_E, **more
-    )
+    rule = more.pop("rule", RULE)
+    return estimate(rule, agent, EPISODES, packed, values_T, settings, log_weights_E, **more)
 
 
 def step_gradient(team: Team, agent: str, found: Estimate, probabilities_E: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from satune.agents.anchor import Anchor
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.policy import Policy
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 from tiny_models import Letters, tiny_lm, tiny_policy, turn
 
 SETTINGS = ObjectiveSettings("sat", beta=0.3, reference_kl=0.2)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
-from satune.core.objectives import OBJECTIVES, Metrics, ObjectiveBatch, ObjectiveSettings
+from satune.core.objectives import Metrics, ObjectiveBatch
+from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from tiny_models import tiny_policy, turn
 
 WHOLE = 10_000

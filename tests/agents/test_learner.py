@@ -17,7 +17,7 @@ from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.policy import Policy
 from satune.agents.ports import NonFinite
-from satune.core.objectives import OBJECTIVES, ObjectiveSettings
+from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.types import Turn
 from tiny_models import (
     Letters,

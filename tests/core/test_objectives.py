@@ -1,7 +1,8 @@
 """The objectives: values and gradients by hand, splits into micro-batches, weightless episodes."""
 
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor
 
 from satune.core.objectives import (
     LINEAR_ABOVE,
-    OBJECTIVES,
-    WHOLE,
+    LOSSES,
     ObjectiveBatch,
-    ObjectiveSettings,
     objective_loss,
 )
+from satune.core.settings import OBJECTIVES, WHOLE, ObjectiveSettings
 
 NAN = math.nan
 NAMES = tuple(OBJECTIVES)
@@ -47,6 +47,13 @@ def bundle(
         "token_total": float(len(episode)),
     }
     return ObjectiveBatch(**(fields | changes))
+
+
+def test_every_objective_takes_the_options_that_its_settings_declare():
+    assert list(LOSSES) == list(OBJECTIVES)
+    for name, loss in LOSSES.items():
+        options = list(inspect.signature(loss).parameters)[1:]
+        assert options == [field.name for field in fields(OBJECTIVES[name])], name
 
 
 TERMS = ("beta", "reference_kl", "entropy")

@@ -24,8 +24,9 @@ from hostile_server import (
     storm,
 )
 from satune.agents.messages import MessageRenderer, TemplateSettings
-from satune.engines.client import STREAM, Client, ServerSettings
+from satune.engines.client import STREAM, Client
 from satune.engines.openai import OpenAIEngine
+from satune.engines.settings import ServerSettings
 from satune.play.evaluation import Evaluation, evaluate_async
 from satune.play.match import Match
 from satune.protocols.sequential import chain
@@ -429,7 +430,7 @@ def test_no_message_holds_a_secret_or_steers_a_terminal(
 
 def test_half_a_key_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    client = Client(URL, ServerSettings(), "OPENAI_API_KEY", None, lambda: 0.0)
+    client = Client(URL, ServerSettings(), None, lambda: 0.0)
     for before in range(270, 310):  # a message is cut at 300
         assert "sk-" not in client.short("x" * before + SECRET + "y" * 99)
 

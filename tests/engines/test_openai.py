@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import faulty_server
 from faulty_server import FAULTS, KINDS, Server
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.packing import pack
-from satune.engines.client import ServerSettings
 from satune.engines.openai import OpenAIEngine
 from satune.engines.pace import Pace
+from satune.engines.settings import ServerSettings
 from satune.files.lines import JsonLines
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
@@ -32,10 +33,15 @@ from satune.types import Completion, Entry, Episode, Key, Prompt, Sampling, Seat
 
 KEY = Key(0, "evaluate", problem="p")
 SAMPLING = Sampling(16, temperature=0.8)
-QUICK = ServerSettings(retries=8, first_delay=0.05, timeout=0.5)
+QUICK = ServerSettings(retries=8, timeout=0.5)
 PATIENT = ServerSettings()
 MODELS = {"ann": "good", "bob": "poor", "eve": "good"}
 PROMPT = Prompt(({"role": "user", "content": "3+4-2"},))
+
+
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("satune.engines.openai.FIRST_DELAY", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,7 @@ def refused(engine: OpenAIEngine) -> str:
 def test_a_request_and_its_completion(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-secret")
     server.fresh(key="sk-secret")
-    engine = OpenAIEngine(server.url + "/", MODELS, QUICK, key_variable="MY_KEY")
+    engine = OpenAIEngine(server.url + "/", MODELS, replace(QUICK, api_key_env="MY_KEY"))
     (got,) = ask(engine, KEY, sampling=Sampling(16, 0.3, top_p=0.9, top_k=5))
     (body,) = server.seen()["bodies"]
     assert body.pop("seed") == KEY.rng("server").getrandbits(31)
@@ -104,7 +110,7 @@ def test_a_request_and_its_completion(server: Server, monkeypatch: pytest.Monkey
     assert got.completion_tokens == 3 and got.prompt_tokens > 3
     (cut,) = ask(engine, KEY, sampling=Sampling(1))
     assert len(cut.text) == 1 and cut.finish_reason == "length"
-    ask(OpenAIEngine(server.url, MODELS, ServerSettings(seed=False), key_variable="MY_KEY"), KEY)
+    ask(OpenAIEngine(server.url, MODELS, ServerSettings("MY_KEY", seed=False)), KEY)
     assert "seed" not in server.seen()["bodies"][-1] and "top_p" not in server.seen()["bodies"][-1]
 
 
@@ -148,7 +154,7 @@ def test_messages_are_those_of_the_transcript() -> None:
 @pytest.mark.parametrize("fault", KINDS)
 def test_each_fault_is_survived(server: Server, fault: str, stream: bool) -> None:
     plain = ask(OpenAIEngine(server.url, MODELS, QUICK), *keys(3))
-    settings = ServerSettings(retries=8, first_delay=0.05, timeout=0.5, stream=stream)
+    settings = ServerSettings(retries=8, timeout=0.5, stream=stream)
     # Whatever the order, the second, fourth and sixth request fail.
     server.fresh(["", fault])
     engine = OpenAIEngine(server.url, MODELS, settings)
@@ -160,7 +166,7 @@ def test_each_fault_is_survived(server: Server, fault: str, stream: bool) -> Non
 def test_all_faults_together_change_nothing(server: Server, stream: bool) -> None:
     plain = play(OpenAIEngine(server.url, MODELS, QUICK), debate, 1)
     server.fresh(FAULTS)
-    settings = ServerSettings(8, 20, 0.02, 0.5, stream=stream)
+    settings = ServerSettings(concurrency=8, retries=20, timeout=0.5, stream=stream)
     engine = OpenAIEngine(server.url, MODELS, settings)
     assert play(engine, debate, 1) == plain
     assert engine.repeated > 10
@@ -221,7 +227,7 @@ def test_a_server_that_stays_away_is_one_line() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = ServerSettings(retries=2, first_delay=0.01, timeout=1.0)
+    settings = ServerSettings(retries=2, timeout=1.0)
     said = refused(OpenAIEngine(f"http://127.0.0.1:{port}/v1", MODELS, settings))
     assert "no answer after 3 attempts" in said and "ConnectError" in said
 
@@ -243,9 +249,9 @@ def test_addresses_that_are_none(url: str, message: str) -> None:
 
 
 def test_settings_out_of_range() -> None:
-    with pytest.raises(UserError, match="concurrency is 0; give at least 1"):
+    with pytest.raises(ValueError, match=r"server\.concurrency 0: give a number of at least 1"):
         ServerSettings(concurrency=0)
-    with pytest.raises(UserError, match="requests_per_minute is -1; give a number above 0"):
+    with pytest.raises(ValueError, match=r"server\.requests_per_minute -1: give a number above 0"):
         ServerSettings(requests_per_minute=-1)
 
 

@@ -12,7 +12,8 @@ from satune.engines.routed import RoutedEngine
 from satune.play.match import Match
 from satune.play.rollout import rollout
 from satune.protocols.sequential import chain
-from satune.swap.handover import HandOverSettings, hand_over_between
+from satune.swap.handover import hand_over_between
+from satune.swap.settings import HandOverSettings
 from satune.tasks.catalog import draw
 from satune.types import Completion, Entry, Grade, Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import EntriesRenderer, ScriptedEngine
@@ -119,5 +120,5 @@ def test_a_served_model_takes_a_seat_by_hand_over() -> None:
             Spending(0.05, 3),
         )
         verdicts[says] = found.verdict
-        assert found.looks[0].new == float(says == "b")
+        assert found.looks[0]["new"] == float(says == "b")
     assert verdicts == {"b": "accepted", "a": "refused"}

@@ -22,14 +22,15 @@ from satune.core.divergence import DivergenceStatistics
 from satune.core.logprobs import exact_kl
 from satune.core.projection import alignment_terms
 from satune.engines.local import LocalEngine
+from satune.files.events import Distillation
 from satune.swap.distill import (
     Distilled,
-    DistillSettings,
     _judge,
     _teach,
     distill,
 )
 from satune.swap.measurement import measure_projection
+from satune.swap.settings import DistillSettings
 from satune.training.update import own_turns
 from satune.types import Completion, Episode, Grade, Key, Problem, Prompt, Sampling, Turn, ids_of
 from tiny_models import Alphabet, next_token_logprobs, tiny_lm
@@ -180,6 +181,7 @@ def test_the_newcomer_comes_inside(story):
     (_, old, new), _, done, student, episodes = story
     assert done.decision == "distilled", done.reason
     rows, kl = done.event["rounds"], done.event["kl"]
+    assert done.event.keys() == Distillation.__annotations__.keys()
     # It began far outside and ended inside, measured on states of either team that taught nothing.
     assert rows[0]["kl"]["quantile"] > 5 * SETTINGS.delta and len(rows) > 5
     inside = [row["kl"]["quantile"] <= SETTINGS.stop * SETTINGS.delta for row in rows]

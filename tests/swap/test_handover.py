@@ -10,15 +10,16 @@ from itertools import product
 import pytest
 
 from satune.core.confidence import Spending
+from satune.files.events import Look
 from satune.swap.handover import (
     HandOver,
-    HandOverSettings,
     Pairs,
     allowed_share,
     hand_over,
     mixture_kl,
     newcomer_speaks,
 )
+from satune.swap.settings import HandOverSettings
 from satune.types import Episode, Grade, Key, Problem, UserError
 
 KEY = Key(0, "swap")
@@ -154,7 +155,8 @@ def test_every_problem_holds_both_and_none_comes_twice() -> None:
 
     settings = HandOverSettings(tolerance=0.05, problems=64, samples=4, looks=3)
     found = hand_over(draw, play, settings, KEY, Spending(0.05, 3), offset=7)
-    assert [look.problems for look in found.looks] == settings.sizes()
+    assert [look["problems"] for look in found.looks] == settings.sizes()
+    assert all(look.keys() == Look.__annotations__.keys() for look in found.looks)
     problems = [problem.id for pairs, _ in seen for problem, _ in pairs]
     assert len(problems) == len(set(problems)) == 64
     assert min(int(name[1:]) for name in problems) >= 7
@@ -162,7 +164,7 @@ def test_every_problem_holds_both_and_none_comes_twice() -> None:
     for (pairs, at), look in zip(seen, found.looks, strict=True):
         for problem, samples in pairs:
             key = KEY.at(draw=at, problem=problem.id)
-            coins = [newcomer_speaks(key.at(sample=s), look.epsilon) for s in range(4)]
+            coins = [newcomer_speaks(key.at(sample=s), look["epsilon"]) for s in range(4)]
             assert samples == tuple(s for s, coin in enumerate(coins) if coin) != ()
     coins = [row["coin"] for row in found.rows]
     assert coins.count("newcomer") == coins.count("incumbent") > 64
@@ -170,8 +172,8 @@ def test_every_problem_holds_both_and_none_comes_twice() -> None:
 
 def test_without_a_tolerance_nothing_is_risked_before_it_is_shown() -> None:
     found = ramp(0.4, 0.8, 0, tolerance=0.0, problems=128, looks=2)
-    assert found.looks[0].epsilon == 0.0
-    assert found.looks[0].episodes == found.looks[0].problems
+    assert found.looks[0]["epsilon"] == 0.0
+    assert found.looks[0]["episodes"] == found.looks[0]["problems"]
     assert found.verdict == "accepted"
 
 
@@ -204,7 +206,7 @@ def test_the_tolerance_is_kept_as_often_as_was_promised(new: float, often: str |
         run
         for run in found
         # Any share at which the mixture would lose more than the tolerance, at any look.
-        if any(look.allowed * (new - 0.5) < -tolerance - 1e-12 for look in run.looks)
+        if any(look["allowed"] * (new - 0.5) < -tolerance - 1e-12 for look in run.looks)
     ]
     assert len(broken) <= 5
     if often is not None:

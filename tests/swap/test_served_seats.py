@@ -245,7 +245,7 @@ def test_bad_input_is_one_line(
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("satune.engines.openai._LONGEST_DELAY", 0.01)
+    monkeypatch.setattr("satune.engines.openai.LONGEST_DELAY", 0.01)
     (model, *more), says = BAD[case]
     before = digests(world / "run")
     model = model.format(url=server.url, model=world / "model-1")

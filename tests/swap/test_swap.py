@@ -24,7 +24,8 @@ from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, TeamSection
 from satune.play.match import Match
 from satune.play.rollout import rollout_sync
-from satune.swap.handover import HandOverSettings, play_mixture
+from satune.swap.handover import play_mixture
+from satune.swap.settings import HandOverSettings
 from satune.team import load_team
 from satune.tiny.training import TinySettings, imitate, rows_of
 from satune.tiny.zoo import tiny_tokenizer

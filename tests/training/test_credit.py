@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from satune.core.advantages import group_advantages
+from satune.training.advantages import advantages, groups
 from satune.training.credit import (
     CREDIT,
     GroupCredit,
     SeatCredit,
-    advantages,
-    groups,
     load_credit,
 )
 from satune.types import Episode, Failure, Grade, Problem, Turn, UserError

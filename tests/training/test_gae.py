@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from satune.agents.specs import CriticSettings
-from satune.training.credit import CREDIT, Estimate, GaeCredit, load_credit
-from satune.training.gae import own_advantages, own_moments
+from satune.training.credit import CREDIT, GaeCredit, load_credit
+from satune.training.gae import Estimate, own_advantages, own_moments
+from satune.training.gae import estimate as estimate_of
 from satune.training.update import own_turns
 from satune.types import Episode, Grade, UserError
 from tiny_models import episode, turn
@@ -40,7 +41,8 @@ def estimate(
     cap: float | None = None,
     **critic,
 ) -> Estimate:
-    return rule.estimate(
+    return estimate_of(
+        rule,
         "ann",
         episodes,
         own_turns("ann", episodes),

@@ -12,7 +12,8 @@ import torch
 import tiny_world
 from satune.agents.ports import Learner
 from satune.core.confidence import Spending
-from satune.training.ordering import DAMPING, ORDERS, predicted_gain
+from satune.training.gain import DAMPING, predicted_gain
+from satune.training.ordering import ORDERS
 from satune.training.run import Training
 from satune.training.settings import TrainingSettings
 from satune.training.state import Batch, State

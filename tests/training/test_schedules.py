@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_world
-from satune.training.schedules import SCHEDULES, Batch, Hybrid, experience_for, needs_rollout
+from satune.training.schedules import SCHEDULES, Hybrid, experience_for, needs_rollout
 from satune.training.self_check import Tolerance
 from satune.training.settings import TrainingSettings, UpdateSettings
+from satune.training.state import Batch
 from satune.training.supply import MAX_DRAWS, Supply
 from satune.training.trainer import train
 from satune.types import Episode, Grade, Key, Problem

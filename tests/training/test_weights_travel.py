@@ -20,7 +20,7 @@ from satune.commands.swap_request import SwapRequest
 from satune.core.certificates import StatisticalCertificate
 from satune.engines.base import ENGINES, LocalSettings
 from satune.files.events import Event
-from satune.swap.handover import HandOverSettings
+from satune.swap.settings import HandOverSettings
 from satune.training import certification
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory

@@ -68,6 +68,11 @@ class States:
         self._count = end
         return True
 
+    def forget(self) -> None:
+        """Hold none of them, until they are given again."""
+        self._place_T.fill_(-1)
+        self._count = 0
+
     @torch.no_grad()
     def fill(self, scorer: Scorer, packed: PackedTurns) -> None:
         """Compute and hold what there is room for."""

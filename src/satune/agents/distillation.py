@@ -47,10 +47,11 @@ def add_gradient(
     budget: int,
     *,
     share_prompts: bool,
+    scale: float = 1.0,
 ) -> float:
-    """Add the gradient of the mean of KL(student‖mixture) over the own tokens of ``episodes`` to
-    the student's parameters; returns that mean in nats, 0 where there are no such tokens.
-    Raises NonFinite."""
+    """Add ``scale`` times the gradient of the mean of KL(student‖mixture) over the own tokens of
+    ``episodes`` to the student's parameters; returns that mean in nats, 0 where there are no such
+    tokens. Raises NonFinite."""
     chosen = torch.zeros(packed.episodes, dtype=torch.bool)
     chosen[list(episodes)] = True
     total = int(chosen[packed.episode_T].sum())
@@ -74,7 +75,7 @@ def add_gradient(
             if not math.isfinite(value):
                 raise NonFinite("KL to the mixture is not finite")
             mean += value
-            loss.backward()
+            (scale * loss).backward()
         hidden_TH.backward(leaf_TH.grad)
     return mean
 

@@ -21,7 +21,8 @@ from satune.agents.anchor import Anchor
 from satune.agents.packing import MicroBatch
 from satune.agents.ports import NonFinite
 from satune.agents.scoring import Scorer
-from satune.core.objectives import ObjectiveBatch, ObjectiveSettings, Per, objective_loss
+from satune.core.objectives import ObjectiveBatch, objective_loss
+from satune.core.settings import ObjectiveSettings, Per
 
 Values = dict[str, Tensor]
 """One number a token of each kind, by the name of TokenScores' and ObjectiveBatch's field."""
@@ -32,8 +33,8 @@ class MiniBatch:
     """``episodes`` of an anchor's experience that a gradient is of.
 
     ``advantages_U`` and ``weights_U`` cover the whole experience, one number ``per`` episode, turn
-    or token. Where the anchor does not know
-    all of the tokens, the weights are still the anchor's: what is scored is then kept for it.
+    or token. Where the anchor does not know all of the tokens, the weights are still the anchor's:
+    what is scored is then kept for it. The gradient comes ``scale`` times as large.
     """
 
     scorer: Scorer
@@ -43,6 +44,7 @@ class MiniBatch:
     weights_U: Tensor
     objective: ObjectiveSettings
     per: Per = "episode"
+    scale: float = 1.0
     at_anchor: bool = field(init=False)
     token_total: float = field(init=False)
     _totals: dict[str, float] = field(init=False, default_factory=dict)
@@ -74,7 +76,7 @@ class MiniBatch:
         for batch in self.scorer.batches(self.anchor.packed, episodes, whole_episodes=True):
             loss, metrics = self._loss(self._scored(batch), batch.tokens_T, batch.episodes)
             self._count(loss, metrics)
-            loss.backward()
+            (self.scale * loss).backward()
 
     def _in_two_passes(self, episodes: Sequence[int]) -> None:
         tokens_T = self._of(episodes).nonzero().squeeze(-1)
@@ -91,7 +93,7 @@ class MiniBatch:
         if not guessed:
             self._count(loss, metrics)
         derivatives = torch.autograd.grad(
-            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+            self.scale * loss, list(leaves.values()), allow_unused=True, materialize_grads=True
         )
         values = self._pass(episodes, tokens_T, dict(zip(leaves, derivatives, strict=True)))
         if guessed:

@@ -20,9 +20,14 @@ from satune.agents.moments import Moments
 from satune.agents.packing import PackedTurns, padded_budget
 from satune.agents.policy import Policy
 from satune.agents.ports import NonFinite
+from satune.agents.rounding import Gauged, gauge
 from satune.agents.scoring import Scorer
 from satune.agents.specs import OptimizerSettings
-from satune.core.objectives import ObjectiveSettings, Per
+from satune.core.settings import ObjectiveSettings, Per
+
+HALF_SCALE = 2.0**12
+"""What losses are multiplied with in float16, whose least number is 6e-8: gradients of a token are
+about as small. The gradient is divided by it before anything is done with it."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,10 @@ class LocalLearner:
     @property
     def device(self) -> str:
         return str(self.policy.device)
+
+    @property
+    def _scale(self) -> float:
+        return HALF_SCALE if self.policy.autocast == torch.float16 else 1.0
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -106,10 +115,16 @@ class LocalLearner:
 
     @torch.no_grad()
     def complete(self, anchor: Anchor) -> None:
-        """Score the anchor where no mini-batch has; only right while at the anchor."""
+        """Score the anchor where no mini-batch has; only right while at the anchor.
+
+        In a type of less than float32 all is scored again, in the cut in which a proposal will be
+        measured: what rounding makes of a cut then stands on both sides of the KL."""
         scorer, packed = self._scorer, anchor.packed
         missing = torch.unique(packed.episode_T[~anchor.known_T]).tolist()
-        if not missing:
+        if missing and self.policy.autocast is not None:
+            anchor.states.forget()
+            missing = None
+        if missing == []:
             return
         for batch in scorer.batches(packed, missing):
             hidden_TH = scorer.states(batch)
@@ -138,6 +153,12 @@ class LocalLearner:
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
         return Measurement(kl_T, reverse_T, logprobs_T)
 
+    def gauge(self, packed: PackedTurns, anchor: Mapping[str, Tensor]) -> Gauged:
+        """What rounding makes of the present weights' distance to an ``anchor``'s (as of
+        ``export``), on a few own messages; takes copies of the model where it computes in a type
+        of its own."""
+        return gauge(self.policy, packed, anchor, self._scorer.budget)
+
     # -- learning --------------------------------------------------------------------------------
 
     def accumulate(
@@ -158,7 +179,7 @@ class LocalLearner:
         Returns the objective's metrics as sums. Raises NonFinite.
         """
         mini_batch = MiniBatch(
-            self._scorer, anchor, episodes, advantages_U, weights_U, objective, per
+            self._scorer, anchor, episodes, advantages_U, weights_U, objective, per, self._scale
         )
         with self.policy.checkpointing(self.settings.gradient_checkpointing):
             return mini_batch.accumulate(self.settings.micro_batch_tokens)
@@ -175,6 +196,7 @@ class LocalLearner:
                 episodes,
                 self._scorer.budget,
                 share_prompts=not checkpointed,
+                scale=self._scale,
             )
 
     def distances(self, packed: PackedTurns, mixture: MixturePolicy) -> Distances:
@@ -191,6 +213,8 @@ class LocalLearner:
         """
         assert self.moments.awake, "wake() comes before step()"
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        for gradient in gradients if self._scale != 1.0 else ():
+            gradient.div_(self._scale)
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
             self.drop_gradients()
@@ -220,9 +244,11 @@ class LocalLearner:
                 scores = scorer.score(scorer.states(batch), packed, batch)
                 back_propagate(
                     {"logprobs_T": scores.logprobs_T},
-                    {"logprobs_T": coefficients_T[batch.tokens_T]},
+                    {"logprobs_T": self._scale * coefficients_T[batch.tokens_T]},
                 )
-        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        gradients = {
+            n: p.grad / self._scale for n, p in self._parameters.items() if p.grad is not None
+        }
         for name, parameter in self._parameters.items():
             parameter.grad = accumulated[name]
         return gradients

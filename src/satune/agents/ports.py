@@ -12,8 +12,9 @@ from torch import Tensor
 from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.mixture import Distances, MixturePolicy
 from satune.agents.packing import PackedTurns
+from satune.agents.rounding import Gauged
 from satune.agents.specs import CriticSettings
-from satune.core.objectives import ObjectiveSettings, Per
+from satune.core.settings import ObjectiveSettings, Per
 from satune.types import Key
 
 
@@ -104,6 +105,8 @@ class Learner(Protocol):
     def gradient(self, packed: PackedTurns, coefficients_T: Tensor) -> dict[str, Tensor]: ...
 
     def measure(self, anchor: Anchor) -> Measurement: ...
+
+    def gauge(self, packed: PackedTurns, anchor: Mapping[str, Tensor]) -> Gauged: ...
 
     def snapshot(self) -> Snapshot: ...
 

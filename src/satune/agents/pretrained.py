@@ -68,11 +68,13 @@ class Precision:
 
     @staticmethod
     def of(name: str, autocast: str | None = None) -> Precision:
-        """float32, float64, or bfloat16: float32 masters computed under bfloat16 autocast."""
-        if name == "bfloat16":
-            return Precision(torch.float32, torch.bfloat16, torch.bfloat16)
+        """float32, float64, or a type of two bytes: float32 masters computed under its autocast,
+        which may also be given alone."""
+        small = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        if name in small:
+            return Precision(torch.float32, small[name], small[name])
         dtype = {"float32": torch.float32, "float64": torch.float64}[name]
-        return Precision(dtype, dtype, torch.bfloat16 if autocast else None)
+        return Precision(dtype, dtype, small[autocast] if autocast else None)
 
 
 def load_policies(

@@ -19,6 +19,8 @@ from satune.files.printing import printable
 from satune.loading import KEY_VARIABLE
 from satune.types import UserError
 
+SERVERS, OTHERS = "Servers", "Files of others"
+"""Panels of the help."""
 RecipeFile = Annotated[str, typer.Argument(help="a recipe file, or the name of one that ships")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value")
@@ -30,10 +32,16 @@ UnsafeChecks = Annotated[
         "--unsafe-checks",
         help="run a benchmark's code even where no system calls can be filtered",
         callback=lambda value: _allow_unsafe() if value else value,
+        rich_help_panel=OTHERS,
     ),
 ]
 TrustCode = Annotated[
-    bool, typer.Option("--trust", help="run the code that a run or team of somebody else names")
+    bool,
+    typer.Option(
+        "--trust",
+        help="run the code that a run or team of somebody else names",
+        rich_help_panel=OTHERS,
+    ),
 ]
 AllowAddress = Annotated[
     list[str] | None,
@@ -41,6 +49,7 @@ AllowAddress = Annotated[
         metavar="URL[=VARIABLE]",
         help="a server that such a run or team may ask, and the variable of its key",
         show_default=f"none; {KEY_VARIABLE}",
+        rich_help_panel=OTHERS,
     ),
 ]
 BreakLock = Annotated[

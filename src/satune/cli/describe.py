@@ -23,11 +23,12 @@ def describe(
     as_json: AsJson = False,
 ) -> None:
     """The resolved recipe, and what each agent needs, before anything is loaded."""
-    from satune.commands.describe import describe_recipe
     from satune.commands.trust import given_recipe
 
     spoken = trust_of(trust, overrides)
     loaded = given_recipe(shipped_recipe(recipe), overrides or [], spoken)
+    from satune.commands.describe import describe_recipe  # loads torch, which no mistake needs
+
     show_result(describe_recipe(loaded), as_json, _show)
 
 

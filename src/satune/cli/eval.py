@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from satune.cli.common import (
+    SERVERS,
     AllowAddress,
     AsJson,
     BreakLock,
@@ -27,6 +28,7 @@ from satune.cli.common import (
     show_result,
     trust_of,
 )
+from satune.engines.settings import ServerSettings
 from satune.loading import KEY_VARIABLE
 from satune.types import UserError
 
@@ -34,8 +36,12 @@ if TYPE_CHECKING:  # their libraries take seconds to load
     from satune.commands.contestant import Contestant
 
 
+SAMPLING, ROLES = "Sampling", "Roles that are not players"
+"""Panels of the help."""
 ENVIRONMENT_KEY = "ENVIRONMENT_API_KEY"
 """The environment variable that holds the key of an environment's server beside --base-url."""
+
+_ASKED = ServerSettings()
 
 
 def evaluate(
@@ -63,6 +69,13 @@ def evaluate(
             show_default="the paper's for the benchmark, 8 where it names none; 1 when greedy",
         ),
     ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="so many problems only",
+            show_default="all; 128 of a task that generates without end",
+        ),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -71,23 +84,9 @@ def evaluate(
         ),
     ] = None,
     protocol_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", show_default="the protocol's own")
-    ] = None,
-    limit: Annotated[
-        int | None,
+        list[str] | None,
         typer.Option(
-            help="so many problems only",
-            show_default="all; 128 of a task that generates without end",
-        ),
-    ] = None,
-    base_url: Annotated[
-        str | None,
-        typer.Option(help="of an OpenAI-compatible server", show_default="none, models load here"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="where everything is written", show_default="runs/eval-BENCHMARK-DATE-TIME"
+            metavar="KEY=VALUE", help="an option of it", show_default="the protocol's own"
         ),
     ] = None,
     seats: Annotated[int, typer.Option(help="so many seats for one model")] = 1,
@@ -95,69 +94,118 @@ def evaluate(
         str | None,
         typer.Option(help="this seat alone, without its team", show_default="the whole team"),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="where everything is written", show_default="runs/eval-BENCHMARK-DATE-TIME"
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
             help="in place of each agent's own",
             show_default="each agent's; the paper's 0.8 for a model that was not trained here",
+            rich_help_panel=SAMPLING,
         ),
     ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="temperature 0")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="temperature 0", rich_help_panel=SAMPLING)
+    ] = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
             help="a message",
             show_default="the recipe's, else the paper's 32768 or half the context of a model here",
+            rich_help_panel=SAMPLING,
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="of everything random", show_default="the recipe's, else 0"),
+        typer.Option(
+            min=0,
+            help="of everything random",
+            show_default="the recipe's, else 0",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     concurrency: Annotated[
         int | None,
         typer.Option(
             help="conversations at a time",
-            show_default="32 at a server, twice engine.max_rows here",
+            show_default=f"{_ASKED.concurrency} at a server, twice engine.max_rows here",
+            rich_help_panel=SAMPLING,
         ),
     ] = None,
-    rpm: Annotated[
-        float | None, typer.Option(help="requests a minute and server", show_default="no limit")
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="of an OpenAI-compatible server",
+            show_default="none, models load here",
+            rich_help_panel=SERVERS,
+        ),
     ] = None,
-    tpm: Annotated[
-        float | None, typer.Option(help="tokens a minute and server", show_default="no limit")
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(help="seconds a request", show_default="1200")
-    ] = None,
-    retries: Annotated[
-        int | None, typer.Option(help="of a request that failed", show_default="8")
-    ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="answers piece by piece")] = False,
-    server_seed: Annotated[bool, typer.Option(help="send a seed with each request")] = True,
     api_key_env: Annotated[
         str | None,
         typer.Option(
             help="the environment variable that holds the key of --base-url",
             show_default=KEY_VARIABLE,
+            rich_help_panel=SERVERS,
         ),
     ] = None,
+    rpm: Annotated[
+        float | None,
+        typer.Option(
+            help="requests a minute and server", show_default="no limit", rich_help_panel=SERVERS
+        ),
+    ] = None,
+    tpm: Annotated[
+        float | None,
+        typer.Option(
+            help="tokens a minute and server", show_default="no limit", rich_help_panel=SERVERS
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="seconds a request", show_default=f"{_ASKED.timeout:g}", rich_help_panel=SERVERS
+        ),
+    ] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(
+            help="of a request that failed",
+            show_default=str(_ASKED.retries),
+            rich_help_panel=SERVERS,
+        ),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="answers piece by piece", rich_help_panel=SERVERS)
+    ] = False,
+    server_seed: Annotated[
+        bool, typer.Option(help="send a seed with each request", rich_help_panel=SERVERS)
+    ] = True,
     environment_model: Annotated[
         str | None,
         typer.Option(
             help="plays roles that are not players",
             show_default="the task's host; with --base-url its first model",
+            rich_help_panel=ROLES,
         ),
     ] = None,
     environment_url: Annotated[
         str | None,
-        typer.Option(help="where that model is served", show_default="the address of --base-url"),
+        typer.Option(
+            help="where that model is served",
+            show_default="the address of --base-url",
+            rich_help_panel=ROLES,
+        ),
     ] = None,
     environment_key_env: Annotated[
         str | None,
         typer.Option(
             help="the environment variable that holds the key of that model's server",
             show_default=f"{ENVIRONMENT_KEY} beside --base-url, {KEY_VARIABLE} without it",
+            rich_help_panel=ROLES,
         ),
     ] = None,
     unsafe_checks: UnsafeChecks = False,

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from satune.cli.common import (
+    SERVERS,
     AllowAddress,
     AsJson,
     BreakLock,
@@ -20,11 +21,17 @@ from satune.cli.common import (
     show_result,
     trust_of,
 )
+from satune.swap.settings import DELTA, DELTA_OF_ALL, DistillSettings, HandOverSettings
 
 if TYPE_CHECKING:  # a command's options are shown before its libraries are loaded
     from satune.commands.swap import SwapResult
     from satune.commands.swap_request import SwapRequest
     from satune.files.events import Difference
+
+
+PROJECTION, HAND_OVER = "Projection", "Hand-over"
+"""Panels of the help."""
+_USUAL = HandOverSettings()
 
 
 def swap(
@@ -37,37 +44,54 @@ def swap(
         ),
     ],
     method: Annotated[str, typer.Option(help="auto, project or handover")] = "auto",
+    together: Annotated[bool, typer.Option("--together", help="all seats under one coin")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="measure only")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="rollout settings and task for a team directory")
+    ] = None,
     delta: Annotated[
         float | None,
         typer.Option(
-            help="trust region of a projection, nats", show_default="0.01; 0.004 for all seats"
+            help="trust region, nats",
+            show_default=f"{DELTA:g}; {DELTA_OF_ALL:g} for all seats",
+            rich_help_panel=PROJECTION,
         ),
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="what the reward may fall by")] = 0.02,
-    confidence: Annotated[float, typer.Option(help="probability that it falls by more")] = 0.05,
-    problems: Annotated[int, typer.Option(help="that hold both, at the last look")] = 2048,
-    samples: Annotated[int, typer.Option(help="coins a problem")] = 8,
-    looks: Annotated[int, typer.Option(help="at the evidence")] = 5,
-    together: Annotated[bool, typer.Option("--together", help="all seats under one coin")] = False,
+    rounds: Annotated[
+        int,
+        typer.Option(help="of distillation, at most; 0: mix at once", rich_help_panel=PROJECTION),
+    ] = DistillSettings().rounds,
     otherwise: Annotated[
         Literal["mixture", "handover", "refuse"] | None,
         typer.Option(
             help="for a projection outside delta",
             show_default="refuse with --method project, else handover",
+            rich_help_panel=PROJECTION,
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="of distillation, at most; 0: mix at once")] = 30,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="measure only")] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="what the reward may fall by", rich_help_panel=HAND_OVER)
+    ] = _USUAL.tolerance,
+    confidence: Annotated[
+        float, typer.Option(help="probability that it falls by more", rich_help_panel=HAND_OVER)
+    ] = _USUAL.confidence,
+    problems: Annotated[
+        int, typer.Option(help="that hold both, at the last look", rich_help_panel=HAND_OVER)
+    ] = _USUAL.problems,
+    samples: Annotated[
+        int, typer.Option(help="coins a problem", rich_help_panel=HAND_OVER)
+    ] = _USUAL.samples,
+    looks: Annotated[
+        int, typer.Option(help="at the evidence", rich_help_panel=HAND_OVER)
+    ] = _USUAL.looks,
     server_option: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
             help="how a server is asked, as team.agents.*.server of a recipe",
             show_default="as the team asks it already, else the recipe's defaults",
+            rich_help_panel=SERVERS,
         ),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="rollout settings and task for a team directory")
     ] = None,
     out: Out = None,
     break_lock: BreakLock = False,
@@ -79,7 +103,6 @@ def swap(
     """Give seats of a trained team to other models."""
     from satune.commands.swap_request import SwapRequest
     from satune.config.load import override
-    from satune.swap.handover import HandOverSettings
 
     server: dict[str, Any] = {}
     for text in server_option or []:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,7 +167,7 @@ def agent_spec(name: str, section: AgentSection, model: str | ServedModel) -> Ag
         delta=section.delta,
         trust_remote_code=section.trust_remote_code,
         attention=section.attention,
-        server=section.server.model_dump() if section.server else {},
+        server=asdict(section.server) if section.server else {},
     )
 
 

@@ -296,6 +296,7 @@ def _checked(
         raise UserError(f"command line: {where}: {first['msg'].lower()}") from None
 
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _HEEDED = {"team": ("device", "dtype"), "rollout": ("failures", "grading_seconds")}
 """The keys of these sections that an evaluation of what is no recipe takes."""
 
@@ -320,8 +321,8 @@ def _keys(
             if key not in heeded:
                 only = " and ".join(f"{section}.{name}" for name in heeded)
                 raise UserError(f"command line: {section}.{key}: only {only} are heeded")
-    if found.get("team", {}).get("dtype", "float32") not in ("float32", "float64", "bfloat16"):
-        raise UserError("command line: team.dtype: give float32, bfloat16 or float64")
+    if found.get("team", {}).get("dtype", "float32") not in _DTYPES:
+        raise UserError(f"command line: team.dtype: give {', '.join(_DTYPES[:-1])} or float64")
     return found
 
 

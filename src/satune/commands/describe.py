@@ -18,7 +18,7 @@ from satune.config.schema import Recipe
 from satune.tiny.zoo import is_tiny, tiny_model
 from satune.types import ServedModel
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _PARTS = ("weights", "gradients", "optimizer", "anchor_and_proposal")
 _DEVICE = 80 * 10**9
 """What a common accelerator holds; the description says whether that is enough."""

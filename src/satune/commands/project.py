@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from satune.agents.learner import LocalLearner
 from satune.agents.mixture import MixturePolicy
 from satune.commands.assemble import Cast
 from satune.commands.reseat import Reseated, with_newcomer, with_policy
 from satune.commands.train import optimizer_settings
+from satune.files.events import Projection, Round
 from satune.play.rollout import rollout_sync
-from satune.swap.distill import Distilled, DistillSettings, distill
+from satune.swap.distill import Distilled, distill
 from satune.swap.measurement import measure_projection
+from satune.swap.settings import DistillSettings
 from satune.types import Episode, Key
 
 PREVIEWED = 64
@@ -56,7 +58,7 @@ def preview(
     delta: float,
     key: Key,
     offset: int,
-) -> tuple[dict[str, Any], int]:
+) -> tuple[Projection, int]:
     """How the newcomer's projection would lie and lean, on the incumbent's own episodes: the
     alignment score with its standard error, λ, KL; and the tokens that this took."""
     name = reseated.agent_of(seat)
@@ -80,7 +82,7 @@ def project_seat(
     rounds: int,
     key: Key,
     offset: int,
-    watch: Callable[[Mapping[str, Any]], None],
+    watch: Callable[[Round], None],
 ) -> tuple[Reseated | None, Distilled, int]:
     """``base`` with the newcomer in ``seat``, drawn to within ``delta`` of the incumbent; where it
     does not come so near, what ``otherwise`` says: None for a refusal. Also what was measured, and
@@ -122,7 +124,7 @@ def project_seat(
         offset=offset,
         watch=watch,
     )
-    new.numbers.give(name, student, found.event["version"])
+    new.numbers.give(name, student, found.version)
     if found.decision == "mixture":
         new = with_policy(taken, name, mixture)
     return (None if found.decision == "refused" else new), found, rollouts.tokens

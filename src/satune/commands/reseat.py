@@ -18,9 +18,10 @@ from satune.agents.weights import Weights
 from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
 from satune.commands.trust import NOTHING, Trust
 from satune.config.load import load_recipe
-from satune.config.schema import AgentSection, Recipe, ServerSection, TeamSection
+from satune.config.schema import AgentSection, Recipe, TeamSection
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
+from satune.engines.settings import ServerSettings
 from satune.files.names import refuse_links
 from satune.loading import nearest_hint
 from satune.team import Team, add_mixtures, manifest_of, model_of
@@ -307,13 +308,13 @@ def with_newcomer(
     return Reseated(new_cast, base.numbers, kept | {name: model})
 
 
-def _server_of(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSection:
+def _server_of(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSettings:
     """How a newcomer's server is asked: as the team asks it already, but for what is given."""
     for agent in team.resolved().agents.values():
         there = agent.model.address if isinstance(agent.model, ServedModel) else None
         if there == address and agent.server is not None:
-            return agent.server.model_copy(update=dict(given))
-    return ServerSection(**given)
+            return replace(agent.server, **given)
+    return ServerSettings(**given)
 
 
 def _same_tokenizer(incumbent: Policy | None, newcomer: Policy | None) -> bool:

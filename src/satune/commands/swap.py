@@ -13,8 +13,6 @@ from satune.commands.assemble import Cast
 from satune.commands.project import PREVIEWED, preview, project_seat
 from satune.commands.reseat import Found, Reseated, load_found, with_newcomer
 from satune.commands.swap_request import (
-    DELTA,
-    DELTA_OF_ALL,
     Given,
     Pair,
     SwapRequest,
@@ -26,11 +24,12 @@ from satune.commands.trust import remember
 from satune.config.load import save_recipe
 from satune.core.confidence import Spending
 from satune.engines.servers import Servers
-from satune.files.events import Event, Notice, SwapEvent, SwapRecord
+from satune.files.events import Distillation, Event, Notice, SwapEvent, SwapRecord
 from satune.play.evaluation import Evaluation, paired_difference
 from satune.report.monitors import scalar_writer
 from satune.swap.directory import Outcome, Source, write_result
 from satune.swap.handover import hand_over_between, mixture_kl
+from satune.swap.settings import DELTA, DELTA_OF_ALL
 from satune.tasks.catalog import draw
 from satune.types import Key, Progress, UserError, no_progress
 
@@ -282,7 +281,8 @@ class _Swap:
     def _project(self, reseated: Reseated, group: Sequence[Pair], record: SwapRecord) -> None:
         """Draw each newcomer of the group to its incumbent's neighbourhood: all of them or none."""
         team: Reseated | None = self.team
-        distillation = record["distillation"] = {}
+        distillation: dict[str, Distillation] = {}
+        record["distillation"] = distillation
         previewed = record.get("projection", {})
         for seat, _ in group:
             assert team is not None
@@ -334,14 +334,14 @@ class _Swap:
             swap_key(self.found, len(self.records)),
             self.spending,
             offset=self.offset,
-            watch=lambda look: self.tell("look", {"seats": record["seats"], **look.to_dict()}),
+            watch=lambda look: self.tell("look", {"seats": record["seats"], **look}),
         )
         self.offset = found.offset
         self.evidence += [{"seats": record["seats"], **row} for row in found.rows]
         record["verdict"], record["reason"] = found.verdict, found.reason
         record["epsilon"] = record["tv"] = found.epsilon
         record["mixture_kl"] = mixture_kl(found.epsilon)
-        record["looks"] = [look.to_dict() for look in found.looks]
+        record["looks"] = found.looks
         if found.certificate is not None:
             record["lower"], record["claim"] = found.certificate.lower, found.certificate.claim
         record["tokens"] += found.sampled_tokens

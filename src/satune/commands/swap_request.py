@@ -15,12 +15,13 @@ from pydantic import ValidationError
 
 from satune.commands.reseat import Found, check_seat, find_team
 from satune.commands.trust import NOTHING, Trust
-from satune.config.schema import ServerSection
+from satune.config.derive import section_of
+from satune.engines.settings import ServerSettings
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors
 from satune.loading import model_in, nearest_hint
 from satune.swap.directory import refuse_existing
-from satune.swap.handover import HandOverSettings
+from satune.swap.settings import DistillSettings, HandOverSettings
 from satune.types import ServedModel, UserError
 
 Given = Literal["project", "handover"]
@@ -29,8 +30,6 @@ Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
 Pair = tuple[str, str | ServedModel]
 """A seat, and the model that it is to be given to."""
-DELTA, DELTA_OF_ALL = 0.01, 0.004
-"""Trust region of a projection in nats: for some seats of the team, for all of them (the paper)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class SwapRequest:
     together: bool = False
     dry_run: bool = False
     otherwise: Literal["mixture", "refuse", "handover"] | None = None
-    rounds: int = 30
+    rounds: int = DistillSettings().rounds
     tiny: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
@@ -148,16 +147,16 @@ def kept_answers(
 
 
 def _check_server(request: SwapRequest, pairs: Sequence[Pair]) -> None:
+    section = section_of(ServerSettings)
     try:
-        section = ServerSection(**request.server)
+        section(**request.server)
     except ValidationError as error:
         first = error.errors()[0]
         where, said = ".".join(map(str, first["loc"])), first["msg"].lower()
-        hint = nearest_hint(where, ServerSection.model_fields) if "extra" in first["type"] else ""
+        hint = nearest_hint(where, section.model_fields) if "extra" in first["type"] else ""
         raise UserError(f"--server-option {where}: {said}{hint}") from None
     if request.server and not any(isinstance(model, ServedModel) for _, model in pairs):
         raise UserError("--server-option: is for a newcomer at http://ADDRESS/v1#MODEL; drop it")
-    if "api_key_env" in request.server and not os.environ.get(section.api_key_env):
-        raise UserError(
-            f"--server-option api_key_env: ${section.api_key_env} is not set; export it"
-        )
+    variable = request.server.get("api_key_env")
+    if variable is not None and not os.environ.get(variable):
+        raise UserError(f"--server-option api_key_env: ${variable} is not set; export it")

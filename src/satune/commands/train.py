@@ -22,7 +22,7 @@ from satune.config.derive import Named, may_change
 from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings
 from satune.loading import check_options, load_object
 from satune.play.evaluation import progress_of
 from satune.play.rollout import rollout_sync
@@ -60,6 +60,7 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
             objective=load_objective(recipe.objective),
             credit=load_credit(recipe.credit.name, recipe.credit.options),
             trust_region=recipe.trust_region,
+            gauge=recipe.gauge,
             epochs=recipe.optimizer.epochs,
             mini_batches=recipe.optimizer.mini_batches,
             max_new_tokens=rollout.max_new_tokens,
@@ -294,8 +295,11 @@ def _value(recipe: Any, parts: Sequence[str]) -> Any:
 
 def tolerance_of(recipe: Recipe) -> Tolerance:
     """What engine and learner may differ by: rounding of the compute type."""
-    if recipe.team.dtype == "bfloat16" or recipe.optimizer.autocast:
+    computed = recipe.optimizer.autocast or recipe.team.dtype
+    if computed == "bfloat16":
         return Tolerance(mean=0.05, largest=2.0)
+    if computed == "float16":
+        return Tolerance(mean=0.01, largest=0.5)
     if recipe.team.dtype == "float64":
         return Tolerance(mean=1e-6, largest=1e-5)
     return Tolerance(mean=1e-4, largest=1e-3)

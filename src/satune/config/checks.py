@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from satune.config.schema import AgentSection, Recipe, ServerSection
+from satune.config.schema import AgentSection, Recipe
+from satune.engines.settings import ServerSettings
 from satune.loading import nearest
 from satune.training.credit import CREDIT
 from satune.training.schedules import SCHEDULES, Schedule
@@ -93,13 +94,13 @@ def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _servers_are_asked_one_way(recipe: Recipe) -> Iterator[Fault]:
-    first: dict[str, tuple[str, ServerSection]] = {}
+    first: dict[str, tuple[str, ServerSettings]] = {}
     for name, agent in recipe.team.agents.items():
         if not isinstance(agent.model, ServedModel):
             continue
-        section = agent.server or ServerSection()
-        other, asked = first.setdefault(agent.model.address.rstrip("/").lower(), (name, section))
-        if asked != section:
+        settings = agent.server or ServerSettings()
+        other, asked = first.setdefault(agent.model.address.rstrip("/").lower(), (name, settings))
+        if asked != settings:
             yield (
                 f"team.agents.{name}.server",
                 f"'{other}' and '{name}' are at one address, which is asked in one way; give both"

@@ -18,11 +18,12 @@ from pydantic import BeforeValidator, Field
 from satune.agents.messages import TemplateSettings
 from satune.agents.specs import CriticSettings, LoraSpec, Rate
 from satune.config.derive import Choice, Derived, Named, OpenSection, Section, Written
-from satune.core.objectives import OBJECTIVES, ObjectiveSettings
+from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.base import ENGINES
-from satune.loading import KEY_VARIABLE, model_in
-from satune.ranges import Count, MayChange, Positive, Range, Text, Whole
+from satune.engines.settings import ServerSettings
+from satune.loading import model_in
+from satune.ranges import MayChange, Range, Text, Whole
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS
@@ -31,6 +32,7 @@ from satune.training.settings import (
     CertifySettings,
     CheckpointSettings,
     EvaluateSettings,
+    GaugeSettings,
     RolloutSettings,
     StepSettings,
 )
@@ -42,19 +44,6 @@ Name = Annotated[str, Range(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
-
-
-class ServerSection(Section):
-    """How the server of a model at ``http://ADDRESS/v1#MODEL`` is asked."""
-
-    api_key_env: Annotated[str, Range(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = KEY_VARIABLE
-    concurrency: Count = 32
-    retries: Whole = 8
-    timeout: Positive = 1200.0
-    requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None
-    stream: bool = False
-    seed: bool = True
 
 
 def served_elsewhere(before: str | ServedModel, after: str | ServedModel) -> bool:
@@ -77,7 +66,7 @@ class AgentSection(Section):
     frozen: bool = False
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager"] | None = None
-    server: Annotated[ServerSection | None, MayChange()] = None
+    server: Annotated[Annotated[ServerSettings, Derived()] | None, MayChange()] = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ class TeamSection(Section):
     sharing: Literal["separate", "lora", "shared"] = "separate"
     agents: Annotated[dict[Name, AgentSection], Field(min_length=1)]
     seats: Annotated[dict[Name, Name], Field(min_length=1)] | None = None
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     device: Annotated[Text, MayChange()] = "auto"
     cache: Annotated[str | None, MayChange()] = None
 
@@ -146,7 +135,7 @@ class LogSection(Section):
 
 
 EngineChoice = Annotated[Named, Choice(ENGINES, "local")]
-TERMS = Choice(OBJECTIVES, "sat", 1, ObjectiveSettings, ("reference_kl", "entropy"))
+TERMS = Choice(OBJECTIVES, "sat", 0, ObjectiveSettings, ("reference_kl", "entropy"))
 
 
 class Recipe(Section):
@@ -163,6 +152,7 @@ class Recipe(Section):
     credit: Annotated[Named, Choice(CREDIT, "group", 3)] = Field("group", validate_default=True)
     critic: Annotated[CriticSettings, Derived()] = CriticSettings()
     trust_region: Annotated[TrustRegionSettings, Derived()] = TrustRegionSettings()
+    gauge: Annotated[GaugeSettings, Derived()] = GaugeSettings()
     optimizer: Annotated[StepSettings, Derived()] = StepSettings()
     stages: Annotated[Whole, MayChange()] = 20
     evaluate: Annotated[EvaluateSettings, Derived()] = EvaluateSettings()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from satune.core.ratios import sum_by
-
-Baseline = Literal["mean", "leave_one_out", "max"]
+from satune.core.settings import Baseline
 
 
 def group_advantages(

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from satune.core.confidence import METHODS, Method, lower_bound
+from satune.core.confidence import METHODS, lower_bound
+from satune.core.settings import Evidence, Method
 
-Evidence = Literal["fresh", "balance", "pessimistic"]
 HeldOut = Literal["fresh", "finite"]
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Method = Literal["betting", "empirical_bernstein", "hoeffding"]
+from satune.core.settings import Method
 
 # A bet may lose this share of the capital at most; without the cap one bad value ends the game.
 _CAP = 0.75

@@ -1,8 +1,8 @@
 """The training objectives as pure functions from one bundle of tensors to a loss and its metrics.
 
-An objective is ``f(batch: ObjectiveBatch, **options) -> (loss, metrics)``. Its options are its
-keyword parameters, with their ranges and defaults: a recipe's keys are derived from them. Every
-term is divided by totals of the whole mini-batch that the caller passes in, so that the losses of
+An objective is ``f(batch: ObjectiveBatch, **options) -> (loss, metrics)``; the ranges and defaults
+of its options stand in ``core.settings``, those of the user's own in its signature. Every term is
+divided by totals of the whole mini-batch that the caller passes in, so that the losses of
 micro-batches add up to the loss of one large batch. The per-token values of a batch may be leaves
 of their own: nothing but autograd on them is needed for the loss's derivative by each value.
 An advantage and a weight belong to a unit: an episode, or with a critic a turn or a token.
@@ -12,15 +12,14 @@ Shape suffixes: ``T`` own tokens, ``U`` units of the micro-batch, ``E`` its epis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from satune.core.ratios import sequence_log_ratio, sum_by, token_log_ratio
-from satune.ranges import Fraction, NotNegative, Positive, check, check_call
+from satune.core.settings import OBJECTIVES, ObjectiveSettings
 
 LINEAR_ABOVE = 20.0
 """Log-ratio above which e^u goes on as its tangent, so that neither it nor its gradient overflows.
@@ -77,49 +76,21 @@ Objective = Callable[..., tuple[Tensor, Metrics]]
 which are sums that add up over micro-batches. The batch's units of weight 0 hold zeros only.
 """
 
-Per = Literal["episode", "turn", "token"]
-"""What an advantage is of."""
 
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """Which objective with which ``options``, and the weights of the terms beside it: ``beta`` of
-    ``kl_T``, ``reference_kl`` and ``entropy``.
-
-    ``name`` is one of OBJECTIVES, or names ``loss``, the user's own function of the same form.
-    Raises: ValueError on an unknown name or option, or a value outside its range.
-    """
-
-    name: str = "sat"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    beta: NotNegative = 0.0
-    reference_kl: NotNegative = 0.0
-    entropy: NotNegative = 0.0
-    loss: Objective | None = None
-
-    def __post_init__(self) -> None:
-        check(self, "objective")
-        if self.loss is None and ":" not in self.name:
-            if self.name not in OBJECTIVES:
-                known = ", ".join(OBJECTIVES)
-                raise ValueError(f"objective.name {self.name!r}: choose one of {known}")
-            check_call(OBJECTIVES[self.name], self.options, "objective")
-
-    @property
-    def whole(self) -> bool:
-        """Whether the loss of a mini-batch's tokens is not the sum of those of its parts: it then
-        has to be given all of them at once."""
-        return self.loss is None and self.name in WHOLE
-
-    def policy_loss(self, batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
-        """The objective itself, without the terms beside it."""
-        loss, metrics = (self.loss or OBJECTIVES[self.name])(batch, **self.options)
-        if loss.dim() != 0:
-            raise ValueError(
-                f"objective {self.name}: its loss has the shape {tuple(loss.shape)}; "
-                "return one number for the whole batch"
-            )
-        return loss, metrics
+def policy_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
+    """The objective itself, without the terms beside it. Raises ValueError for an objective of the
+    user's own that gives no single number."""
+    if settings.loss is not None:
+        loss, metrics = settings.loss(batch, **settings.options)
+    else:
+        options = OBJECTIVES[settings.name](**settings.options)
+        loss, metrics = LOSSES[settings.name](batch, **asdict(options))
+    if loss.dim() != 0:
+        raise ValueError(
+            f"objective {settings.name}: its loss has the shape {tuple(loss.shape)}; "
+            "return one number for the whole batch"
+        )
+    return loss, metrics
 
 
 def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[Tensor, Metrics]:
@@ -136,8 +107,8 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
     """
     _check_batch(batch)
     batch, weights_T = _without_weightless(batch)
-    policy_loss, metrics = settings.policy_loss(batch)
-    loss = policy_loss
+    policy, metrics = policy_loss(batch, settings)
+    loss = policy
     for name, coefficient, values_T in (
         ("kl", settings.beta, batch.kl_T),
         ("reference_kl", settings.reference_kl, batch.reference_kl_T),
@@ -154,17 +125,17 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
         if coefficient != 0:
             loss = loss + coefficient * total / batch.token_total
         metrics[name] = total
-    metrics |= {"policy_loss": policy_loss, "loss": loss, "token_weight": weights_T.sum()}
+    metrics |= {"policy_loss": policy, "loss": loss, "token_weight": weights_T.sum()}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def sat(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
+def sat(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """Clipped ratio of each unit's summed log-ratio, summed over an episode's units: E3 of THEORY
     §4 (b) when the unit is the episode and A = R - b."""
     return _clipped_units(_unit_log_ratio(batch), batch, clip)
 
 
-def gspo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
+def gspo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """As sat with the log-ratio averaged over the unit's own tokens."""
     tokens_U = sum_by(torch.ones_like(batch.logprobs_T), batch.unit_T, batch.units)
     # 1 where there is none: its sum is 0 in any case.
@@ -183,7 +154,7 @@ def _clipped_units(
     return loss, _ratio_metrics(u_U, clipped_U, batch.weights_U != 0)
 
 
-def grpo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
+def grpo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over each episode's own tokens, then over episodes."""
     gain_T, metrics = _clipped_tokens(batch, clip, clip)
     tokens_T = torch.bincount(batch.episode_T)[batch.episode_T].to(gain_T.dtype)
@@ -194,7 +165,7 @@ def grpo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor,
 
 
 def dapo(
-    batch: ObjectiveBatch, *, clip_low: Fraction | None = 0.2, clip_high: Positive | None = 0.28
+    batch: ObjectiveBatch, *, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over all tokens: every token of a long episode counts."""
     gain_T, metrics = _clipped_tokens(batch, clip_low, clip_high)
@@ -202,7 +173,7 @@ def dapo(
     return -gain_T.sum() / batch.token_total, metrics
 
 
-def ppo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, Metrics]:
+def ppo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """Clipped token ratios with one clip, averaged over all tokens. The loss of the values is the
     critic's own, and the entropy bonus a term beside every objective.
 
@@ -211,7 +182,7 @@ def ppo(batch: ObjectiveBatch, *, clip: Fraction | None = 0.2) -> tuple[Tensor, 
     return dapo(batch, clip_low=clip, clip_high=clip)
 
 
-def m2po(batch: ObjectiveBatch, *, second_moment: Positive = 0.04) -> tuple[Tensor, Metrics]:
+def m2po(batch: ObjectiveBatch, *, second_moment: float) -> tuple[Tensor, Metrics]:
     """Token ratios without a clip, averaged over all tokens. The tokens with the largest squared
     log-ratio are left out, as few as bring the mean square of the others below ``second_moment``.
 
@@ -240,7 +211,7 @@ def _within_second_moment(u_T: Tensor, counts_T: Tensor, limit: float) -> Tensor
 
 
 def cispo(
-    batch: ObjectiveBatch, *, clip_low: Fraction | None = None, clip_high: Positive | None = 4.0
+    batch: ObjectiveBatch, *, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Metrics]:
     """log π times the clipped token ratio, which is a constant: no token loses its gradient to the
     clip, the clip only bounds how much it counts. Averaged over all tokens.
@@ -263,7 +234,7 @@ def reinforce(batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
     return loss, _ratio_metrics(u_U, torch.zeros_like(u_U), batch.weights_U != 0)
 
 
-OBJECTIVES: dict[str, Objective] = {
+LOSSES: dict[str, Objective] = {
     "sat": sat,
     "gspo": gspo,
     "grpo": grpo,
@@ -273,8 +244,6 @@ OBJECTIVES: dict[str, Objective] = {
     "m2po": m2po,
     "reinforce": reinforce,
 }
-WHOLE = frozenset({"m2po"})
-"""The objectives in which a token's part depends on the other tokens of its mini-batch."""
 
 
 def _clipped_tokens(

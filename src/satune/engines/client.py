@@ -14,44 +14,13 @@ import httpx
 from satune.engines.failures import LATE, UNREACHED, Failed, Refused
 from satune.engines.pace import Pace
 from satune.engines.replies import Reply, ReplyReader, retry_after
+from satune.engines.settings import ServerSettings
 from satune.engines.wire import Unpacker, known_charset, mended, parsed
 from satune.files.printing import printable
 from satune.types import UserError
 
 STREAM = 10
-"""How many times ``timeout`` a whole stream may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """How a server is asked.
-
-    ``retries`` is how often a request is repeated after a failure that may pass, the delay doubling
-    from ``first_delay`` seconds to a minute, drawn between half and whole. ``timeout`` is what one
-    request may take, in seconds; with ``stream`` what may pass between two pieces of its answer,
-    and the whole takes at most ``STREAM`` times as long. ``requests_per_minute`` and
-    ``tokens_per_minute`` set no limit when None. ``seed`` sends a seed made from each request's
-    key, so that a server that heeds it answers the same again.
-    """
-
-    concurrency: int = 32
-    retries: int = 8
-    first_delay: float = 0.5
-    timeout: float = 1200.0
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    stream: bool = False
-    seed: bool = True
-
-    def __post_init__(self) -> None:
-        lowest = {"concurrency": 1, "retries": 0}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise UserError(f"server: {name} is {getattr(self, name)}; give at least {least}")
-        for name in ("timeout", "first_delay", "requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"server: {name} is {value}; give a number above 0")
+"""How many times ``timeout`` of its settings a whole stream may take."""
 
 
 @dataclass(slots=True)
@@ -76,7 +45,6 @@ class Client:
         self,
         base_url: str,
         settings: ServerSettings,
-        key_variable: str,
         transport: httpx.AsyncBaseTransport | None,
         clock: Callable[[], float],
     ) -> None:
@@ -84,11 +52,10 @@ class Client:
         if address.username or address.password or address.query:
             raise UserError(
                 f"base URL of {address.host}: it holds a key or a query; give the key in the "
-                f"environment variable {key_variable}"
+                f"environment variable {settings.api_key_env}"
             )
         self.base_url = base_url.rstrip("/")
         self.settings = settings
-        self.key_variable = key_variable
         self.requests = self.repeated = 0
         self.met = False
         self.limit_field = "max_tokens"
@@ -174,15 +141,17 @@ class Client:
             return reader.end()
 
     def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.key_variable, "").strip()
+        key = os.environ.get(self.settings.api_key_env, "").strip()
         if not key.isascii() or not key.isprintable():
-            raise UserError(f"${self.key_variable}: holds characters that no key has; set it anew")
+            raise UserError(
+                f"${self.settings.api_key_env}: holds characters that no key has; set it anew"
+            )
         # What is not compressed cannot swell.
         return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def clean(self, text: str) -> str:
         """``text`` on one printable line, without the key should the server have repeated it."""
-        key = os.environ.get(self.key_variable, "").strip()
+        key = os.environ.get(self.settings.api_key_env, "").strip()
         text = printable(" ".join(text.split()))
         return text.replace(key, "***") if key else text
 

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from satune.engines.answers import Answers
-from satune.engines.client import Client, ServerSettings, Session
+from satune.engines.client import Client, Session
 from satune.engines.failures import (
     DOWN,
     OVERFLOW,
@@ -32,19 +32,21 @@ from satune.engines.failures import (
     out_of_quota,
 )
 from satune.engines.replies import Reply
-from satune.loading import KEY_VARIABLE
+from satune.engines.settings import ServerSettings
 from satune.types import Completion, EpisodeFailure, Key, Prompt, Sampling, UserError
 
-_LONGEST_DELAY = 60.0
+FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
+"""Seconds before a request is repeated, doubling from the first to the longest; what is waited is
+drawn between half and whole."""
 _PLAIN = [{"role": "user", "content": "Hello"}]
 
 
 class OpenAIEngine:
     """Asks ``base_url``/chat/completions for ``models[seat]``; prompts need messages only.
 
-    The key is read from the environment variable ``key_variable`` and goes nowhere but into the
-    request. ``answers`` is the file of what was answered, or one that several engines share (None:
-    nothing is written). Completions have no ids, so that training refuses their turns.
+    The key is read from the environment variable that the settings name and goes nowhere but into
+    the request. ``answers`` is the file of what was answered, or one that several engines share
+    (None: nothing is written). Completions have no ids, so that training refuses their turns.
     ``reused`` counts answers that were held already, ``silent`` replies that held reasoning and no
     content. ``transport`` carries the requests and ``clock`` gives seconds, where neither the
     network nor the machine's time is meant.
@@ -58,16 +60,14 @@ class OpenAIEngine:
         models: Mapping[str, str],
         settings: ServerSettings | None = None,
         *,
-        key_variable: str = KEY_VARIABLE,
         answers: Answers | Path | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings or ServerSettings()
         self.models = dict(models)
-        self.key_variable = key_variable
         self.reused = self.silent = 0
-        self._client = Client(base_url, self.settings, key_variable, transport, clock)
+        self._client = Client(base_url, self.settings, transport, clock)
         self.base_url = self._client.base_url
         self._clock = clock
         self._accepted: set[str] = set()  # requests, but for their prompts, that were answered
@@ -185,7 +185,7 @@ class OpenAIEngine:
             attempt += 1
             if attempt > settings.retries or not failed.kind.again:
                 break
-            longest = min(_LONGEST_DELAY, settings.first_delay * 2.0 ** min(attempt - 1, 99))
+            longest = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(attempt - 1, 99))
             # Requests that failed together must not come back together.
             await asyncio.sleep(longest * random.uniform(0.5, 1.0))
         said = self._client.short(failed.said)
@@ -246,9 +246,9 @@ class OpenAIEngine:
     def _mistake(self, refused: Refused, model: str) -> UserError:
         status, said = refused.status, self._client.short(refused.said)
         if status in (401, 403):
-            held = os.environ.get(self.key_variable)
+            held = os.environ.get(self.settings.api_key_env)
             state = "refuses the key in" if held else "wants a key; set"
-            line = f"the server {state} ${self.key_variable} (status {status}: {said})"
+            line = f"the server {state} ${self.settings.api_key_env} (status {status}: {said})"
         elif status in (404, 405):
             line = (
                 f"status {status} for the model {model!r} ({said}); name a model that it serves, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from satune.agents.pretrained import AgentSpec
 from satune.engines.answers import Answers
 from satune.engines.routed import RoutedEngine
+from satune.engines.settings import ServerSettings
 from satune.loading import KEY_VARIABLE
 from satune.types import Completion, Engine, Key, Prompt, Sampling, ServedModel, UserError
 
@@ -51,36 +52,35 @@ class Servers:
         or options were said to be others, and without the package that asks.
         """
         try:
-            from satune.engines.client import ServerSettings, address_of
+            from satune.engines.client import address_of
             from satune.engines.openai import OpenAIEngine
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{url}: to ask a server needs {error.name}; pip install 'satune[openai]'"
             ) from None
         address = str(address_of(url)).rstrip("/")
-        settings = ServerSettings(**{**(options or {}), **self._given})
-        if address not in self._engines:
+        known = self._engines.get(address)
+        variable = key_variable or (known.settings.api_key_env if known else self._key_variable)
+        try:
+            settings = ServerSettings(variable, **{**(options or {}), **self._given})
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if known is None:
             if self._answers is None:
                 self._answers = Answers(self._path)
-            self._engines[address] = OpenAIEngine(
-                url,
-                {},
-                settings,
-                key_variable=key_variable or self._key_variable,
-                answers=self._answers,
-            )
-        engine = self._engines[address]
-        if key_variable not in (None, engine.key_variable):
+            known = OpenAIEngine(url, {}, settings, answers=self._answers)
+            self._engines[address] = known
+        if variable != known.settings.api_key_env:
             raise UserError(
-                f"{engine.base_url}: its key is in ${engine.key_variable} and in ${key_variable}; "
-                "name one of them"
+                f"{known.base_url}: its key is in ${known.settings.api_key_env} and in "
+                f"${variable}; name one of them"
             )
-        if options is not None and settings != engine.settings:
+        if options is not None and settings != known.settings:
             raise UserError(
-                f"{engine.base_url}: is to be asked in two ways; give every agent there the same "
+                f"{known.base_url}: is to be asked in two ways; give every agent there the same "
                 "server section"
             )
-        return engine
+        return known
 
     def model(self, model: ServedModel, key_variable: str | None = None) -> ServedEngine:
         """What asks this model. Raises UserError as ``at``."""

@@ -106,7 +106,8 @@ class UpdateEvent(TypedDict):
 
     ``version`` is the number of the agent's weights after the step, ``failures`` are those among
     the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
-    rollout, update and measure at least. ``masked`` counts the episodes that the world ended, which
+    rollout, update and measure at least. ``rounding`` is what training.gauge found, with its
+    ``warning`` where rounding decides. ``masked`` counts the episodes that the world ended, which
     the step did not learn from. ``critic`` says of an agent's value function how much of the
     discounted rewards it explained before it learnt from them (``explained_variance``), its mean
     ``value`` then, and the mean ``loss`` of its fit.
@@ -138,6 +139,7 @@ class UpdateEvent(TypedDict):
     grad_norm: NotRequired[float]
     optimizer_steps: NotRequired[int]
     mismatch: NotRequired[dict[str, float]]
+    rounding: NotRequired[dict[str, Any]]
     capped_mass: NotRequired[float]
     masked: NotRequired[int]
     critic: NotRequired[dict[str, float | None]]
@@ -187,6 +189,96 @@ Difference = tuple[float, float | None, float | None]
 """Mean, low and high of a paired difference; no interval where too few problems were played."""
 
 
+class Spread(TypedDict):
+    """Mean of a figure over token states, and its quantiles at 5, 50 and 99 %; none of a NaN."""
+
+    mean: float
+    low: NotRequired[float]
+    median: NotRequired[float]
+    high: NotRequired[float]
+
+
+class Alignment(TypedDict):
+    """To first order what the projected newcomer changes the reward by (THEORY §7)."""
+
+    score: float
+    standard_error: float | None
+    problems: int
+
+
+Projection = TypedDict(
+    "Projection",
+    {
+        "states": int,
+        "inside": float,
+        "infeasible": float,
+        "lambda": Spread,
+        "kl": Spread,
+        "newcomer_kl": Spread,
+        "trajectory": dict[str, float],
+        "alignment": NotRequired[Alignment],
+    },
+)
+"""What the projection of a newcomer would be: the shares of states that lie ``inside`` delta
+already and that cannot be brought there (``infeasible``), λ, KL to the incumbent of the projection
+and of the newcomer as it is, nats, and the ``reverse`` KL of trajectories."""
+
+
+class Round(TypedDict):
+    """A round of distillation: KL(student‖incumbent) before it, ``mean`` and ``quantile``; mean KL
+    of the student to the mixture and to the newcomer; nothing was learnt without a ``grad_norm``.
+    """
+
+    round: int
+    episodes: int
+    states: int
+    reward: float
+    kl: dict[str, float]
+    to_mixture: float
+    to_newcomer: float
+    grad_norm: NotRequired[float]
+
+
+class Distillation(TypedDict):
+    """What came of a distillation. ``kl`` and ``reward`` are of the states that the team visits
+    with the ``newcomer`` and with the ``incumbent``; the ``decision`` stands alone where the two
+    were mixed at once."""
+
+    decision: Literal["distilled", "mixture", "refused", "outside"]
+    reason: NotRequired[str]
+    delta: NotRequired[float]
+    aim: NotRequired[float]
+    quantile: NotRequired[float]
+    unit: NotRequired[str]
+    rounds: NotRequired[list[Round]]
+    kl: NotRequired[dict[str, Divergence]]
+    trajectory: NotRequired[dict[str, float]]
+    reward: NotRequired[dict[str, float]]
+    version: NotRequired[int]
+    seconds: NotRequired[float]
+
+
+class Look(TypedDict):
+    """One look of a hand-over at the evidence so far. ``epsilon`` is the newcomer's share while it
+    was gathered, ``allowed`` the share it allows; ``lower`` and ``upper`` bound J(new) - J(old),
+    each wrong with probability ``alpha``; ``episodes`` of either side since the last look. ``tv``
+    and ``kl`` hold exactly for the mixture at ``allowed``: the most that trajectories' TV and
+    KL(old‖mix) can be."""
+
+    epsilon: float
+    problems: int
+    episodes: int
+    old: float
+    new: float
+    mean: float
+    lower: float
+    upper: float
+    alpha: float
+    allowed: float
+    tv: float
+    kl: float
+
+
 class SwapRecord(TypedDict):
     """What became of one group of seats, with its agents and models by seat.
 
@@ -213,11 +305,11 @@ class SwapRecord(TypedDict):
     reason: str
     after: NotRequired[float]
     difference: NotRequired[Difference]
-    projection: NotRequired[dict[str, dict[str, Any]]]
-    distillation: NotRequired[dict[str, dict[str, Any]]]
-    kl: NotRequired[dict[str, Any] | None]
+    projection: NotRequired[dict[str, Projection]]
+    distillation: NotRequired[dict[str, Distillation]]
+    kl: NotRequired[Mapping[str, Divergence | Spread] | None]
     projection_reason: NotRequired[str]
-    looks: NotRequired[list[dict[str, Any]]]
+    looks: NotRequired[list[Look]]
     epsilon: NotRequired[float]
     tv: NotRequired[float]
     mixture_kl: NotRequired[float]
@@ -265,7 +357,7 @@ class AlignmentNotice(TypedDict):
 
     event: Literal["alignment"]
     seat: str
-    alignment: NotRequired[dict[str, Any]]
+    alignment: NotRequired[Alignment]
 
 
 class DistillationNotice(TypedDict):

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -21,8 +21,9 @@ from satune.agents.policy import Policy
 from satune.agents.ports import Learner, NonFinite
 from satune.agents.weights import Weights
 from satune.core.divergence import DivergenceStatistics
-from satune.core.trust_region import Unit
+from satune.files.events import Distillation, Divergence, Round
 from satune.swap.measurement import statistics_of
+from satune.swap.settings import DistillSettings
 from satune.training.ports import Draw
 from satune.training.update import own_turns
 from satune.types import Episode, Key, UserError
@@ -33,51 +34,9 @@ Decision = Literal["distilled", "mixture", "refused", "outside"]
 
 
 @dataclass(frozen=True, slots=True)
-class DistillSettings:
-    """``delta`` (nats) bounds the ``quantile`` of KL(student‖incumbent) over ``unit``.
-
-    The mixture taught lies at ``aim`` x delta, because a student misses it by something. Each of at
-    most ``rounds`` rounds plays ``problems`` problems anew and learns from them, and from episodes
-    of earlier rounds ``passes`` - 1 times as many, ``batch`` episodes an optimiser step; rounds end
-    when the quantile, over states that gave no gradient yet, is at most ``stop`` x delta
-    ``confirm`` times in a row, the weights at rest meanwhile: the first low reading of many is low
-    by luck. ``measure_problems`` are played anew for the measurement, by either team.
-    ``otherwise`` is what becomes of a student outside delta; "outside" leaves that to the caller.
-    The learning rate rises to ``lr`` over the first ``warmup`` of all rounds and falls with half a
-    cosine to zero. Raises: ValueError if a value lies outside its range.
-    """
-
-    delta: float = 0.01
-    quantile: float = 0.99
-    unit: Unit = "token"
-    aim: float = 0.1
-    stop: float = 0.9
-    confirm: int = 3
-    rounds: int = 30
-    problems: int = 16
-    passes: int = 4
-    batch: int = 16
-    warmup: float = 0.05
-    measure_problems: int = 64
-    confidence: float = 0.95
-    otherwise: Literal["mixture", "refused", "outside"] = "mixture"
-    seed: int = 0
-    lr: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if not self.delta > 0:
-            raise ValueError(f"distill.delta {self.delta}: give a positive number of nats")
-        for name in ("quantile", "aim", "stop", "warmup"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"distill.{name} {getattr(self, name)}: give a value in (0, 1]")
-        for name in ("confirm", "rounds", "problems", "passes", "batch", "measure_problems"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"distill.{name} {getattr(self, name)}: give at least 1")
-
-
-@dataclass(frozen=True, slots=True)
 class Distilled:
-    """What came of it. ``event`` holds plain figures: ``rounds`` one by one, and the measurement.
+    """What came of it. ``event`` holds plain figures: ``rounds`` one by one, and the measurement;
+    ``version`` is the number of the student's weights.
 
     "distilled": the student holds the accepted weights; "outside": those that are not.
     "mixture" and "refused": it holds the newcomer's, bit for bit, and the seat is filled by a
@@ -86,7 +45,8 @@ class Distilled:
 
     decision: Decision
     reason: str
-    event: dict[str, Any]
+    event: Distillation
+    version: int = 0
 
 
 def distill(
@@ -101,7 +61,7 @@ def distill(
     publish: Publish,
     version: int = 0,
     offset: int = 0,
-    watch: Callable[[dict[str, Any]], None] = lambda row: None,
+    watch: Callable[[Round], None] = lambda row: None,
 ) -> Distilled:
     """Draw ``student``, which learns from the newcomer's weights on, to the mixture of both;
     measure; accept or not.
@@ -116,14 +76,9 @@ def distill(
     started = time.perf_counter()
     teacher = MixturePolicy(agent, incumbent, newcomer, settings.aim * settings.delta)
     before = student.snapshot()
-    rows: list[dict[str, Any]] = []
-    event: dict[str, Any] = {
-        "delta": settings.delta,
-        "aim": settings.aim,
-        "quantile": settings.quantile,
-        "unit": settings.unit,
-        "rounds": rows,
-    }
+    rows: list[Round] = []
+    visited: dict[str, list[Episode]] = {}
+    found: dict[str, DivergenceStatistics] = {}
     play = _Play(agent, draw, draw_incumbent, publish, settings, version, offset)
     try:
         _learn(student, teacher, play, rows, watch)
@@ -132,25 +87,34 @@ def distill(
             whose: _statistics(student, teacher, agent, episodes, settings)[0]
             for whose, episodes in visited.items()
         }
+        decision, reason = _judge(found, settings)
     except NonFinite as error:
         student.drop_gradients()
         decision, reason = "refused", str(error)
-    else:
-        event["kl"] = {whose: each.to_dict() for whose, each in found.items()}
+    if decision not in ("distilled", "outside"):
+        student.restore(before)
+        play.published(student)
+    student.rest()
+    event: Distillation = {
+        "delta": settings.delta,
+        "aim": settings.aim,
+        "quantile": settings.quantile,
+        "unit": settings.unit,
+        "rounds": rows,
+        "decision": decision,
+        "reason": reason,
+        "version": play.version,
+        "seconds": time.perf_counter() - started,
+    }
+    if found:
+        event["kl"] = {whose: cast(Divergence, each.to_dict()) for whose, each in found.items()}
         # Each direction on the states of the policy that its expectation is over.
         event["trajectory"] = {
             "forward": found["newcomer"].trajectory["forward"],
             "reverse": found["incumbent"].trajectory["reverse"],
         }
         event["reward"] = {whose: _reward(episodes) for whose, episodes in visited.items()}
-        decision, reason = _judge(found, settings)
-    if decision not in ("distilled", "outside"):
-        student.restore(before)
-        play.published(student)
-    student.rest()
-    event |= {"decision": decision, "reason": reason, "version": play.version}
-    event["seconds"] = time.perf_counter() - started
-    return Distilled(decision, reason, event)
+    return Distilled(decision, reason, event, play.version)
 
 
 @dataclass(slots=True)
@@ -199,8 +163,8 @@ def _learn(
     student: Learner,
     teacher: MixturePolicy,
     play: _Play,
-    rows: list[dict[str, Any]],
-    watch: Callable[[dict[str, Any]], None],
+    rows: list[Round],
+    watch: Callable[[Round], None],
 ) -> None:
     """Rounds until the student is inside. Raises NonFinite."""
     settings = play.settings
@@ -213,7 +177,7 @@ def _learn(
         statistics, distances, packed = _statistics(
             student, teacher, play.agent, episodes, settings
         )
-        row: dict[str, Any] = {
+        row: Round = {
             "round": number,
             "episodes": len(episodes),
             "states": packed.tokens,

@@ -20,10 +20,12 @@ import torch
 
 from satune.core.certificates import HeldOut, StatisticalCertificate, certify, fresh_evidence
 from satune.core.confidence import Spending, lower_bound
+from satune.files.events import Look
 from satune.play.match import Match
 from satune.play.rollout import Job, play_jobs, run_alone
+from satune.swap.settings import HandOverSettings
 from satune.task_parts import is_fresh
-from satune.types import Episode, Key, Problem, UserError
+from satune.types import Episode, Key, Problem
 
 Verdict = Literal["accepted", "refused", "stopped"]
 Pairs = Sequence[tuple[Problem, tuple[int, ...]]]
@@ -32,61 +34,6 @@ Play = Callable[[Pairs, Key], tuple[list[Episode], list[Episode]]]
 """(pairs, key of the look) to the episodes of both sides, old and new, as ``pairs`` has them."""
 Stream = Callable[[int, int], list[Problem]]
 """(how many, from which position of an endless sequence on) to independent problems."""
-
-
-@dataclass(frozen=True, slots=True)
-class HandOverSettings:
-    """``tolerance``: what the team's reward may fall by. ``confidence``: the probability that it
-    falls by more all the same. ``problems`` that hold both sides at the last of ``looks`` looks;
-    each look before has half as many. ``samples``: coins a problem.
-    Raises UserError for a value outside its range.
-    """
-
-    tolerance: float = 0.02
-    confidence: float = 0.05
-    problems: int = 2048
-    samples: int = 8
-    looks: int = 5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tolerance <= 1:
-            raise UserError(f"--tolerance {self.tolerance:g}: give a loss of reward in [0, 1]")
-        if not 0 < self.confidence < 0.5:
-            raise UserError(
-                f"--confidence {self.confidence:g}: give a small probability, such as 0.05"
-            )
-        for name in ("problems", "samples", "looks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
-
-    def sizes(self) -> list[int]:
-        """Problems in all at each look."""
-        halved = [self.problems >> left for left in reversed(range(self.looks))]
-        return [max(number, at) for at, number in enumerate(halved, start=1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """One look at the evidence so far. ``epsilon`` is the newcomer's share while it was gathered,
-    ``allowed`` the share it allows; ``lower`` and ``upper`` bound J(new) - J(old), each wrong with
-    probability ``alpha``; ``episodes`` of either side since the last look."""
-
-    epsilon: float
-    problems: int
-    episodes: int
-    old: float
-    new: float
-    mean: float
-    lower: float
-    upper: float
-    alpha: float
-    allowed: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, and what holds exactly for the mixture at ``allowed``: ``tv`` and ``kl``, the
-        most that trajectories' TV and KL(old‖mix) can be."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return values | {"tv": self.allowed, "kl": mixture_kl(self.allowed)}
 
 
 @dataclass(slots=True)
@@ -154,6 +101,8 @@ def hand_over(
             evidence_P, "fresh", alpha, samples=(1, 1), decision=spending.used, held_out=held_out
         )
         lower = found.certificate.lower
+        upper = -lower_bound(-evidence_P, -1.0, 1.0, alpha)
+        allowed = allowed_share(lower, settings.tolerance)
         look = Look(
             epsilon=found.epsilon,
             problems=size,
@@ -162,12 +111,14 @@ def hand_over(
             new=_mean(new),
             mean=found.certificate.mean,
             lower=lower,
-            upper=-lower_bound(-evidence_P, -1.0, 1.0, alpha),
+            upper=upper,
             alpha=alpha,
-            allowed=allowed_share(lower, settings.tolerance),
+            allowed=allowed,
+            tv=allowed,
+            kl=mixture_kl(allowed),
         )
         found.looks.append(look)
-        found.epsilon = look.allowed
+        found.epsilon = allowed
         found.sampled_tokens += sum(t.completion_tokens for e in old + new for t in e.turns)
         for coin, episodes in (("incumbent", old), ("newcomer", new)):
             found.rows += [
@@ -181,12 +132,12 @@ def hand_over(
                 for episode in episodes
             ]
         watch(look)
-        bounds = f"J(new) - J(old) in [{look.lower:+.4f}, {look.upper:+.4f}] at look {number + 1}"
-        if look.allowed == 1.0:
+        bounds = f"J(new) - J(old) in [{lower:+.4f}, {upper:+.4f}] at look {number + 1}"
+        if allowed == 1.0:
             found.verdict = "accepted"
             found.reason = f"{bounds}: not below -{settings.tolerance:g}"
             return found
-        if look.upper < -settings.tolerance:
+        if upper < -settings.tolerance:
             found.verdict = "refused"
             found.reason = f"the newcomer is worse: {bounds}, below -{settings.tolerance:g}"
             return found

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from satune.core.projection import (
 )
 from satune.core.ratios import sum_by
 from satune.core.trust_region import Unit
-from satune.training.credit import groups
+from satune.files import events
+from satune.training.advantages import groups
 from satune.training.update import own_turns
 from satune.types import Episode
 
@@ -43,12 +44,12 @@ class ProjectionMeasured:
     alignment: Alignment | None
     packed: PackedTurns
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> events.Projection:
         """Plain numbers: what a dry run shows. Quantiles are over token states."""
         found = self.projection
         states = found.lambda_N.numel()
         reverse_E = sum_by(found.reverse_kl_N, self.packed.episode_T, self.packed.episodes)
-        result: dict[str, Any] = {
+        result: events.Projection = {
             "states": states,
             "inside": float(found.inside_N.double().mean()),
             "infeasible": float(found.infeasible_N.double().mean()),
@@ -135,10 +136,16 @@ def _each(found: Projection, change: Callable[[Tensor], Tensor]) -> Projection:
     return Projection(*(change(getattr(found, field.name)) for field in fields(Projection)))
 
 
-def _spread(values_T: Tensor) -> dict[str, float]:
+def _spread(values_T: Tensor) -> events.Spread:
     ones_T = torch.ones_like(values_T)
-    at = {name: weighted_quantile(values_T, ones_T, q) for name, q in _QUANTILES.items()}
-    return {"mean": float(values_T.mean()), **{n: v for n, v in at.items() if not math.isnan(v)}}
+    spread: events.Spread = {"mean": float(values_T.mean())}
+    for name, level in _QUANTILES:
+        value = weighted_quantile(values_T, ones_T, level)
+        if not math.isnan(value):
+            spread[name] = value
+    return spread
 
 
-_QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.99}
+_QUANTILES: tuple[tuple[Literal["low", "median", "high"], float], ...] = (
+    ("low", 0.05), ("median", 0.5), ("high", 0.99),
+)  # fmt: skip

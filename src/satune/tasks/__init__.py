@@ -1,1 +1,1 @@
-"""Tasks: one file a task or benchmark. ``catalog.load_task`` finds them by name."""
+"""Tasks: a file, or a folder, a task or benchmark. ``catalog.load_task`` finds them by name."""

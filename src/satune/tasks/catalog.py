@@ -16,7 +16,7 @@ from satune.tasks.arbench_sp import SituationPuzzles
 from satune.tasks.autologi import AutoLogi
 from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.guess_number import ArbenchGN, GuessNumber
-from satune.tasks.maths import Aime24, Aime25, Math500, Maths
+from satune.tasks.maths.task import Aime24, Aime25, Math500, Maths
 from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows

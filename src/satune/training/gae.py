@@ -24,10 +24,34 @@ import torch
 from torch import Tensor
 
 from satune.agents.packing import PackedTurns
+from satune.agents.ports import ValueTargets
+from satune.agents.specs import CriticSettings
 from satune.core.advantages import gae, truncated_traces
-from satune.core.objectives import Per
-from satune.core.ratios import sum_by
+from satune.core.ratios import capped_weights, sum_by
+from satune.core.settings import Per
+from satune.core.values import explained_variance
+from satune.training.credit import GaeCredit
 from satune.types import Episode
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What an update learns from an experience: an advantage and a weight ``per`` episode, own turn
+    or own token of it, in the order of the packed turns."""
+
+    per: Per
+    advantages_U: Tensor
+    weights_U: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What ``gae`` makes of an experience: the lesson of the agent, that of its critic, and how
+    much of the discounted rewards the critic's values explained (None: all rewards are equal)."""
+
+    lesson: Lesson
+    targets: ValueTargets
+    explained_variance: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +158,63 @@ def own_advantages(
     advantages_H = torch.zeros(len(spoke_H), dtype=torch.float64)
     advantages_H[spoke_H] = advantages_T[moments.first_H[spoke_H]]
     return advantages_H
+
+
+def estimate(
+    rule: GaeCredit,
+    agent: str,
+    episodes: Sequence[Episode],
+    packed: PackedTurns,
+    values_T: Tensor,
+    critic: CriticSettings,
+    log_weights_E: Tensor,
+    log_ratios: Sequence[Sequence[float]] | None = None,
+    cap: float | None = None,
+) -> Estimate:
+    """Advantages, weights and the critic's targets of an experience without what the world ended.
+
+    ``values_T`` has V of the state before each own token. ``log_weights_E`` are log w of whole
+    episodes, of which ``log_ratios`` has each turn's part; ``cap`` bounds w.
+    """
+    per = critic.boundary
+    ratios = log_ratios if rule.traces else None
+    moments = own_moments(packed, episodes, agent, ratios)
+    rewards_E = torch.tensor([rule.worth(e, agent) for e in episodes], dtype=torch.float64)
+
+    def advantages(lam: float) -> Tensor:
+        return own_advantages(moments, values_T, rewards_E, gamma=critic.discount, lam=lam, per=per)
+
+    log_weights_S = log_weights_E[moments.episode_S]
+    if ratios is not None:
+        whole_E = torch.tensor([sum(each) for each in ratios], dtype=torch.float64)
+        log_weights_S = log_weights_S - whole_E[moments.episode_S] + moments.before_S
+    weights_S, _ = capped_weights(log_weights_S, cap)
+    spoke_H = moments.step_H >= 0
+    weights_H = torch.zeros(len(spoke_H), dtype=torch.float64)
+    weights_H[spoke_H] = weights_S[moments.step_H[spoke_H]]
+    if per == "turn":
+        weights_U, asked_U, tokens_N = weights_H, spoke_H, moments.first_H[spoke_H]
+    else:
+        weights_U, tokens_N = weights_H[packed.turn_T], torch.arange(packed.tokens)
+        asked_U = torch.ones(packed.tokens, dtype=torch.bool)
+
+    advantages_U = advantages(critic.lam)
+    values_N, weights_N = values_T.double()[tokens_N], weights_U[asked_U]
+    targets = ValueTargets(tokens_N, values_N + advantages_U[asked_U], values_N, weights_N)
+    returns_N = values_N + advantages(1.0)[asked_U]
+    explained = explained_variance(values_N, returns_N, weights_N)
+    if rule.whiten:
+        advantages_U = torch.where(asked_U, _whitened(advantages_U, weights_U), 0.0)
+    if rule.clip is not None:
+        advantages_U = advantages_U.clamp(-rule.clip, rule.clip)
+    return Estimate(Lesson(per, advantages_U, weights_U), targets, explained)
+
+
+def _whitened(advantages_U: Tensor, weights_U: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 under the weights; 0 where all that count are equal."""
+    counted = advantages_U[weights_U != 0]
+    if not len(counted) or bool((counted == counted[0]).all()):
+        return torch.zeros_like(advantages_U)
+    share_U = weights_U / weights_U.sum()
+    centred_U = advantages_U - (share_U * advantages_U).sum()
+    return centred_U / ((share_U * centred_U**2).sum().sqrt() + 1e-8)

@@ -143,6 +143,9 @@ class Training:
             "seconds": {**spent, **known.get("seconds", {})},
         }
         self.tell(cast(Event, fields))
+        warning = known.get("rounding", {}).get("warning")
+        if warning:
+            self.watch({"event": "note", "text": warning})
 
     def close_stage(self) -> None:
         """The stage's event and, where due, its evaluation; then the stage's checkpoint."""

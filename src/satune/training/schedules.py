@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from satune.core.ratios import effective_sample_size
 from satune.loading import load_named
 from satune.ranges import Part, Positive, check
-from satune.training.state import Batch
 from satune.types import Experience, UserError
+
+if TYPE_CHECKING:  # a recipe is read without torch
+    from satune.training.state import Batch
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,8 @@ class Hybrid(Schedule):
     ess: Part = 0.5
 
     def renews(self, batch: Batch) -> bool:
-        heard = batch.heard
-        size = effective_sample_size(torch.tensor(heard, dtype=torch.float64))
         # Written so that a weight that is not finite, and its NaN, also rolls out again.
-        return not size >= self.ess * len(heard)
+        return not batch.effective_size >= self.ess * len(batch.heard)
 
 
 class Stale(Reuse):

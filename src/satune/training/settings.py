@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from satune.agents.specs import OptimizerSettings
-from satune.core.certificates import Evidence
-from satune.core.confidence import Method
-from satune.core.objectives import ObjectiveSettings
+from satune.core.settings import Evidence, Method, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.ranges import (
     Count,
@@ -53,13 +51,32 @@ class PassSettings:
     mini_batches: Count = 4
 
 
+@dataclass(frozen=True, slots=True)
+class GaugeSettings:
+    """When rounding is gauged: in the first stage and in each ``every``-th after it (0: never), on
+    ``episodes`` of a step's experience. ``act`` says what becomes of a run in which rounding
+    decides."""
+
+    every: Whole = 10
+    episodes: Count = 8
+    act: Literal["refuse", "warn"] = "refuse"
+
+    def __post_init__(self) -> None:
+        check(self, "gauge")
+
+    def due(self, stage: int) -> bool:
+        return self.every > 0 and (stage - 1) % self.every == 0
+
+
 @dataclass(frozen=True)
 class UpdateSettings(PassSettings):
-    """One agent's step: objective, credit, passes over the experience, trust region."""
+    """One agent's step: objective, credit, passes over the experience, trust region, and when
+    rounding is gauged."""
 
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     credit: Credit = field(default_factory=GroupCredit)
     trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
+    gauge: GaugeSettings = field(default_factory=GaugeSettings)
     max_new_tokens: int = 512
 
 
@@ -68,7 +85,7 @@ class StepSettings(PassSettings, OptimizerSettings):
     """The recipe's ``optimizer``: AdamW, the passes over the experience, and the type in which a
     pass computes (None: that of the weights)."""
 
-    autocast: Literal["bfloat16"] | None = None
+    autocast: Literal["bfloat16", "float16"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

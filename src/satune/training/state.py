@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.core.confidence import Spending
+from satune.core.ratios import effective_sample_size
 from satune.types import Episode
 
 
@@ -34,6 +36,11 @@ class Batch:
         """Log w of the episodes that an update learns from: the world's failures left out."""
         pairs = zip(self.episodes, self.log_weights, strict=True)
         return [log_weight for episode, log_weight in pairs if not episode.masked]
+
+    @property
+    def effective_size(self) -> float:
+        """Of those episodes: how many of equal weight tell as much; NaN if a w is not finite."""
+        return effective_sample_size(torch.tensor(self.heard, dtype=torch.float64))
 
     def reweight(self, log_ratio_E: Tensor) -> None:
         """w ← w · r of the agent just updated."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from satune.core.advantages import groups_with_variance
-from satune.training.credit import groups
+from satune.training.advantages import groups
 from satune.training.ports import Draw
 from satune.training.settings import TrainingSettings
 from satune.training.state import Batch

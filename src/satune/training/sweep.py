@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from satune.agents.ports import Learner
-from satune.training.ordering import Sweep, predicted_gain
+from satune.training.gain import predicted_gain
+from satune.training.ordering import Sweep
 from satune.training.settings import TrainingSettings
 from satune.training.state import State
 from satune.training.update import advantages_by_token, own_turns

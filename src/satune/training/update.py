@@ -19,12 +19,15 @@ from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.packing import PackedTurns, mini_batches, pack
 from satune.agents.ports import Critic, Learner, NonFinite
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
-from satune.core.objectives import ObjectiveSettings
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
+from satune.core.settings import ObjectiveSettings
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
-from satune.training.credit import Estimate, GaeCredit, Lesson, advantages, groups
+from satune.training.advantages import advantages, groups
+from satune.training.credit import GaeCredit
+from satune.training.gae import Estimate, Lesson, estimate
+from satune.training.gauge import MEND, figures_of, findings
 from satune.training.settings import UpdateSettings
-from satune.types import Episode, Experience, Key
+from satune.types import Episode, Experience, Key, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,12 @@ def improve(
             by_turn = experience.log_ratios
             ratios = None if by_turn is None else [by_turn[index] for index in heard]
             values_T = _values(learner, anchor, seconds)
-            estimate = rule.estimate(
-                agent, episodes, packed, values_T, _critic(learner).settings, log_weights_E, ratios,
-                cap,
-            )  # fmt: skip
-            event["critic"] = _fit(learner, anchor, estimate, key, seconds)
-            lesson = estimate.lesson
+            critic = _critic(learner).settings
+            found = estimate(
+                rule, agent, episodes, packed, values_T, critic, log_weights_E, ratios, cap
+            )
+            event["critic"] = _fit(learner, anchor, found, key, seconds)
+            lesson = found.lesson
         assert lesson is not None
         learning = _ascend(learner, anchor, lesson, settings, objective, key)
     except (NonFinite, _NothingLearnt) as error:
@@ -118,6 +121,8 @@ def improve(
         if isinstance(error, NonFinite):
             beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, nothing_E, event)
+    if settings.gauge.due(key.stage):
+        event["rounding"] = _gauged(learner, agent, episodes, before, settings)
     event["mismatch"] = _mismatch(anchor)
     seconds["score"] += learning.pop("scoring")
     event["seconds"] = {**seconds, "update": time.perf_counter() - started - sum(seconds.values())}
@@ -164,7 +169,7 @@ def advantages_by_token(
         return advantages_E[packed.episode_T]
     values_T = _values(learner, learner.anchor(packed), {"score": 0.0})
     critic, fresh_E = _critic(learner).settings, torch.zeros(len(episodes), dtype=torch.float64)
-    lesson = rule.estimate(agent, episodes, packed, values_T, critic, fresh_E).lesson
+    lesson = estimate(rule, agent, episodes, packed, values_T, critic, fresh_E).lesson
     return lesson.advantages_U[packed.units(lesson.per)]
 
 
@@ -198,15 +203,15 @@ def _values(learner: Learner, anchor: Anchor, seconds: dict[str, float]) -> Tens
 
 
 def _fit(
-    learner: Learner, anchor: Anchor, estimate: Estimate, key: Key, seconds: dict[str, float]
+    learner: Learner, anchor: Anchor, found: Estimate, key: Key, seconds: dict[str, float]
 ) -> dict[str, float | None]:
     """Have the critic learn what came; what the event says of it. How much it explained was
     measured before, on an experience that it had not seen."""
     started = time.perf_counter()
-    loss = _critic(learner).fit(anchor, estimate.targets, key)
+    loss = _critic(learner).fit(anchor, found.targets, key)
     seconds["critic"] += time.perf_counter() - started
-    mean = float(estimate.targets.before_N.mean())
-    return {"explained_variance": estimate.explained_variance, "value": mean, "loss": loss}
+    mean = float(found.targets.before_N.mean())
+    return {"explained_variance": found.explained_variance, "value": mean, "loss": loss}
 
 
 def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings) -> float:
@@ -305,6 +310,31 @@ def _enforce(
         if proposal is None:
             proposal = learner.export()
         learner.interpolate(before.weights, proposal, search.scale)
+
+
+def _gauged(
+    learner: Learner,
+    agent: str,
+    episodes: Sequence[Episode],
+    before: Snapshot,
+    settings: UpdateSettings,
+) -> dict[str, Any]:
+    """What rounding makes of the proposal, on some of the experience; with a ``warning`` where it
+    decides. Raises UserError, the agent as before, where it decides too much."""
+    some = [e for e in episodes if any(turn.agent == agent for turn in e.turns)]
+    packed = own_turns(agent, some[: settings.gauge.episodes])
+    region = settings.trust_region
+    gauged = learner.gauge(packed, before.weights)
+    figures = figures_of(gauged, packed, settings.objective, region)
+    said, swamped = findings(figures, region.delta)
+    if not said:
+        return figures
+    warning = f"agent {agent}: rounding decides: {'; '.join(said)}"
+    if swamped and settings.gauge.act == "refuse":
+        learner.restore(before)
+        learner.rest()
+        raise UserError(f"{warning}; {MEND}")
+    return {**figures, "warning": warning}
 
 
 def _mismatch(anchor: Anchor) -> dict[str, float]:

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from satune.tasks.maths_units import ORDINALS, is_unit, words
+from satune.tasks.maths.units import ORDINALS, is_unit, words
 
 Kind = Literal["number", "letter", "initial", "word", "bare", "command", "sign", "begin", "end"]
 

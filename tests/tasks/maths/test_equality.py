@@ -12,15 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark_rows import FOLDER
-from satune.tasks import maths_equality
-from satune.tasks.boxes import LONGEST_ANSWER, last_box, same_plainly, tidy
-from satune.tasks.maths import Maths
-from satune.tasks.maths_comparison import same, same_terms
-from satune.tasks.maths_notation import tokens_of
-from satune.tasks.maths_reading import Literal, Many, read
-from satune.tasks.maths_terms import Unreadable, fraction_of, parse
-from satune.tasks.maths_units import singular, unit_of
-from satune.tasks.maths_values import point, values
+from satune.tasks.maths import worker
+from satune.tasks.maths.boxes import LONGEST_ANSWER, last_box, same_plainly, tidy
+from satune.tasks.maths.comparison import same, same_terms
+from satune.tasks.maths.notation import tokens_of
+from satune.tasks.maths.reading import Literal, Many, read
+from satune.tasks.maths.task import Maths
+from satune.tasks.maths.terms import Unreadable, fraction_of, parse
+from satune.tasks.maths.values import point, values
 from satune.types import Problem
 from yardstick import at_most
 
@@ -360,43 +359,6 @@ def test_inputs_that_were_graded_wrongly(name):
     assert {p.id: task.grade(p, responses[p.id]).score for p in problems} == expected
 
 
-# -- boxes without braces ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        (r"so the answer is $\boxed 2$.", "2"),
-        (r"so $\boxed2$", "2"),
-        (r"thus $\boxed {2}$", "2"),
-        (r"thus $\boxed \frac12$.", r"\frac12"),
-        (r"thus $\boxed \frac{1}{2}$.", r"\frac{1}{2}"),
-        (r"thus $\boxed x+1$", "x+1"),
-        (r"\(\boxed -3\)", "-3"),
-        (r"\[\boxed 12,\]", "12"),
-        ("So \\boxed 12 apples.\nDone", "12"),
-        (r"\boxed 3 or rather $\boxed 4$", "4"),
-        (r"$\boxed 5$, in \boxed form as $asked$", "5"),
-        (r"$\boxed 5$ (boxed with \boxed{})", "5"),
-        (r"\boxed", None),
-        (r"put it in \boxed please", None),
-        (r"$\boxed{5$", None),
-        (r"\boxedtext 5", None),
-        (r"<think>$\boxed 5$", None),
-    ],
-)
-def test_boxes_without_braces(text, found):
-    assert last_box(text) == found
-
-
-@pytest.mark.parametrize("name", ["08_hendrycks_rows_without_braces.data", "hendrycks_boxed_space"])
-def test_rows_with_boxes_without_braces(name):
-    path = CASES / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no inputs at {path}")
-    assert [p.answer for p in Maths(path).problems("all")] == ["2", r"\frac12"]
-
-
 # -- parts ---------------------------------------------------------------------------------------
 
 
@@ -405,27 +367,6 @@ def test_numbers_are_read_exactly():
     assert fraction_of("0.1(6)") == Fraction(1, 6)
     assert fraction_of("0.(142857)") == Fraction(1, 7)
     assert fraction_of("12.50") == Fraction(25, 2)
-
-
-@pytest.mark.parametrize(
-    ("phrase", "unit"),
-    [
-        ("centimetres", "cm"), ("square cm", "cm^2"), ("cm^{2}", "cm^2"),
-        ("miles per hour", "mi/h"), ("mph", "mi/h"), ("units", ""), ("square units", ""),
-        ("possible values", "possible value"),
-        ("th", ""), ("inches", "in"), ("feet", "ft"), ("boxes", "box"), ("ladies", "lady"),
-        ("or more", None), ("if x", None), ("apples + 3", None), ("times", None), ("(", None),
-        ("a b c d e f g h i j k l", None),
-    ],
-)  # fmt: skip
-def test_units(phrase, unit):
-    assert unit_of(phrase) == unit
-
-
-def test_singulars():
-    nouns = ("glasses", "glass", "days", "bus", "cities", "ways", "children", "s")
-    singulars = ["glass", "glass", "day", "bu", "city", "way", "child", "s"]
-    assert [singular(noun) for noun in nouns] == singulars
 
 
 integers = st.integers(min_value=-99, max_value=99)
@@ -592,7 +533,7 @@ COSTLY = {
 def test_no_comparison_comes_near_the_limit(name):
     text = tidy(COSTLY[name])
     assert len(text) <= LONGEST_ANSWER
-    equals = maths_equality.build()
+    equals = worker.build()
     with at_most(100):
         for other in ("8", r"\sqrt{2}", "x^2+1", text + " "):
             equals(other, text, True)

@@ -1,7 +1,7 @@
 r"""Mathematics with a final answer in ``\boxed{}``: AIME 2024 and 2025, MATH-500, training rows.
 
 The last box of a message is the answer. Plain numbers are compared at once; anything else is read
-and compared in a worker process with a time limit (``maths_equality``). All of it is exact.
+and compared in a process of its own with a time limit (``worker``). All of it is exact.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from satune.tasks import maths_equality
-from satune.tasks.boxes import LONGEST_ANSWER, as_decimal, last_box, same_plainly, tidy
+from satune.tasks.maths import worker
+from satune.tasks.maths.boxes import LONGEST_ANSWER, as_decimal, last_box, same_plainly, tidy
 from satune.tasks.pool import Failure, Workers, processes
 from satune.tasks.sources import Row, read_rows
 from satune.tasks.splits import RowTask, check_fraction
@@ -57,14 +57,14 @@ class Maths(RowTask):
         eval_fraction: float = 0.1,
         instruction: str | None = None,
     ) -> None:
-        maths_equality.check_installed(self.name)
+        worker.check_installed(self.name)
         check_fraction(self.name, eval_fraction)  # before rows are downloaded
         self.seed = seed
         self._instruction = self.default_instruction if instruction is None else instruction
         rows = read_rows(self.published if data is None else data)
         named = [(place, self._problem(i, place, row)) for i, (place, row) in enumerate(rows)]
         self._keep(named, eval_fraction)
-        self._workers = Workers(maths_equality.build, processes(), maths_equality.CALL_SECONDS)
+        self._workers = Workers(worker.build, processes(), worker.CALL_SECONDS)
         self._verdicts: dict[tuple[str, str, bool], bool] = {}
 
     def extract(self, text: str) -> str | None:

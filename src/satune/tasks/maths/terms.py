@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from satune.tasks.maths_notation import FUNCTIONS, GREEK, Token
-from satune.tasks.maths_units import words
+from satune.tasks.maths.notation import FUNCTIONS, GREEK, Token
+from satune.tasks.maths.units import words
 
 _DEEPEST = 60
 _MOST_SUFFIXES = 4

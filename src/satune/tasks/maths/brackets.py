@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from satune.tasks.maths_notation import Token
-from satune.tasks.maths_terms import Unreadable
-from satune.tasks.maths_units import words
+from satune.tasks.maths.notation import Token
+from satune.tasks.maths.terms import Unreadable
+from satune.tasks.maths.units import words
 
 Tokens = Sequence[Token]
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark_rows import rows_of
-from satune.tasks import maths_equality
-from satune.tasks.boxes import as_decimal, last_box, same_plainly, tidy
 from satune.tasks.catalog import load_task
-from satune.tasks.maths import Aime24, Math500, Maths, damaged
+from satune.tasks.maths import worker
+from satune.tasks.maths.boxes import as_decimal, last_box, same_plainly, tidy
+from satune.tasks.maths.task import Aime24, Math500, Maths, damaged
 from satune.types import EpisodeFailure, Problem, UserError
 from yardstick import at_most
 
@@ -326,7 +326,7 @@ def test_bad_rows_are_named(tmp_path, name, rows, message):
 
 def test_a_missing_library_is_one_line(monkeypatch, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"problem": "1?", "answer": 1}])
-    monkeypatch.setattr(maths_equality.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"task math500: .*pip install 'satune\[math\]'"):
         Math500(path)
 

@@ -17,7 +17,7 @@ from typing import Any
 import mpmath
 from mpmath.libmp import NoConvergence
 
-from satune.tasks.maths_terms import Term, Unreadable
+from satune.tasks.maths.terms import Term, Unreadable
 
 Value = Any  # Fraction, or mpmath's mpf or mpc
 _LEAST_BITS, _MOST_BITS = 320, 40_000

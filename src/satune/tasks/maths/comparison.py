@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-from satune.tasks.maths_reading import (
+from satune.tasks.maths.reading import (
     Literal,
     Many,
     Name,
@@ -15,8 +15,8 @@ from satune.tasks.maths_reading import (
     Relation,
     term_of,
 )
-from satune.tasks.maths_terms import Term, Unreadable, number
-from satune.tasks.maths_values import close, is_real, nearly, point, symbols, values
+from satune.tasks.maths.terms import Term, Unreadable, number
+from satune.tasks.maths.values import close, is_real, nearly, point, symbols, values
 
 _POSITIVE_POINTS, _POINTS = 4, 7
 _FEWEST_POINTS = 2

@@ -1,6 +1,6 @@
 r"""What an answer says: an amount, a name, a numeral in a base, several of them, or a relation.
 
-Structure is read here and expressions by ``maths_terms``. What can be read in no way is kept as a
+Structure is read here and expressions by ``terms``. What can be read in no way is kept as a
 ``Literal``, which equals the same text only: a part of an answer is never taken for the whole.
 """
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from satune.tasks.maths_brackets import (
+from satune.tasks.maths.brackets import (
     Tokens,
     depths,
     is_sign,
@@ -19,9 +19,9 @@ from satune.tasks.maths_brackets import (
     trimmed,
     whole_group,
 )
-from satune.tasks.maths_notation import FUNCTIONS, Token, dense, tokens_of
-from satune.tasks.maths_terms import Term, Unreadable, number, parse
-from satune.tasks.maths_units import CURRENCIES, MULTIPLIERS, ORDINALS, is_unit, unit_of, words
+from satune.tasks.maths.notation import FUNCTIONS, Token, dense, tokens_of
+from satune.tasks.maths.terms import Term, Unreadable, number, parse
+from satune.tasks.maths.units import CURRENCIES, MULTIPLIERS, ORDINALS, is_unit, unit_of, words
 
 
 class Quantity(NamedTuple):

@@ -1,8 +1,8 @@
 r"""Equality of mathematical answers, by what they say and exactly; it lives in a worker process.
 
-Readings of the same kind are compared part by part, expressions by their values
-(``maths_values``). Units, names of what is asked for, bases and the brackets of a set may be left
-out of an answer, but where they are given they must agree.
+Readings of the same kind are compared part by part, expressions by their ``values``. Units, names
+of what is asked for, bases and the brackets of a set may be left out of an answer, but where they
+are given they must agree.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def build() -> Callable[[str, str, bool], bool]:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or hard > _MEMORY:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, hard))
-    from satune.tasks.maths_comparison import same
-    from satune.tasks.maths_reading import Reading, read
+    from satune.tasks.maths.comparison import same
+    from satune.tasks.maths.reading import Reading, read
 
     @functools.lru_cache(maxsize=4096)
     def reading(answer: str) -> Reading:
