@@ -20,7 +20,7 @@ from satune.agents.packing import PackedTurns, mini_batches, pack
 from satune.agents.ports import Critic, Learner, NonFinite
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
-from satune.core.settings import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings, Per
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
 from satune.training.advantages import advantages, groups
 from satune.training.credit import GaeCredit
@@ -122,7 +122,7 @@ def improve(
             beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, nothing_E, event)
     if settings.gauge.due(key.stage):
-        event["rounding"] = _gauged(learner, agent, episodes, before, settings)
+        event["rounding"] = _gauged(learner, agent, episodes, before, settings, lesson.per)
     event["mismatch"] = _mismatch(anchor)
     seconds["score"] += learning.pop("scoring")
     event["seconds"] = {**seconds, "update": time.perf_counter() - started - sum(seconds.values())}
@@ -318,6 +318,7 @@ def _gauged(
     episodes: Sequence[Episode],
     before: Snapshot,
     settings: UpdateSettings,
+    per: Per,
 ) -> dict[str, Any]:
     """What rounding makes of the proposal, on some of the experience; with a ``warning`` where it
     decides. Raises UserError, the agent as before, where it decides too much."""
@@ -325,7 +326,7 @@ def _gauged(
     packed = own_turns(agent, some[: settings.gauge.episodes])
     region = settings.trust_region
     gauged = learner.gauge(packed, before.weights)
-    figures = figures_of(gauged, packed, settings.objective, region)
+    figures = figures_of(gauged, packed, settings.objective, region, per)
     said, swamped = findings(figures, region.delta)
     if not said:
         return figures
