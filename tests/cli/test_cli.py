@@ -283,6 +283,9 @@ def test_describe_tells_sizes_without_loading(
     }  # fmt: skip
     both = 4 * (ann["parameters"] + bob["parameters"])
     assert found["memory"]["together"] == both + 20 * bob["parameters"]
+    # Weights of both, moments of both at rest, the larger one's moments, anchor and proposal.
+    peak = found["peak"]
+    assert peak["peak"] >= peak["measure"] > 3 * both + 4 * 4 * bob["parameters"]
     # hybrid: between one rollout a stage and one an agent, of 3 problems × 4 samples.
     assert found["stage"] == {
         "steps": 2,
@@ -303,7 +306,7 @@ def test_describe_leaves_out_what_it_cannot_know(satune: Run, recipe: Path) -> N
     assert code == 0
     assert "parameters" not in found["agents"]["bob"] and "memory" not in found["agents"]["bob"]
     assert "parameters" in found["agents"]["ann"]
-    assert found["memory"] == {}
+    assert found["memory"] == {} and "peak" not in found
     code, stdout, _ = satune("describe", recipe, hub)
     assert code == 0 and "memory: not known here" in stdout
 

@@ -30,6 +30,7 @@ from satune.team import load_team
 from satune.tiny.training import TinySettings, imitate, rows_of
 from satune.tiny.zoo import tiny_tokenizer
 from satune.training.run_directory import RunDirectory
+from satune.training.state_file import read_state
 from satune.types import Entry, Key, UserError
 from swapped_teams import ANY, digests, go_on, state_of, trained
 
@@ -499,6 +500,23 @@ def test_killed_at_any_moment_the_run_is_whole_and_the_result_whole_or_absent(
         weights = {k: v for k, v in digests(out).items() if k.endswith(".safetensors")}
         assert weights == {k: v for k, v in expected.items() if k.endswith(".safetensors")}
     assert beside_seen > 0
+
+
+def test_a_run_whose_records_are_short_is_refused_and_nothing_is_written(
+    world: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    sizes = read_state(world / "run" / "checkpoints" / "stage-0002")["sizes"]
+    first = sizes["episodes"]["stage-0001.jsonl"]
+    for file, size in (("events.jsonl", sizes["events"]), ("episodes/stage-0001.jsonl", first)):
+        shutil.copytree(world / "run", run)
+        with open(run / file, "r+b") as records:
+            records.truncate(size - 1)
+        said = f"{file}: holds {size - 1} bytes where the checkpoint recorded {size}; the run is"
+        with pytest.raises(UserError, match=said):
+            give(run, ("bob", world / "newcomer"), out=out)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        shutil.rmtree(run)
 
 
 def test_a_failure_while_writing_leaves_nothing(

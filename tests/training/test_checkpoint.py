@@ -22,6 +22,7 @@ from satune.config.load import load_recipe
 from satune.files.interrupts import uninterrupted
 from satune.training import checkpoint as checkpoint_module
 from satune.training.run_directory import RunDirectory
+from satune.training.state_file import FORMAT
 from satune.types import UserError
 
 VARIANTS = {
@@ -318,7 +319,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
                 tiny_world.checkpoints(whole).latest("stage-0009-step-1")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 99, "files": {}}'])
+DAMAGED = {
+    "empty": "",
+    "cut": "{",
+    "no object": "[]",
+    "another format": '{"format": 1}',
+    "a format to come": '{"format": 99, "files": {}}',
+    "no digest": f'{{"format": {FORMAT}, "files": {{}}}}',
+    "another digest": f'{{"format": {FORMAT}, "files": {{}}, "digest": "0"}}',
+    "numbers that are none": f'{{"format": {FORMAT}, "files": NaN, "digest": "0"}}',
+    "too deep": f'{{"format": {FORMAT}, "files": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "nearly too deep": f'{{"format": {FORMAT}, "files": ' + "[" * 900 + "]" * 900 + "}",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=list(DAMAGED))
 def test_a_damaged_state_is_passed_over(
     recipe: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ class Policy:
 
     The backbone and the output head are called apart, so that logits are only made for the states
     that need them. ``adapter`` names the PEFT adapter when several agents share one base.
+    ``checked`` holds the head against the model's own logits, which takes weights with values.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Policy:
         *,
         adapter: str | None = None,
         autocast: torch.dtype | None = None,
+        checked: bool = True,
     ) -> None:
         self.name = name
         self.model = model
@@ -70,7 +72,8 @@ class Policy:
                 if isinstance(getattr(module, rate, None), float):
                     setattr(module, rate, 0.0)
         model.eval()
-        self._check_head()
+        if checked:
+            self._check_head()
 
     def copied(self, name: str) -> Policy:
         """A policy called ``name`` over a copy of the model, parameter by parameter."""

@@ -68,12 +68,17 @@ def plan_sharing(batch: MicroBatch) -> Plan | None:
     first_B = torch.full((rows,), width).to(batch.column_T)
     first_B.scatter_reduce_(0, batch.row_T, batch.column_T, "amin")
     length = int(first_B.min())
-    if rows < 2 or length * (rows - 1) < _WORTH_SAVING * rows * width:
+    if rows < 2 or not worth_sharing(length * (rows - 1), batch.input_ids):
         return None
     trunk_ids, trunk_B = torch.unique(batch.input_ids[:, :length], dim=0, return_inverse=True)
-    if length * (rows - trunk_ids.shape[0]) < _WORTH_SAVING * rows * width:
+    if not worth_sharing(length * (rows - trunk_ids.shape[0]), batch.input_ids):
         return None
     return Plan(trunk_ids, trunk_B)
+
+
+def worth_sharing(saved: int, input_ids: Tensor) -> bool:
+    """Whether so many tokens fewer to feed pay for a second forward."""
+    return saved >= _WORTH_SAVING * input_ids.numel()
 
 
 def shared_hidden(policy: Policy, input_ids: Tensor, plan: Plan) -> Tensor:

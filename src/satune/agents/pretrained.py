@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from satune.agents.policy import Policy
 from satune.agents.rendering import TemplateSettings
@@ -135,6 +136,47 @@ def load_policies(
         except (*_UNLOADABLE, TypeError, AttributeError, IndexError) as error:
             raise UserError(_cannot_load(spec, spec.source, _said(error))) from error
     return policies
+
+
+def hollow_policy(spec: AgentSpec, config: PretrainedConfig, precision: Precision) -> Policy:
+    """The policy of a spec as ``load_policies`` makes it (an adapter where ``spec.lora`` says so),
+    without a tokenizer. Its weights are empty ones of the mode that is active, which may be that of
+    fake tensors."""
+    assert isinstance(spec.model, str)
+    options = {} if spec.attention is None else {"attn_implementation": spec.attention}
+    adapter = None
+    dtype = precision.frozen if spec.lora else precision.master
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        if spec.lora is not None:
+            adapter = f"agent_{spec.name}"
+            lora = _lora_config(spec, spec.lora, saved_adapter(spec.model))
+            model = _with_adapter(model, adapter, lora, seed=0)
+    _lay_out(model)
+    return Policy(
+        spec.name,
+        model,
+        None,
+        spec.temperature,
+        adapter=adapter,
+        autocast=precision.autocast,
+        checked=False,
+    )
+
+
+def _lay_out(model: nn.Module) -> None:
+    """Give parameters and buffers without memory empty memory on the CPU; shared ones stay so."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    same = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if same else empty
+                held[name] = made[id(tensor)]
 
 
 def _device(name: str) -> torch.device:

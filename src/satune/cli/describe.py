@@ -27,9 +27,12 @@ def describe(
 
     spoken = trust_of(trust, overrides)
     loaded = given_recipe(shipped_recipe(recipe), overrides or [], spoken)
-    from satune.commands.describe import describe_recipe  # loads torch, which no mistake needs
+    # These load torch, which no mistake needs.
+    from satune.commands.describe import describe_recipe
+    from satune.commands.footprint import stage_bytes
 
-    show_result(describe_recipe(loaded), as_json, _show)
+    peak = stage_bytes(loaded)
+    show_result(describe_recipe(loaded) | ({"peak": peak} if peak else {}), as_json, _show)
 
 
 def _show(description: dict[str, Any]) -> None:
@@ -92,6 +95,15 @@ def _show(description: dict[str, Any]) -> None:
         longest = description["recipe"]["rollout"]["max_new_tokens"]
         console.print(
             f"key-value cache a token (a message of {longest:,}): {', '.join(caches)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if "peak" in description:
+        parts = {name: bytes_text(size) for name, size in description["peak"].items()}
+        most = parts.pop("peak")
+        console.print(
+            f"tensors of a stage: at most {most} at once, activations and cache included "
+            f"({', '.join(f'{name} {size}' for name, size in parts.items())})",
             highlight=False,
             soft_wrap=True,
         )

@@ -81,17 +81,17 @@ def score_tokens(
     if tokens == 0:
         nothing_T = _full_precision(hidden_TH).sum(-1)
         return TokenScores(**dict.fromkeys(wanted, nothing_T))
-    chunk = chunk_tokens or _chunk_for(hidden_TH, project)
+    chunk = chunk_tokens or chunk_for(hidden_TH, project)
     others = [other for other in (anchor, reference) if other is not None]
 
     def score(hidden_NH: Tensor, targets_N: Tensor, *other_NH: Tensor) -> tuple[Tensor, ...]:
-        logits_NV = _policy_logits(hidden_NH, project, temperature)
+        logits_NV = policy_logits(hidden_NH, project, temperature)
         scores = [_log_probability(logits_NV, targets_N)]
         if entropy:
             scores.append(_entropy(logits_NV))
         with torch.no_grad():
             other_NV = [
-                _policy_logits(rows_NH, other.project, temperature)
+                policy_logits(rows_NH, other.project, temperature)
                 for other, rows_NH in zip(others, other_NH, strict=True)
             ]
         if anchor is not None:
@@ -267,7 +267,8 @@ def _full_precision(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _policy_logits(hidden_NH: Tensor, project: Project, temperature: float) -> Tensor:
+def policy_logits(hidden_NH: Tensor, project: Project, temperature: float) -> Tensor:
+    """Logits [N, V] of the policy at these states, float32 or float64."""
     logits_NV = _full_precision(project(hidden_NH))
     return logits_NV if temperature == 1.0 else logits_NV / temperature
 
@@ -284,7 +285,8 @@ def _entropy(logits_NV: Tensor) -> Tensor:
     return -(p_NV * log_p_NV.masked_fill(p_NV == 0, 0.0)).sum(-1)
 
 
-def _chunk_for(hidden_TH: Tensor, project: Project) -> int:
+def chunk_for(hidden_TH: Tensor, project: Project) -> int:
+    """How many states' logits are made at a time where nothing else is said."""
     with torch.no_grad():
         vocabulary = project(hidden_TH[:1]).shape[-1]
     return max(1, CHUNK_BYTES // (4 * vocabulary))

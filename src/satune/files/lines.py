@@ -23,11 +23,11 @@ def append_lines(
     append_bytes(Path(path), [data], sync=sync)
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_lines(path: str | Path, mend: str = "remove the line or the run") -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none if it does not exist. A last
     line that was still being written is left out.
 
-    Raises ``UserError`` with file and line for a damaged line that a newline ends.
+    Raises ``UserError`` with file, line and ``mend`` for a damaged line that a newline ends.
     """
     path = Path(path)
     if not path.exists():
@@ -41,9 +41,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {number}: not JSON, or no object; remove the line or the run"
-            )
+            raise UserError(f"{path}, line {number}: not JSON, or no object; {mend}")
         rows.append(row)
     return rows
 

@@ -17,6 +17,11 @@ from satune.core.confidence import Spending
 from satune.files.lines import append_lines, cut_torn_line, read_lines
 from satune.types import Key, UserError
 
+_MEND = (
+    "what the run has spent of its confidence is not known without it: put the line back from a "
+    "copy to go on; the team as it is can be evaluated and swapped"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Test:
@@ -45,12 +50,19 @@ class Test:
         return same_key and (self.old, self.new) == (old, new)
 
 
+_COUNTS = ("number", "offset", "problems", "seed", "stage", "step", "draw")
+
+
 class Ledger:
-    """The tests in ``path``, read when this is made; a line is on the disk before its test."""
+    """The tests in ``path``, read when this is made; a line is on the disk before its test.
+
+    Raises UserError naming file and line for what is no test.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tests = [_test(path, number, row) for number, row in enumerate(read_lines(path), 1)]
+        rows = read_lines(path, _MEND)
+        self.tests = [_test(path, number, row) for number, row in enumerate(rows, 1)]
 
     @property
     def used(self) -> int:
@@ -103,9 +115,7 @@ class Ledger:
 
 
 def _test(path: Path, number: int, row: Mapping[str, object]) -> Test:
-    try:
-        return Test(**row)  # type: ignore[arg-type]
-    except TypeError:
-        raise UserError(
-            f"{path}, line {number}: no test of a certificate; remove the run"
-        ) from None
+    kinds = {**dict.fromkeys(_COUNTS, int), "alpha": float, "old": dict, "new": dict}
+    if {name: type(value) for name, value in row.items()} != kinds:
+        raise UserError(f"{path}, line {number}: no test of a certificate; {_MEND}")
+    return Test(**row)  # type: ignore[arg-type]

@@ -50,7 +50,9 @@ def read_state(directory: Path) -> dict[str, Any]:
     path = directory / STATE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        recorded = fields.pop("digest", None) if isinstance(fields, dict) else None
+        found = _digest(fields)
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{path}: damaged checkpoint (unreadable)") from None
     if not isinstance(fields, dict) or "format" not in fields:
         raise UserError(f"{path}: damaged checkpoint (unreadable)")
@@ -58,8 +60,7 @@ def read_state(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory}: checkpoint format {fields['format']!r}, this satune reads {FORMAT}"
         )
-    recorded = fields.pop("digest", None)
-    if recorded != _digest(fields):
+    if recorded != found:
         raise UserError(f"{path}: damaged checkpoint (content changed)")
     return fields
 

@@ -2,6 +2,7 @@ r"""The maths tasks: the table of formats, real rows, damage, and texts meant to
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -11,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark_rows import rows_of
+from satune.play.grading import Graders
 from satune.tasks.catalog import load_task
 from satune.tasks.maths import worker
 from satune.tasks.maths.boxes import as_decimal, last_box, same_plainly, tidy
 from satune.tasks.maths.task import Aime24, Math500, Maths, damaged
+from satune.tasks.pool import Failure
 from satune.types import EpisodeFailure, Problem, UserError
 from yardstick import at_most
 
@@ -368,6 +371,17 @@ def test_a_process_that_dies_costs_one_grade(task):
         task.grade(problem, r"\boxed{\frac{3}{6}}")
     assert not ended.value.policy
     assert task.grade(problem, r"\boxed{\frac{3}{6}}").score == 1.0
+
+
+@pytest.mark.parametrize("kind", ["timeout", "exception"])
+def test_a_comparison_without_a_result_is_the_policys_failure(task, monkeypatch, kind):
+    monkeypatch.setattr(task._workers, "call", lambda *answers: Failure(kind, "no result"))
+    problem = Problem.of("p", "?", r"\frac{1}{2}")
+    with pytest.raises(EpisodeFailure, match="grader: no result") as ended:
+        asyncio.run(Graders(task, seconds=60).grade(problem, r"\boxed{\frac{5}{10}}", []))
+    assert ended.value.policy
+    # Among votes they are two answers.
+    assert not task.equal(r"\frac{5}{10}", r"\frac{1}{2}")
 
 
 PIECES = [

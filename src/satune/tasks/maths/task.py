@@ -74,10 +74,18 @@ class Maths(RowTask):
     def equal(self, a: str, b: str) -> bool:
         """Whether two extracted answers are the same in value, whichever comes first. Answers that
         cannot be compared (too long, out of time) are equal only as texts."""
-        return a == b or self._same(a, b, symmetric=True)[0]
+        try:
+            return a == b or self._same(a, b, symmetric=True)[0]
+        except EpisodeFailure as failure:
+            if not failure.policy:
+                raise
+            return False
 
     def grade(self, problem: Problem, answer: str | None) -> Grade:
-        r"""1 if the message's last box equals the reference, else 0."""
+        r"""1 if the message's last box equals the reference, else 0.
+
+        Raises EpisodeFailure, the policy's, where comparing it raises or takes too long.
+        """
         if answer is None:
             return Grade(0.0, detail="no answer")
         found = self.extract(answer)
@@ -95,9 +103,13 @@ class Maths(RowTask):
         """
         for problem in self.problems("all"):
             gold = str(problem.answer)
-            scores = [
-                self.grade(problem, f"\\boxed{{{text}}}").score for text in (gold, damaged(gold))
-            ]
+            try:
+                scores = [
+                    self.grade(problem, f"\\boxed{{{text}}}").score
+                    for text in (gold, damaged(gold))
+                ]
+            except EpisodeFailure as failure:
+                raise UserError(f"{self._places[problem.id]}: {failure.reason}") from failure
             if scores != [1.0, 0.0] or self.grade(problem, gold.replace("boxed", "")).score:
                 raise UserError(
                     f"{self._places[problem.id]}: the answer {gold!r} cannot be told apart from "
@@ -105,7 +117,8 @@ class Maths(RowTask):
                 )
 
     def _same(self, reference: str, answer: str, *, symmetric: bool) -> tuple[bool, str]:
-        """(equal, what went wrong if anything)."""
+        """(equal, what kept them from being compared, if anything did). Raises EpisodeFailure: the
+        policy's where comparing raises or takes too long, the world's where its process died."""
         if max(len(reference), len(answer)) > LONGEST_ANSWER:
             return reference == answer, f"longer than {LONGEST_ANSWER} characters"
         plainly = same_plainly(reference, answer)
@@ -118,10 +131,9 @@ class Maths(RowTask):
         if verdict is None:
             verdict = self._workers.call(*key)
             if isinstance(verdict, Failure):
-                if verdict.kind == "died":
-                    raise EpisodeFailure(f"worker: {verdict.text}", policy=False)
-                # Not kept: on a busy machine the next attempt may be in time.
-                return False, f"not comparable: {verdict.text}"
+                died = verdict.kind == "died"
+                what = "worker" if died else "grader"
+                raise EpisodeFailure(f"{what}: {verdict.text}", policy=not died)
             # Several threads grade: another one may empty it at any moment.
             if len(self._verdicts) >= _MOST_VERDICTS:
                 self._verdicts.clear()

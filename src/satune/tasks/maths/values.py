@@ -101,7 +101,7 @@ def close(a: Value, b: Value, bits: int) -> bool:
 
 
 def is_real(value: Value) -> bool:
-    return isinstance(value, Fraction) or not isinstance(value, _mp.mpc) or value.imag == 0
+    return not isinstance(value, _mp.mpc)
 
 
 def nearly(term: Term, decimal: Fraction, places: int) -> bool:
@@ -157,6 +157,8 @@ class _Calculator:
                 value = _float(value)
         elif _mp.isnan(value):
             raise Unreadable("no value")
+        elif isinstance(value, _mp.mpc) and value.imag == 0:
+            return value.real  # a complex number has no sign to ask for
         return value
 
     def _apply(self, operation: str, inner: list[Value]) -> Value:

@@ -1,0 +1,238 @@
+"""The most that a stage's tensors take at once, before anything is loaded.
+
+A mini-batch of each agent is gone through once with fake tensors, which have shapes and no values:
+the agent's own model, the learner's way of feeding it, and a backward pass. What is counted is what
+the real tensors would take. What a step holds beside that is a matter of copies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+
+from satune.agents.architectures import cached_numbers, configuration
+from satune.agents.live import LiveBytes
+from satune.agents.packing import padded_budget
+from satune.agents.policy import Policy
+from satune.agents.prefixes import Plan, shared_hidden, worth_sharing
+from satune.agents.pretrained import Precision, hollow_policy
+from satune.agents.rendering import ChatRenderer
+from satune.agents.sources import read_tokenizer, saved_adapter, source_of
+from satune.commands.assemble import agent_spec, load_tasks
+from satune.config.schema import AgentSection, Recipe, ResolvedTeam
+from satune.core.logprobs import chunk_for, policy_logits
+from satune.tasks.catalog import take
+from satune.tiny.zoo import is_tiny, tiny_model, tiny_tokenizer
+from satune.types import Entry, ServedModel
+
+_PROMPTS = 32
+"""So many problems are looked at for the longest prompt."""
+_ROWS = 256
+"""So many conversations are decoded at a time."""
+_UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    NotImplementedError,
+)
+"""What a model raises that looks at the values of its tensors, as some mixtures of experts do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What is fed at once: ``rows`` of ``prompt`` + ``new`` tokens, of which ``own`` are scored, on
+    ``prompts`` distinct prompts. ``whole`` says that this is all of a mini-batch."""
+
+    rows: int
+    prompt: int
+    new: int
+    own: int
+    prompts: int
+    whole: bool
+
+    @property
+    def width(self) -> int:
+        return self.prompt + self.new - 1  # the last token predicts nothing that is scored
+
+
+def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
+    """The most bytes of tensors at once in each part of a stage, on the device of the team (on a
+    CPU with what rests there between steps, as it does from the second stage on).
+
+    Counted for conversations in which every seat speaks once, as long as it may, and reads all of
+    the others. Certificates, a reference KL, a hand-over, and the gauge of rounding below float32
+    come on top. None where a model or its
+    tokenizer is not here, or where a model looks at the values of its tensors.
+    """
+    team = recipe.team.resolved()
+    models = {n: a.model for n, a in team.agents.items() if not isinstance(a.model, ServedModel)}
+    lengths = [_prompt(recipe, team.agents[name], model) for name, model in models.items()]
+    if not lengths or None in lengths:
+        return None
+    given = recipe.team.device
+    here = given == "cpu" or (given == "auto" and not torch.cuda.is_available())
+    device = torch.device("cpu" if here else "cuda")
+    precision = Precision.of(recipe.team.dtype, recipe.optimizer.autocast)
+    held, trained, steps = 0, {}, {}
+    bases: set[str] = set()
+    decoding = 0
+    for (name, model), prompt in zip(models.items(), lengths, strict=True):
+        assert prompt is not None
+        try:
+            found = _agent(recipe, team, name, model, prompt, precision, device)
+        except _UNTRACEABLE:
+            return None
+        shared = recipe.team.sharing == "lora" and model in bases
+        bases.add(model)
+        held += found["own"] + (0 if shared else found["frozen"])
+        decoding = max(decoding, found["decoding"])
+        if found["own"] and not team.agents[name].frozen and recipe.stages:
+            trained[name], steps[name] = found["own"], found
+    # A step begins with moments of before, and keeps them for a revert; the others' rest.
+    resting = 2 * sum(trained.values()) if here and recipe.optimizer.offload != "disk" else 0
+    phases = {"rollout": held + resting + decoding}
+    for name, own in trained.items():
+        found = steps[name]
+        before = 2 * own if here and not resting else 0
+        base = held + resting + before + own + 2 * own + (found["states"] if here else 0)
+        # AdamW takes the root of a moment of every parameter at once.
+        update = base + max(found["backward"], 2 * own)
+        measure = base + own + max(found["forward"], found["mixing"])
+        phases["update"] = max(phases.get("update", 0), update)
+        phases["measure"] = max(phases.get("measure", 0), measure)
+    return {**phases, "peak": max(phases.values())}
+
+
+def _agent(
+    recipe: Recipe,
+    team: ResolvedTeam,
+    name: str,
+    model: str,
+    prompt: int,
+    precision: Precision,
+    device: torch.device,
+) -> dict[str, int]:
+    """Bytes of one agent: ``own`` and ``frozen`` parameters; ``backward``, what a mini-batch takes
+    with its gradients; ``forward``, what measuring feeds at once; ``mixing``, what a proposal
+    that is shrunk takes; ``states`` of the anchor; ``decoding``, keys and values with what fills
+    them."""
+    section = team.agents[name]
+    seats = sum(agent == name for agent in team.seats.values())
+    new = recipe.rollout.max_new_tokens * len(team.seats)
+    episodes = recipe.rollout.problems * recipe.rollout.samples
+    budget = padded_budget(recipe.optimizer.micro_batch_tokens, device)
+
+    def batch(count: int) -> _Batch:
+        rows = max(1, min(count * seats, budget // (prompt + new)))
+        missed = (1 - count / episodes) ** recipe.rollout.samples
+        prompts = rows if seats > 1 else math.ceil(recipe.rollout.problems * (1 - missed))
+        own = rows * recipe.rollout.max_new_tokens
+        return _Batch(rows, prompt, new, own, min(rows, prompts), rows == count * seats)
+
+    config = tiny_model(model, 0).config if is_tiny(model) else configuration(model)
+    assert config is not None
+    with FakeTensorMode(), LiveBytes() as live:
+        policy = hollow_policy(agent_spec(name, section, model), config, precision)
+        own = list(policy.trainable().values())
+        for parameter in policy.model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in own:
+            parameter.requires_grad_(True)
+        share = not recipe.optimizer.gradient_checkpointing
+        mini = batch(math.ceil(episodes / recipe.optimizer.mini_batches))
+        with policy.checkpointing(recipe.optimizer.gradient_checkpointing):
+            backward = _most(live, policy, mini, share)
+            if not mini.whole:  # the gradient of the first is there when the second comes
+                backward = _most(live, policy, mini, share)
+        for parameter in own:
+            parameter.grad = None
+        conversations = min(episodes, _ROWS)
+        prompts = torch.zeros(
+            max(1, min(conversations, budget // prompt)), prompt, dtype=torch.long
+        )
+        with torch.no_grad():
+            forward = _most(live, policy, batch(episodes), share)
+            live.peak = before = live.now
+            policy.hidden(prompts)
+            prefill = live.peak - before
+        parameters = sum(p.nbytes for p in {id(p): p for p in policy.model.parameters()}.values())
+        mine = sum(p.nbytes for p in own)
+        width = policy.config.hidden_size * (policy.autocast or own[0].dtype).itemsize
+    numbers = cached_numbers(config) or 0
+    item = (policy.autocast or own[0].dtype).itemsize
+    return {
+        "own": mine,
+        "frozen": parameters - mine,
+        "backward": backward,
+        "forward": forward,
+        "mixing": 3 * max(p.nbytes for p in own),
+        "states": episodes * seats * recipe.rollout.max_new_tokens * width,
+        "decoding": prefill + numbers * item * conversations * (prompt + new),
+    }
+
+
+def _most(live: LiveBytes, policy: Policy, batch: _Batch, share: bool) -> int:
+    """The most bytes beside the parameters while a batch is fed, scored against an anchor and, with
+    gradients, propagated back; the gradient stays."""
+    parameters = sum(p.nbytes for p in {id(p): p for p in policy.model.parameters()}.values())
+    live.peak = live.now
+    ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
+    first = batch.prompt - 1
+    saved = first * (batch.rows - batch.prompts)
+    if share and policy.attends_to_everything and worth_sharing(saved, ids):
+        trunk_B = torch.zeros(batch.rows, dtype=torch.long)
+        plan = Plan(torch.zeros(batch.prompts, first, dtype=torch.long), trunk_B)
+        hidden = shared_hidden(policy, ids, plan)
+    else:
+        hidden = policy.hidden(ids)[:, first:]
+    hidden_TH = hidden.reshape(-1, hidden.shape[-1])[: batch.own]
+    del hidden
+    loss = torch.zeros(())
+    for rows_NH in hidden_TH.split(chunk_for(hidden_TH, policy.project)):
+        loss = loss + _scored(rows_NH, policy)
+    if torch.is_grad_enabled():
+        loss.backward()
+    return live.peak - parameters
+
+
+def _scored(rows_NH: Tensor, policy: Policy) -> Tensor:
+    """The shapes that ``score_tokens`` makes of a chunk, where ``exact_kl`` looks at values: it
+    makes the derivative with the value, and without gradients goes by small blocks."""
+    logits_NV = policy_logits(rows_NH, policy.project, policy.temperature)
+    with torch.no_grad():
+        other_NV = policy_logits(rows_NH.detach(), policy.project, policy.temperature)
+        if not rows_NH.requires_grad:
+            return other_NV.sum()
+        pull_NV = torch.cat([other_NV - logits_NV.detach()])
+    return (logits_NV * pull_NV).sum() + logits_NV.logsumexp(-1).sum()
+
+
+def _prompt(recipe: Recipe, section: AgentSection, model: str) -> int | None:
+    """Tokens of the longest prompt that a seat of this agent begins with; None where the tokenizer
+    is not here."""
+    saved = saved_adapter(model)
+    place = saved.base if saved else model
+    if is_tiny(place):
+        tokenizer: Any = tiny_tokenizer(place)
+    elif Path(place).exists() and configuration(place) is not None:
+        tokenizer = read_tokenizer(source_of(place))
+    else:
+        return None
+    renderer = ChatRenderer(tokenizer, section.template, 1 << 30)
+    task, _ = load_tasks(recipe)
+    beginnings = (
+        renderer.view("seat").prompt([Entry("problem", parts=problem.prompt)], 1).ids
+        for problem in take(task, "train", _PROMPTS, 0)
+    )
+    return max(len(ids) for ids in beginnings if ids is not None)
