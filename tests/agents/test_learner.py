@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from satune.agents import moments as moments_module
 from satune.agents.anchor import Anchor, States
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
@@ -487,6 +489,27 @@ def test_resting_changes_nothing(offload, dtype, tmp_path: Path):
         assert learner.steps == 6
     assert same(*weights)
     assert (tmp_path / "scratch").exists() == (offload == "disk")
+
+
+def test_moments_on_disk_are_written_beside_those_that_somebody_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    written: list[Path] = []
+
+    def save(tensors, path):
+        assert not Path(path).exists()
+        written.append(Path(path))
+        save_file(tensors, path)
+
+    monkeypatch.setattr(moments_module, "save_file", save)
+    settings = OptimizerSettings(lr=0.01, offload="disk")
+    learner = LocalLearner(tiny_policy(), settings, scratch=tmp_path / "scratch")
+    for _ in range(2):
+        learner.wake()
+        train(learner, pack(TURNS), 1)
+        learner.rest()
+    assert len(written) == 2 and not written[-1].exists()
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk", "none"])

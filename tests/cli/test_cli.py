@@ -251,6 +251,8 @@ def test_quickstart_prints_one_json_object(
     assert {"reward_before", "reward_after", "stages", "seconds", "tokens"} <= set(summary)
     swap = summary["swap"]
     assert swap["verdict"] == "mixture" and Path(swap["out"], "manifest.json").is_file()
+    assert Path(summary["report"]) == out / "report.html"
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
     recipe = (out / "recipe.yaml").read_text()
     assert recipe.startswith("seed: 3\n") and "\n  seed: 3" in recipe
     # The command that a person is told to go on with is this run's own.
@@ -297,6 +299,19 @@ def test_describe_tells_sizes_without_loading(
     gated = "certify={problems: 5, samples: 3, accept: certified, backtracks: 1}"
     code, stdout, _ = satune("describe", recipe, gated, "--json")
     assert json.loads(stdout)["stage"]["certify_episodes"] == [60, 120]
+
+
+def test_describe_refuses_what_cannot_run(satune: Run, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("async def play(talk):\n    return (\n")
+    for override, said in {
+        "task={name: realy}": "unknown task 'realy' (nearest: relay;",
+        "task={name: relay, number: 3}": "task relay: unknown option 'number'",
+        "protocol=chian": "unknown protocol 'chian'",
+        "protocol={name: debate, round: 2}": "protocol debate: unknown option 'round'",
+        f"protocol={tmp_path / 'broken.py'}:play": "broken.py",
+        "rollout.max_new_tokens=100000": "rollout.max_new_tokens: 100000 leave no room",
+    }.items():
+        assert said in refused(satune("describe", recipe, override)), override
 
 
 def test_describe_leaves_out_what_it_cannot_know(satune: Run, recipe: Path) -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from command_line import Run
+from command_line import Run, refused
 
 PANELS = {
     "eval": ["Options", "Sampling", "Servers", "Roles that are not players", "Files of others"],
@@ -26,3 +26,22 @@ def test_options_stand_in_panels_and_none_is_cut_off(
     assert re.findall("╭─ (.+?) ─", out) == ["Arguments", *PANELS[command]]
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= columns
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["lab", "--seeds", "0"], "Invalid value for '--seeds': .*; see satune lab --help"),
+        (["train"], "Missing argument '?RECIPE'?; see satune train --help"),
+        (["train", "relay", "--nope"], "No such option: --nope.*; see satune train --help"),
+        (["trian"], "No such command 'trian'.*; see satune --help"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_words_that_are_wrong_are_one_line(satune: Run, words: list[str], line: str) -> None:
+    assert re.fullmatch(line, refused(satune(*words)), re.IGNORECASE)
+
+
+def test_no_word_at_all_shows_the_help(satune: Run) -> None:
+    code, out, err = satune()
+    assert code == 2 and "Usage: satune" in out + err

@@ -9,6 +9,7 @@ import pytest
 from rich.table import Table
 
 from satune.cli.common import PlainConsole, open_console, say
+from satune.cli.grade import show_grades
 from satune.cli.progress import Display
 from satune.files.events import Event, Notice
 
@@ -38,6 +39,16 @@ def test_a_closing_tag_without_an_opening_one_is_a_text() -> None:
     made, file = console()
     made.print("[/nothing] [/]")
     assert file.getvalue() == "[/nothing] [/]\n"
+
+
+def test_the_head_of_grades_is_bold_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    shown: dict[str, Any] = {
+        "benchmark": NASTY, "score": 0.5, "interval": None, "rows": 2, "responses": 2,
+        "components": {},
+    }  # fmt: skip
+    show_grades(shown)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"{SHOWN} ") and first.rstrip().endswith(" 0.5000")
 
 
 EVENTS: list[dict[str, Any]] = [
@@ -80,6 +91,17 @@ def test_a_style_of_our_own_is_kept() -> None:
     with Display(made) as display:
         display.watch(cast(Event, {"event": "eval", **fields}))
     assert "\x1b[1mheld-out reward\x1b[0m 0.500" in file.getvalue()
+
+
+def test_an_evaluation_tells_groups_apart() -> None:
+    made, file = console()
+    fields = {"greedy": True, "reward": 0.5, "interval": None, "stage": 3, "problems": 2}
+    groups = {"seen": {"reward": 0.75}, NASTY: {"reward": 0.25}}
+    with Display(made) as display:
+        display.watch(cast(Event, {"event": "eval", **fields, "groups": groups}))
+    shown = " ".join(file.getvalue().split())
+    assert "(greedy, after 3 stages, 2 problems; seen 0.750; " in shown
+    assert f"{' '.join(SHOWN.split())} 0.250)" in shown
 
 
 def test_errors_are_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -310,6 +310,15 @@ def test_a_base_is_not_gated_on_the_evaluations_own_data(
     assert played and "9876" not in played
 
 
+def test_a_base_is_not_taught_for_messages_as_long_as_its_context(tmp_path: Path) -> None:
+    path = tiny(tmp_path)
+    with pytest.raises(
+        UserError, match=r"max_new_tokens: 2048 leave no room .* tiny:qwen3-s, 2048"
+    ):
+        assemble(load_recipe(path, ["rollout.max_new_tokens=2048"]))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = tiny(tmp_path)

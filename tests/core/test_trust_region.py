@@ -35,6 +35,32 @@ def test_never_shrinks_below_a_quarter_at_once(statistic):
     assert search.observe(statistic) == "shrink" and search.scale == 0.25
 
 
+@given(st.floats(1e-6, 1), st.floats(1.0001, 1e9), st.floats(1.0001, 1e9))
+def test_beyond_what_is_foregone_the_size_does_not_matter(delta, one, other):
+    settings = TrustRegionSettings(delta=delta)
+    outcomes = []
+    for times in (one, other):
+        search = LineSearch(settings)
+        statistic = times * search.foregone
+        assert search.observe(statistic, whole=False) == "shrink"
+        outcomes.append((search.scale, search.at_least, adapt_beta(1.0, 1.0, statistic, delta)))
+    assert outcomes == [(0.25, [1.0], 2.0)] * 2
+    # Below it the size does matter, hence has to be known.
+    search = LineSearch(settings)
+    search.observe(0.99 * search.foregone)
+    assert search.scale > 0.25 and search.at_least == []
+    with pytest.raises(AssertionError, match="measured wholly"):
+        search.observe(0.99 * search.foregone, whole=False)
+
+
+def test_the_last_candidate_and_one_without_a_region_are_measured_wholly():
+    search = LineSearch(TrustRegionSettings(backtracks=1))
+    assert search.foregone < math.inf
+    search.observe(1e9)
+    assert search.foregone == math.inf
+    assert LineSearch(TrustRegionSettings(enabled=False)).foregone == math.inf
+
+
 @pytest.mark.parametrize("backtracks", [0, 1, 5])
 def test_reverts_when_the_budget_ends(backtracks):
     search = LineSearch(TrustRegionSettings(backtracks=backtracks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -119,6 +120,64 @@ def learned(policy: Policy, pairs: Sequence[tuple[Sequence[int], Completion]]) -
 
 def sampled(pairs: Sequence[tuple[Sequence[int], Completion]]) -> torch.Tensor:
     return torch.tensor([p for _, c in pairs for p in c.logprobs or ()], dtype=torch.float64)
+
+
+# -- what prompts begin with ----------------------------------------------------------------------
+
+
+def with_system(lengths: Sequence[int], system: int) -> list[Draw]:
+    """Prompts of ``lengths`` tokens behind ``system`` tokens that all of them begin with."""
+    opening = [1 + i % 7 for i in range(system)]
+    return [
+        ([*opening, 8 + i % 4, *([3] * (length - 1))], KEY.at(problem=f"p{i}", seat="a"))
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral", "gpt2", "gpt_neox"])
+def test_what_all_prompts_begin_with_is_fed_once_and_changes_nothing(family, monkeypatch):
+    draws = with_system([1, 6, 4, 3], 20)
+    policy = tiny_policy(family=family)
+    engine = engine_of(policy)
+    fed = count_fed(policy)
+    found = draw(engine, draws)
+    assert fed[:2] == [(1, 20), (4, 6)]
+    monkeypatch.setattr("satune.engines.rows.SHORTEST_OPENING", 1000)
+    engine = engine_of(tiny_policy(family=family))
+    fed = count_fed(engine.policies["a"])
+    plain = draw(engine, draws)
+    assert fed[0] == (4, 26)
+    for one, other in zip(found, plain, strict=True):
+        assert one.ids == other.ids
+        tolerance = 1e-10 if family.startswith("gpt") else 1e-6
+        assert one.logprobs == pytest.approx(other.logprobs, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "system", "settings"),
+    [
+        ([4], 20, {}),  # nobody to share it with
+        ([4, 4, 4], 15, {}),  # too short for a forward of its own
+        ([300, 300], 20, {}),  # too little of the whole
+    ],
+)
+def test_a_beginning_that_saves_little_is_fed_with_the_rest(lengths, system, settings):
+    engine = engine_of(**settings)
+    fed = count_fed(engine.policies["a"])
+    draw(engine, with_system(lengths, system))
+    assert fed[0] == (len(lengths), system + max(lengths))
+
+
+def test_a_prompt_that_is_the_beginning_of_the_others_keeps_its_last_token():
+    policy = tiny_policy()
+    draws = with_system([1, 6, 4], 20)
+    draws.append((draws[0][0][:20], KEY.at(problem="short", seat="a")))
+    engine = engine_of(policy)
+    fed = count_fed(policy)
+    found = draw(engine, draws)
+    assert fed[:2] == [(1, 19), (4, 7)]
+    pairs = [(ids, c) for (ids, _), c in zip(draws, found, strict=True)]
+    assert torch.allclose(sampled(pairs), learned(policy, pairs).double(), rtol=0, atol=1e-6)
 
 
 # -- any batching, one result ---------------------------------------------------------------------
@@ -457,6 +516,24 @@ def test_a_failing_conversation_does_not_stop_the_others():
 
     results = run(all_of_them())
     assert [isinstance(r, Completion) for r in results] == [True, False, False, True, True]
+
+
+def test_a_ctrl_c_while_it_decodes_is_not_told_twice(caplog, monkeypatch):
+    """Of a task whose exception nobody asks for, asyncio prints the traceback as it goes."""
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    engine = engine_of()
+    monkeypatch.setattr(Policy, "hidden", interrupted)
+    try:
+        draw(engine, [([1, 2, 3], KEY.at(problem="p", sample=0, seat="a"))])
+    except KeyboardInterrupt:
+        ended = True
+    assert ended and engine._driver is not None and engine._driver.done()
+    del engine
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_a_cancelled_request_does_not_stop_the_others():

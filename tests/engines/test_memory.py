@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 
 from satune.agents.policy import Policy
 from satune.engines import request as request_of
-from satune.engines import rows as rows_of
 from satune.engines.cache import RowCache
 from satune.engines.local import LocalEngine
 from satune.engines.probe import token_bytes
@@ -90,8 +90,7 @@ def unequal(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
 @pytest.mark.parametrize("rows", [0.2, 3])
 def test_any_room_gives_the_same_tokens(rows, order, monkeypatch):
     # 6 requests of up to 31 + 100 tokens, in blocks of 64; of the new ones, 32 are given ahead.
-    for module in (rows_of, request_of):
-        monkeypatch.setattr(module, "ROOM_AHEAD", 32)
+    monkeypatch.setattr(request_of, "ROOM_AHEAD", 32)
     prompts, new = unequal(6, 100)
     free = draw(LocalEngine({"a": policy_of(192)}, {"a": "a"}), prompts, new)
     policy = policy_of(192)
@@ -104,6 +103,78 @@ def test_any_room_gives_the_same_tokens(rows, order, monkeypatch):
     # A batch of one goes on whatever it takes.
     assert watched.bytes <= max(rows, 1) * one
     assert (watched.rows > 1) == (rows >= 3) and (watched.given_up > 0) == (rows >= 3)
+
+
+def talk(engine: LocalEngine, turns: list[list[tuple[int, int]]]) -> list[list[Completion]]:
+    """Each conversation's turns: (how many tokens are new in the prompt, how many are written)."""
+
+    async def one(sample: int) -> list[Completion]:
+        key = KEY.at(problem="p", sample=sample, seat="a")
+        random = torch.Generator().manual_seed(sample)
+        said: list[int] = []
+        found: list[Completion] = []
+        for own, (new, written) in enumerate(turns[sample]):
+            said += torch.randint(1, 13, (new,), generator=random).tolist()
+            wanted = Sampling(written, temperature=0.8)
+            at = key.at(own_index=own)
+            found.append(await engine.generate("a", Prompt((), ids_of(said)), wanted, at))
+            assert found[-1].ids is not None
+            said += found[-1].ids.tolist()
+        engine.end(key)
+        return found
+
+    async def every() -> list[list[Completion]]:
+        for sample in range(len(turns)):
+            engine.begin(KEY.at(problem="p", sample=sample))
+        return await asyncio.gather(*map(one, range(len(turns))))
+
+    return asyncio.run(asyncio.wait_for(every(), 500))
+
+
+def test_turns_that_go_on_in_place_stay_inside_the_bound(monkeypatch):
+    """A second turn needs 330 places where the block has 320; twice those would be 640."""
+    policy = policy_of(1024)
+    limit = 16 * 384 * token_bytes("a", policy)
+    engine = LocalEngine({"a": policy}, {"a": "a"}, memory=limit)
+    watched = Watched(policy, monkeypatch)
+    said = talk(engine, [[(250, 10), (60, 10)]] * 16)
+    assert [[len(c.ids or ()) for c in each] for each in said] == [[10, 10]] * 16
+    # All went on together, and the second turn's prompt was not fed anew.
+    assert watched.bytes == limit and watched.rows == 16 and watched.given_up == 0
+
+
+@pytest.mark.parametrize("order", ["exact", "throughput"])
+def test_longer_prompts_that_join_rows_stay_inside_the_bound(order, monkeypatch):
+    """Rows of 320 places go on while prompts of 330 come in; twice 320 would not fit four times."""
+    policy = policy_of(1024)
+    limit = 5 * 384 * token_bytes("a", policy)
+    engine = LocalEngine({"a": policy}, {"a": "a"}, memory=limit, order=order)
+    watched = Watched(policy, monkeypatch)
+    said = talk(engine, [[(250, 10 + 20 * (i % 2))] for i in range(4)] + [[(330, 10)]] * 4)
+    assert all(len(each) == 1 for each in said)
+    assert 4 * 320 * token_bytes("a", policy) < watched.bytes <= limit
+
+
+@pytest.mark.parametrize("order", ["exact", "throughput"])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_conversations_stay_inside_the_bound(order, seed, monkeypatch):
+    """Turns of any length after one another: what is kept of one may be long and what is new in it
+    short, and the other way round in its neighbour."""
+    monkeypatch.setattr(request_of, "ROOM_AHEAD", 32)
+    random = Random(seed)
+    turns = [
+        [(random.choice((3, 40, 150)), random.choice((2, 15))) for _ in range(random.randint(1, 3))]
+        for _ in range(14)
+    ]
+    free = talk(LocalEngine({"a": policy_of(1024)}, {"a": "a"}), turns)
+    policy = policy_of(1024)
+    # As much as the longest conversation has at most, two and a half times.
+    limit = int(2.5 * 640 * token_bytes("a", policy))
+    engine = LocalEngine({"a": policy}, {"a": "a"}, memory=limit, order=order)
+    watched = Watched(policy, monkeypatch)
+    tight = talk(engine, turns)
+    assert [[c.ids for c in each] for each in tight] == [[c.ids for c in each] for each in free]
+    assert watched.bytes <= limit and watched.rows > 1
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 
 from satune.engines.cache import PrefixStore, RowCache
 from satune.engines.local import LocalEngine
+from satune.engines.rows import Rows
 from satune.types import Key, Prompt, Sampling, ids_of
 from tiny_models import tiny_policy
 
@@ -58,10 +59,10 @@ def team(**settings: Any) -> LocalEngine:
 def test_going_on_in_place_gives_the_same_tokens(routing, monkeypatch):
     taken: list[bool] = []
     exchanged: list[int] = []
-    take, exchange = PrefixStore.take, RowCache.exchange
+    go_on, exchange = Rows._go_on, RowCache.exchange
 
-    def counted_take(self: PrefixStore, owners: Any) -> Any:
-        found = take(self, owners)
+    def counted_go_on(self: Rows, requests: Any) -> Any:
+        found = go_on(self, requests)
         taken.append(found is not None)
         return found
 
@@ -69,7 +70,7 @@ def test_going_on_in_place_gives_the_same_tokens(routing, monkeypatch):
         exchanged.append(len(pairs))
         exchange(self, pairs)
 
-    monkeypatch.setattr(PrefixStore, "take", counted_take)
+    monkeypatch.setattr(Rows, "_go_on", counted_go_on)
     monkeypatch.setattr(RowCache, "exchange", counted_exchange)
     alone = play(team(max_rows=1, cache_tokens=0), routing)
     for settings in (

@@ -54,7 +54,15 @@ def test_a_failed_write_leaves_the_old_file(
 
 @pytest.mark.parametrize(
     ("number", "says"),
-    [(errno.EACCES, "no permission"), (errno.EROFS, "read-only"), (errno.ENOSPC, "full")],
+    [
+        (errno.EACCES, "no permission"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOSPC, "full"),
+        (errno.EIO, "Input/output error; give another --out"),
+        (errno.ELOOP, "symbolic links; give"),
+        (errno.ESTALE, "tale file handle; give"),
+        (errno.ENOENT, "No such file or directory; give"),
+    ],
 )
 def test_errors_of_the_disk_are_worded(number: int, says: str) -> None:
     with (
@@ -64,6 +72,12 @@ def test_errors_of_the_disk_are_worded(number: int, says: str) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def test_other_errors_pass(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
-        (tmp_path / "nothing").read_bytes()
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(errno.EPIPE, "pipe"), TimeoutError(errno.ETIMEDOUT, "time"), OSError("model")],
+    ids=repr,
+)
+def test_errors_that_are_of_no_file_pass(error: OSError) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors("/runs/a"):
+        raise error
+    assert caught.value is error

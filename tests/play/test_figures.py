@@ -10,8 +10,9 @@ import pytest
 
 from satune.cli.eval import show_report
 from satune.commands.grade import grade_file
-from satune.play.evaluation import FIGURES, evaluate_async, progress_of, report
+from satune.play.evaluation import FIGURES, evaluate_async, report
 from satune.play.match import Match
+from satune.play.progress import progress_of
 from satune.protocols.sequential import chain
 from satune.types import EpisodeFailure, Key, Problem
 from scripted import Letters, ScriptedEngine, team
@@ -88,6 +89,42 @@ def test_what_failed_scores_0_and_the_count_stands_beside_it(capsys):
     shown = capsys.readouterr().out
     assert "failed" in shown.splitlines()[0]
     assert "3 conversations failed and score 0 (1 content filter, 1 grader, 1 unreachable)" in shown
+
+
+def test_groups_that_problems_name_are_told_apart(capsys):
+    problems = [
+        Problem.of("p0", "?", "a", group="old"),
+        Problem.of("p1", "?", "a", group="new"),
+        Problem.of("p2", "?", "a", group="old"),
+        Problem.of("p3", "?", "a"),
+    ]
+    answers = {"p0": "aa", "p1": "ab", "p2": "bb", "p3": "aa"}
+    match = Match(
+        team("ann"),
+        chain,
+        ScriptedEngine(lambda seat, entries, key: answers[key.problem][key.sample]),
+        Letters(),
+    )
+    evaluation = asyncio.run(evaluate_async(match, problems, 2, KEY))
+    event = progress_of(evaluation, [0.0, 1.0, 0.5, 1.0])
+    # old: 1 and 0, before 0 and 1/2; new: 1/2, before 1. What names no group is in the whole alone.
+    assert event["reward"] == 2.5 / 4 and event["problems"] == 4
+    assert {name: of["reward"] for name, of in event["groups"].items()} == {"old": 0.5, "new": 0.5}
+    assert event["groups"]["old"]["problems"] == 2
+    assert event["groups"]["old"]["difference"][0] == pytest.approx(0.25)
+    assert event["groups"]["new"]["difference"] == [-0.5, None, None]
+    assert event["difference"][0] == pytest.approx(0.0)
+    assert "difference" not in progress_of(evaluation, None)["groups"]["old"]
+    found = report(evaluation)
+    assert found["groups"]["old"]["avg_at_k"] == 0.5 and found["groups"]["old"]["problems"] == 2
+    assert found["groups"]["old"]["majority"] == 0.5
+    show_report({**found, "benchmark": "letters", "protocol": {"name": "chain"}, "out": "there"})
+    assert "old: 0.500, 2 problems" in capsys.readouterr().out
+
+
+def test_without_groups_nothing_is_said_of_them():
+    assert "groups" not in progress_of(evaluated(), None)
+    assert "groups" not in report(evaluated())
 
 
 def test_where_nothing_failed_no_row_counts_failures():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -20,7 +21,7 @@ from satune.swap.handover import (
     newcomer_speaks,
 )
 from satune.swap.settings import HandOverSettings
-from satune.types import Episode, Grade, Key, Problem, UserError
+from satune.types import Episode, Failure, Grade, Key, Problem, UserError
 
 KEY = Key(0, "swap")
 
@@ -175,6 +176,40 @@ def test_without_a_tolerance_nothing_is_risked_before_it_is_shown() -> None:
     assert found.looks[0]["epsilon"] == 0.0
     assert found.looks[0]["episodes"] == found.looks[0]["problems"]
     assert found.verdict == "accepted"
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-17])
+def test_a_tiny_tolerance_draws_no_more_problems_than_none(tolerance: float) -> None:
+    drawn: list[int] = []
+
+    def counted(count: int, offset: int) -> list[Problem]:
+        drawn.append(count)
+        return draw(count, offset)
+
+    settings = HandOverSettings(tolerance=tolerance, problems=32, samples=4, looks=2)
+    found = hand_over(counted, players(0.5, 0.5, 0), settings, KEY, Spending(0.05, 2))
+    # A share below 1/64 gives nobody an episode: one of each problem is played apart.
+    assert sum(drawn) == found.offset == 32
+    assert found.looks[0]["epsilon"] == 0.0 and found.looks[0]["allowed"] >= tolerance
+
+
+def test_means_leave_out_what_the_world_ended_and_the_bound_does_not() -> None:
+    """Of 64 problems the newcomer wins all and loses the connection in every other one."""
+
+    def play(pairs: Pairs, key: Key) -> tuple[list[Episode], list[Episode]]:
+        gone = Failure("connection: refused", policy=False)
+        old, new = (
+            [Episode(problem, 0, (), None, Grade(reward)) for problem, _ in pairs]
+            for reward in (0.0, 1.0)
+        )
+        return old, [
+            replace(e, grade=Grade(0.0), failure=gone) if i % 2 else e for i, e in enumerate(new)
+        ]
+
+    settings = HandOverSettings(tolerance=0.0, problems=64, samples=1, looks=1)
+    look = hand_over(draw, play, settings, KEY, Spending(0.05, 1)).looks[0]
+    assert (look["old"], look["new"]) == (0.0, 1.0)
+    assert look["mean"] == 0.5  # what is missing is as bad as it can be: 0 - 0
 
 
 def test_a_far_worse_newcomer_is_refused_at_the_first_look() -> None:

@@ -20,13 +20,13 @@ from satune.core import confidence
 from satune.core.certificates import StatisticalCertificate
 from satune.training import certification
 from satune.training.change import Change, log_ratios
-from satune.training.own_steps import measure_own_steps
+from satune.training.own_steps import OwnSteps, measure_own_steps, theory_rows
 from satune.training.run import Training
 from satune.training.self_check import Tolerance
 from satune.training.state import CertifyState, Held
 from satune.training.trainer import train
 from satune.training.update import own_turns
-from satune.types import Episode, Key, UserError
+from satune.types import Episode, Failure, Grade, Key, Problem, UserError
 
 TOLERANCE = Tolerance(1e-3, 1e-3)
 ON = "certify.problems=4"
@@ -214,6 +214,7 @@ def test_one_certificate_over_several_steps_takes_all_of_them_back(
     first, second, *_ = tiny_world.events(tmp_path / "run", "update")
     assert first["accepted"] and "certificate" not in first
     assert not second["accepted"] and second["gate"]["agents"] == ["ann", "bob"]
+    assert run.state.accepted == {"ann": False, "bob": False}
     # What was taken back is what was there before, under its own number; the two candidates of
     # either window had numbers of theirs, which nothing else may ever have.
     assert run.state.versions == {"ann": 0, "bob": 0}
@@ -564,6 +565,62 @@ def test_a_revert_over_stages_leaves_no_experience_of_the_team_it_undid(
     train(run, tolerance=TOLERANCE)
     rollouts = [(e["stage"], e["step"]) for e in tiny_world.events(tmp_path / "run", "rollout")]
     assert rollouts == [(1, 1), (2, 1), (2, 2)]
+
+
+def test_a_revert_leaves_alone_what_earlier_stages_have_accepted(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ann's steps of both stages are taken back at the first of stage 2, bob's of stage 1 as well;
+    bob has not had its turn in stage 2."""
+    judged(monkeypatch, [-0.5] * 2 + [0.5])
+    run = tiny_world.training(recipe, tmp_path / "run", [*GATED, "certify.every=3"])
+    seen: list[dict[str, bool]] = []
+    run.watch = lambda event: (
+        seen.append(dict(run.state.accepted)) if event["event"] == "update" else None
+    )
+    train(run, tolerance=TOLERANCE)
+    assert seen == [
+        {"ann": True}, {"ann": True, "bob": True}, {"ann": False}, {"ann": False, "bob": True},
+    ]  # fmt: skip
+
+
+def test_rows_of_theory_leave_out_what_the_world_ended(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate counts it as lost instead."""
+    run = tiny_world.training(recipe, tmp_path / "run", [ON, "certify.samples=2", "stages=1"])
+    draw, rows_of = run.world.certify, certification.theory_rows
+    gone = Failure("connection: refused", policy=False)
+    used: list[list[str]] = []
+
+    def certify(*arguments: Any) -> list[Episode]:
+        first, *rest = draw(*arguments)
+        return [replace(first, grade=Grade(0.0), failure=gone), *rest]
+
+    def rows(episodes: list[Episode], *rest: Any) -> Any:
+        used.append([e.problem.id for e in episodes if not e.masked])
+        assert len(used[-1]) == len(episodes)
+        return rows_of(episodes, *rest)
+
+    run.world.certify = certify  # type: ignore[method-assign]
+    monkeypatch.setattr(certification, "theory_rows", rows)
+    train(run, tolerance=TOLERANCE)
+    assert [len(each) for each in used] == [7, 7]
+    for update in tiny_world.events(tmp_path / "run", "update"):
+        statistical = update["certificate"]["statistical"]
+        assert (statistical["problems"], statistical["samples"]) == (4, [2, 2])
+
+
+def test_an_episode_without_others_of_its_problem_is_held_against_a_half() -> None:
+    """r - 1 = 1 for all. Two that won problem p are worth nothing beside each other; the one of q
+    is worth 1 - 1/2: a mean over problems of 1/4."""
+    episodes = [
+        Episode(Problem.of(name, ""), sample, (), None, Grade(1.0))
+        for name, sample in (("p", 0), ("p", 1), ("q", 0))
+    ]
+    double_EH = torch.full((3, 1), 2.0, dtype=torch.float64).log()
+    rows = theory_rows(episodes, OwnSteps(double_EH, torch.zeros_like(double_EH), 0.1), None)
+    assert [row["gain"] for row in rows] == pytest.approx([0.25] * 3, rel=1e-12)
 
 
 def test_a_naive_batch_stays_where_only_what_came_after_it_was_undone(

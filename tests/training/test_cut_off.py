@@ -6,11 +6,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import fake_run
 from fake_run import Faults, Killed, go, injected, left
+from satune.training import checkpoint as checkpoint_module
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError
 
@@ -109,6 +112,31 @@ def test_going_back_to_a_checkpoint(recipe: Path, places: Path, stride: int, ful
         assert found == whole or (not begun and found == before), f"operation {at} ({what})"
         carried_out += meant
     assert carried_out > (10 if stride == 1 else 0)
+
+
+def test_whoever_has_learned_has_a_checkpoint(
+    recipe: Path, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late checkpoints are written: without one a run that has learned cannot go on."""
+
+    class Late:
+        def __init__(self, *arguments: Any, **named: Any) -> None: ...
+
+        def submit(self, do: Callable[..., None], *arguments: Any) -> Any:
+            return SimpleNamespace(result=lambda: do(*arguments))
+
+    found: list[bool] = []
+    append = RunDirectory.append_event
+
+    def appended(run: RunDirectory, event: Any) -> None:
+        if event["event"] == "rollout":
+            found.append(any(run.checkpoints.glob("stage-*/state.json")))
+        append(run, event)
+
+    monkeypatch.setattr(checkpoint_module, "ThreadPoolExecutor", Late)
+    monkeypatch.setattr(RunDirectory, "append_event", appended)
+    go(recipe, places / "run")
+    assert found == [True, True]
 
 
 def test_an_intent_is_replaced_by_a_later_one(recipe: Path, places: Path) -> None:

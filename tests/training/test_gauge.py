@@ -69,7 +69,8 @@ FINE = {"token": 1e-6, "episode": 1e-5, "clipped": 0.0, "floor": 1e-9, "kl": 0.0
         ({}, 0, False),
         ({"kl_rounded": 0.02, "kl_masters": 0.02}, 0, False),
         ({"clipped": 0.1}, 1, False),
-        ({"clipped": 0.6}, 1, True),
+        ({"clipped": 0.6}, 1, False),
+        ({"clipped": 0.9}, 1, True),
         ({"floor": 0.02}, 1, False),
         ({"floor": 0.06}, 1, True),
         ({"kl_rounded": 0.004, "kl_masters": 0.02}, 1, False),  # a step that is hardly seen
@@ -77,7 +78,7 @@ FINE = {"token": 1e-6, "episode": 1e-5, "clipped": 0.0, "floor": 1e-9, "kl": 0.0
         ({"kl_rounded": 0.6, "kl_masters": 0.02}, 1, True),  # one that all weights cross a tie in
         ({"kl_rounded": 0.04, "kl_masters": 1e-4}, 0, False),  # as much, but inside the region
         ({"kl_rounded": float("nan"), "kl_masters": 0.02}, 1, True),
-        ({"clipped": 0.6, "floor": 0.02}, 2, True),
+        ({"clipped": 0.9, "floor": 0.02}, 2, True),
     ],
 )
 def test_what_is_said_and_what_is_too_much(

@@ -148,6 +148,33 @@ def test_a_run_that_goes_another_way_spends_anew(
     assert certify["spending"]["used"] == 8 and certify["offset"] == 16
 
 
+def test_a_run_does_not_end_with_steps_that_its_gate_has_not_tested(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """A window of three steps: after the first stage two of them wait for their test."""
+    out, window = tmp_path / "run", "certify.every=3"
+    go(recipe, out, window)
+    whole = left(out)
+    with pytest.raises(UserError) as caught:
+        go(recipe, out, window, "stages=1", checkpoint="stage-0001")
+    assert str(caught.value) == (
+        f"{out}/checkpoints/stage-0001: holds steps of ann, bob that the gate has not tested, and "
+        "stages=1 would end the run with them; give at least stages=2, or resume from another "
+        "checkpoint"
+    )
+    assert left(out) == whole
+    # Within the stage the last step comes and is tested, as the last one of a run is.
+    assert go(recipe, out, window, "stages=1", checkpoint="stage-0001-step-1")["stages"] == 1
+
+
+def test_what_other_ways_have_spent_stands_in_the_summary(recipe: Path, tmp_path: Path) -> None:
+    out, eight = tmp_path / "run", ("certify.decisions=8", KEEPING)
+    # Each of four steps makes one test, of 8 that are declared; .05 / 8 each.
+    assert go(recipe, out, *eight)["certificates"]["tests"] == 4
+    back = go(recipe, out, *eight, "stages=1", checkpoint="stage-0001")["certificates"]
+    assert (back["tests"], back["confidence_spent"]) == (4, pytest.approx(0.025, rel=1e-12))
+
+
 def test_a_run_without_tests_left_says_so_before_it_starts(
     recipe: Path,
     tmp_path: Path,

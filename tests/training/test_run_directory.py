@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 
 from satune.files.events import Event
-from satune.files.writing import write_atomically
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError, ids_of, logprobs_of
 
@@ -113,7 +112,8 @@ def test_what_a_file_has_lost_is_said_and_costs_nothing_else(run: RunDirectory) 
 
 def test_a_directory_that_holds_a_run_is_refused(run: RunDirectory) -> None:
     run.start()  # nothing written yet
-    write_atomically(run.recipe, "seed: 0\n")
+    assert not run.holds_run
+    run.append_event(event("run", stages=1))
     assert run.holds_run
     assert not run.finished
     with pytest.raises(UserError, match=r"already holds a run; go on with it by --resume"):
@@ -177,6 +177,7 @@ def test_what_a_start_leaves_that_was_cut_off_locks_nothing(tmp_path: Path, left
 
 def test_a_checkpoint_alone_is_a_run(run: RunDirectory) -> None:
     (run.checkpoints / "stage-0001").mkdir()
+    (run.checkpoints / "stage-0001" / "state.json").write_text("{}")
     with pytest.raises(UserError, match="--resume"):
         run.start()
 
@@ -186,6 +187,30 @@ def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty and holds no run"):
         RunDirectory(tmp_path).start()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "recipe.yaml", "summary.json", "team/notes.txt", "episodes/mydata.jsonl", "certify.jsonl",
+        "checkpoints/checkpoint-500/model.safetensors", "events.jsonl",
+    ],
+)  # fmt: skip
+def test_what_no_run_wrote_makes_no_run(tmp_path: Path, theirs: str) -> None:
+    path = tmp_path / theirs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"event": "concert"}\n')
+    assert not RunDirectory(tmp_path).holds_run
+    with pytest.raises(UserError, match="is not empty and holds no run; give another --out"):
+        RunDirectory(tmp_path).start()
+
+
+def test_the_first_event_takes_the_place_of_an_earlier_beginning(run: RunDirectory) -> None:
+    for seed in (1, 2):
+        run.append_event(event("run", seed=seed, stages=1))
+        run.append_event(event("eval", stage=0))
+    assert [each["event"] for each in run.read_events()] == ["run", "eval"]
+    assert json.loads(run.events.read_text().splitlines()[0])["seed"] == 2
 
 
 def test_a_path_through_a_file_is_one_line(tmp_path: Path) -> None:

@@ -36,6 +36,30 @@ def run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Pat
     return out
 
 
+# Conversations on held-out problems
+
+
+def test_conversations_of_evaluations_lie_apart(run: Path) -> None:
+    def rows(stage: int) -> list[dict[str, Any]]:
+        text = (run / "episodes" / f"evaluation-{stage:04d}.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    assert sorted(path.name for path in (run / "episodes").glob("*.jsonl")) == [
+        "evaluation-0000.jsonl", "evaluation-0002.jsonl", "stage-0001.jsonl", "stage-0002.jsonl",
+    ]  # fmt: skip
+    before, after = rows(0), rows(2)
+    assert [row["problem"]["id"] for row in before] == [row["problem"]["id"] for row in after]
+    assert {(row["stage"], row["greedy"]) for row in before} == {(0, False)}
+    assert all("step" not in row for row in after)
+
+
+def test_a_resume_cuts_them_back(run: Path, recipe: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in (run / "episodes").iterdir()}
+    (run / "summary.json").unlink()
+    go(recipe, run, checkpoint="stage-0001")
+    assert {path.name: path.read_bytes() for path in (run / "episodes").iterdir()} == whole
+
+
 # The recipe
 
 
@@ -92,6 +116,65 @@ def test_a_missing_recipe_is_said_and_written_anew(
     said = capsys.readouterr().err
     assert said.count(f"{run / 'recipe.yaml'}: is missing; it is written anew\n") == 1
     assert left(run) == whole
+
+
+def test_a_project_with_a_recipe_of_its_own_is_no_run(recipe: Path, tmp_path: Path) -> None:
+    """Its recipe lies where a run would have its own, and other files where a run has its own."""
+    project = tmp_path / "project"
+    (project / "episodes").mkdir(parents=True)
+    own = {
+        "recipe.yaml": f"# mine\n{recipe.read_text()}",
+        "episodes/mydata.jsonl": "{}\n",
+        "summary.json": "{}",
+    }
+    for name, text in own.items():
+        (project / name).write_text(text)
+    for how in ({}, {"resume": True}):
+        with pytest.raises(UserError) as caught:
+            go(project / "recipe.yaml", project, **how)  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            f"{project}: is not empty and holds no run; give another --out"
+        )
+    assert {name: (project / name).read_text() for name in own} == own
+    assert sorted(path.name for path in project.iterdir() if path.name != ".lock") == [
+        "episodes", "recipe.yaml", "summary.json"
+    ]  # fmt: skip
+
+
+def test_files_of_ones_own_among_the_episodes_outlive_a_resume(run: Path, recipe: Path) -> None:
+    (run / "episodes" / "mydata.jsonl").write_text("{}\n")
+    go(recipe, run, checkpoint="stage-0001")
+    assert (run / "episodes" / "mydata.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("also", ["", "summary.json", "team", "events.jsonl"])
+def test_a_run_without_its_checkpoints_is_not_begun_anew(
+    run: Path, recipe: Path, also: str
+) -> None:
+    shutil.rmtree(run / "checkpoints")
+    if also == "events.jsonl":
+        # Down to what every run begins with.
+        lines = (run / also).read_bytes().splitlines(keepends=True)
+        (run / also).write_bytes(lines[0])
+    elif also:
+        path = run / also
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    there = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        go(recipe, run, "stages=3", resume=True)
+    assert str(caught.value) == (
+        f"{run}: the run's checkpoints are gone, and it cannot go on without one; give another "
+        "--out"
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == there
+
+
+def test_a_run_without_stages_may_be_begun_anew(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert go(recipe, out, "stages=0")["stages"] == 0
+    go(recipe, tmp_path / "whole")
+    assert go(recipe, out, resume=True)["stages"] == 2
+    assert left(out) == left(tmp_path / "whole")
 
 
 # Damage

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny_world
-from satune.core.trust_region import TrustRegionSettings
+from satune.agents.learner import LocalLearner
+from satune.core.trust_region import LineSearch, TrustRegionSettings
 from satune.training.run import Training
 from satune.training.settings import UpdateSettings
 from satune.training.update import Outcome, improve
@@ -162,6 +163,44 @@ def test_what_cannot_be_brought_inside_is_reverted_bit_for_bit(
     assert "above delta" in outcome.event["reason"]
     assert len(outcome.event["candidates"]) == 3
     assert outcome.log_ratio_E.tolist() == [0.0] * len(experience.episodes)
+
+
+@pytest.mark.parametrize("unit", ["token", "turn", "trajectory"])
+def test_a_hopeless_candidate_is_not_measured_to_its_end_and_nothing_else_changes(
+    recipe: Path, tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = LocalLearner.measure
+
+    def played(name: str) -> tuple[Training, Outcome, int]:
+        overrides = ("optimizer.lr=3e-2", "optimizer.micro_batch_tokens=64")
+        run, experience = fresh(recipe, tmp_path / name, *overrides)
+        batches: list[Any] = []
+
+        def counted(learner: LocalLearner, anchor: Any, stop: Any) -> Any:
+            def seen(so_far: Any) -> bool:
+                batches.append(so_far)
+                return stop(so_far)
+
+            return measure(learner, anchor, seen)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalLearner, "measure", counted)
+            return run, step(run, experience, unit=unit), len(batches)
+
+    cut, outcome, few = played("cut")
+    monkeypatch.setattr(LineSearch, "foregone", math.inf)
+    whole, reference, many = played("whole")
+    found, wanted = dict(outcome.event), dict(reference.event)
+    assert few < many and found.pop("at_least")[0] == 1.0 and "at_least" not in wanted
+    # Only what is said of the hopeless candidates differs, and that is a lower bound.
+    pairs = list(zip(found.pop("candidates"), wanted.pop("candidates"), strict=True))
+    assert all(a[0] == b[0] and a[1] <= b[1] for a, b in pairs)
+    assert pairs[0][0][1] < pairs[0][1][1] and pairs[-1][0] == pairs[-1][1]
+    for event in (found, wanted):
+        event.pop("seconds")
+    assert found == wanted and outcome.accepted
+    assert outcome.beta == reference.beta
+    assert tiny_world.same(cut.learners["ann"].export(), whole.learners["ann"].export())
 
 
 def test_the_log_ratio_of_a_step_is_that_of_two_models(recipe: Path, tmp_path: Path) -> None:

@@ -119,8 +119,10 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The proposal against the anchor at every own token: exact KL both ways, log-probabilities."""
+    """The proposal against the anchor at every own token: exact KL both ways, log-probabilities.
+    Where it is not ``whole``, all three are 0 at what was not measured."""
 
     kl_T: Tensor
     reverse_kl_T: Tensor
     logprobs_T: Tensor
+    whole: bool = True

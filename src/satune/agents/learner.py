@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,13 +132,18 @@ class LocalLearner:
             anchor.keep(scorer, batch.tokens_T, hidden_TH, scores.logprobs_T)
 
     @torch.no_grad()
-    def measure(self, anchor: Anchor) -> Measurement:
-        """Exact full-vocabulary KL per own token between the present weights and the anchor."""
+    def measure(
+        self, anchor: Anchor, stop: Callable[[Measurement], bool] | None = None
+    ) -> Measurement:
+        """Exact full-vocabulary KL per own token between the present weights and the anchor.
+
+        ``stop`` is shown what is measured after each micro-batch but the last, and may end it."""
         scorer, packed = self._scorer, anchor.packed
         assert bool(anchor.known_T.all()), "the anchor was not completed"
         kl_T, reverse_T, logprobs_T = (
             torch.zeros(packed.tokens, dtype=scorer.dtype) for _ in range(3)
         )
+        left = packed.tokens
         for batch in scorer.batches(packed):
             scores = scorer.score(
                 scorer.states(batch),
@@ -151,6 +156,11 @@ class LocalLearner:
             kl_T[batch.tokens_T] = scores.kl_T.cpu()
             reverse_T[batch.tokens_T] = scores.reverse_kl_T.cpu()
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
+            left -= len(batch.tokens_T)
+            if left and stop is not None:
+                so_far = Measurement(kl_T, reverse_T, logprobs_T, whole=False)
+                if stop(so_far):
+                    return so_far
         return Measurement(kl_T, reverse_T, logprobs_T)
 
     def gauge(self, packed: PackedTurns, anchor: Mapping[str, Tensor]) -> Gauged:

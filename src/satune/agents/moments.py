@@ -111,7 +111,10 @@ class Moments:
         if self._on_disk:
             assert self._file is not None
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.contiguous() for name, t in resting.items()}, self._file)
+            # Beside and renamed: tensors that were read from the file may still lie in it.
+            beside = self._file.with_name(f"{self._file.name}.writing")
+            save_file({name: t.contiguous() for name, t in resting.items()}, beside)
+            beside.replace(self._file)
             resting = {}
         self._resting = resting
 

@@ -3,7 +3,7 @@ raises."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,7 +104,9 @@ class Learner(Protocol):
 
     def gradient(self, packed: PackedTurns, coefficients_T: Tensor) -> dict[str, Tensor]: ...
 
-    def measure(self, anchor: Anchor) -> Measurement: ...
+    def measure(
+        self, anchor: Anchor, stop: Callable[[Measurement], bool] | None = None
+    ) -> Measurement: ...
 
     def gauge(self, packed: PackedTurns, anchor: Mapping[str, Tensor]) -> Gauged: ...
 

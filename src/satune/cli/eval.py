@@ -29,6 +29,7 @@ from satune.cli.common import (
     trust_of,
 )
 from satune.engines.settings import ServerSettings
+from satune.files.printing import printable
 from satune.loading import KEY_VARIABLE
 from satune.types import UserError
 
@@ -352,6 +353,12 @@ def show_report(report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for name, row in report.get("groups", {}).items():
+        console.print(
+            f"{printable(name)}: {row['avg_at_k']:.3f}, {row['problems']} problems",
+            highlight=False,
+            soft_wrap=True,
+        )
     failed = {name: sum(kinds.values()) for name, kinds in report["failures"].items()}
     if any(failed.values()):
         kinds = [f"{n} {kind}" for of in report["failures"].values() for kind, n in of.items()]

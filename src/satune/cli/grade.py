@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from satune.cli.common import AsJson, UnsafeChecks, open_console, say, show_result
+from satune.files.printing import printable
 
 
 def grade(
@@ -68,7 +70,8 @@ def show_grades(result: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row(f"[bold]{result['benchmark']}[/]", f"[bold]{result['score']:.4f}[/]")
+    head = (printable(result["benchmark"]), f"{result['score']:.4f}")
+    table.add_row(*(Text(part, style="bold") for part in head))
     interval = result["interval"]
     if interval:
         table.add_row("95% interval, by problem", f"{interval[0]:.4f} to {interval[1]:.4f}")

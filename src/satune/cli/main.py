@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import typer
 
@@ -15,9 +15,13 @@ from satune.cli.eval import evaluate
 from satune.cli.grade import grade
 from satune.cli.lab import lab
 from satune.cli.quickstart import quickstart
+from satune.cli.report import report
 from satune.cli.swap import swap
 from satune.cli.train import train
 from satune.types import UserError
+
+# Of the click that typer works with, which is one of its own in some versions.
+_UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, swap, describe, grade, lab, bench):
+for command in (quickstart, train, swap, report, describe, grade, lab, bench):
     app.command()(command)
 app.command(name="eval")(evaluate)
 
@@ -34,7 +38,11 @@ def main() -> None:
     """Run a command; bad input ends with one line and exit code 2, ctrl-C with 130."""
     try:
         _refuse_other_encodings()
-        app()
+        # Without any word typer shows the help; with some, what is wrong with them is told here.
+        ended = app(prog_name="satune", standalone_mode=len(sys.argv) == 1)
+        if ended == 130:  # how typer reports a ctrl-C that a command did not catch
+            _leave("interrupted")
+        sys.exit(ended)
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)
@@ -42,10 +50,12 @@ def main() -> None:
         _leave(f"interrupted; go on with: {interrupted}" if str(interrupted) else "interrupted")
     except KeyboardInterrupt:
         _leave("interrupted")
-    except SystemExit as ended:  # how typer reports a ctrl-C that a command did not catch
-        if ended.code == 130:
-            _leave("interrupted")
-        raise
+    except _UsageError as error:
+        where = getattr(error, "ctx", None)
+        command = where.command_path if where else "satune"
+        message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+        say(f"error: {message}; see {command} --help")
+        sys.exit(2)
     except BrokenPipeError:
         # Nobody reads any more; writing the rest at exit would only raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -79,7 +79,8 @@ class Display:
                 decoding = "greedy" if event["greedy"] else "sampled"
                 told = (
                     f" {event['reward']:.3f}{_interval(event)} "
-                    f"({decoding}, after {event['stage']} stages, {event['problems']} problems)"
+                    f"({decoding}, after {event['stage']} stages, {event['problems']} problems"
+                    f"{_groups(event)})"
                 )
                 self.note(Text.assemble(("held-out reward", "bold"), told))
             case "update":
@@ -127,6 +128,11 @@ def _certified(event: UpdateEvent) -> str:
         return ""
     found = event["certificate"]["statistical"]
     return f", reward {found['mean']:+.4f}, certified at least {found['lower']:+.4f}"
+
+
+def _groups(event: EvalEvent) -> str:
+    groups = event.get("groups", {})
+    return "".join(f"; {printable(name)} {of['reward']:.3f}" for name, of in groups.items())
 
 
 def _interval(event: EvalEvent) -> str:

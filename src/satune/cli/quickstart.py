@@ -29,6 +29,7 @@ def quickstart(
 ) -> None:
     """Build tiny agents, train a team of three, swap one, show what came out."""
     from satune.config.load import load_recipe
+    from satune.report.write import write_report
     from satune.training.run_directory import RunDirectory
 
     path = shipped_recipe("relay")
@@ -41,6 +42,8 @@ def quickstart(
         loaded, directory, resume=False, checkpoint=None, command=shlex.join(command)
     )
     summary["swap"] = _swap(directory, loaded)
+    # Without the figures as files, which take several times as long as the page.
+    summary["report"] = str(write_report([directory], figures=False).page)
     RunDirectory(directory).write_summary(summary)
     show_result(summary, as_json, show_all)
 
@@ -82,6 +85,12 @@ def show_all(summary: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     run = Path(summary["team"]).parent
+    open_console().print(
+        f"the report: {summary['report']}, for a browser; satune report {run} draws its figures "
+        "as files too",
+        highlight=False,
+        soft_wrap=True,
+    )
     open_console().print(
         f"next: satune eval {run}, or satune train {run / 'recipe.yaml'} "
         f"stages={summary['stages'] + 8} --resume",

@@ -130,6 +130,8 @@ def _train(
     held = directory.holds_run
     directory.start(resume=resume and held)
     if resume and name is None:
+        if held:
+            directory.begin_anew()
         what = "no checkpoint of the run; it begins anew" if held else "no run; a new one begins"
         display.note(f"{directory.path}: nothing to resume: {what}")
     local = [a.model for a in recipe.team.agents.values() if isinstance(a.model, str)]
@@ -143,9 +145,6 @@ def _train(
             display.note(overlap)
         # Whatever is written from here on lies in the run's directory.
         stack.enter_context(tensor_errors(directory.path))
-        if resume and name is None:
-            # What a run left that ended before its first checkpoint would stand there twice.
-            directory.truncate({"events": 0, "episodes": {}})
         watchers: list[Callable[[Event | Note], None]] = [display.watch]
         if recipe.log.tensorboard:
             watchers.append(stack.enter_context(scalar_writer(directory.path / "tensorboard")))
@@ -176,9 +175,10 @@ def _checkpoint(recipe: Any, directory: Any, display: Any, asked_for: str | None
     name, passed = found or (None, [])
     for line in passed:
         display.note(f"{line}; going on from {name}")
-    check_recipe_unchanged(directory, recipe, None if name is None else store.recipe(name))
-    if directory.holds_run and not directory.recipe.exists():
-        display.note(f"{directory.recipe}: is missing; it is written anew")
+    if directory.holds_run:
+        check_recipe_unchanged(directory, recipe, None if name is None else store.recipe(name))
+        if not directory.recipe.exists():
+            display.note(f"{directory.recipe}: is missing; it is written anew")
     return name
 
 

@@ -24,6 +24,7 @@ from satune.tasks.catalog import load_task, take
 from satune.tasks.contamination import Without, note, training_overlaps
 from satune.team import Team, build_team
 from satune.tiny.demonstrations import demonstrate
+from satune.tiny.tokenizers import MAX_LENGTH
 from satune.tiny.zoo import is_tiny, tiny_directory
 from satune.types import (
     Engine,
@@ -33,6 +34,7 @@ from satune.types import (
     ServedModel,
     Task,
     TeamProtocol,
+    UserError,
     no_progress,
 )
 
@@ -171,6 +173,17 @@ def agent_spec(name: str, section: AgentSection, model: str | ServedModel) -> Ag
     )
 
 
+def check_room(model: str, context: int | None, recipe: Recipe) -> None:
+    """Raise UserError where a message may fill the model's context, None where that is unknown, so
+    that no prompt would fit."""
+    longest = recipe.rollout.max_new_tokens
+    if context is not None and longest >= context:
+        raise UserError(
+            f"rollout.max_new_tokens: {longest} leave no room for a prompt in the context of "
+            f"{model}, {context} tokens; give fewer, or take a model with a longer context"
+        )
+
+
 def model_path(
     agent: AgentSection,
     recipe: Recipe,
@@ -186,6 +199,7 @@ def model_path(
     model = agent.model
     if isinstance(model, ServedModel) or not is_tiny(model):
         return model
+    check_room(model, MAX_LENGTH, recipe)
     template, settings = agent.template, recipe.tiny
     section = recipe.task
     task = load_task(section.name, section.data, settings.seed, None, **section.options)

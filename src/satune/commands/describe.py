@@ -11,10 +11,12 @@ import yaml
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
 from satune.agents.specs import CriticSettings, LoraSpec
-from satune.commands.assemble import load_tasks, overlap_note
+from satune.commands.assemble import check_room, load_tasks, overlap_note
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
 from satune.config.schema import Recipe
+from satune.protocols.named import load_protocol
+from satune.tasks.catalog import find_task
 from satune.tiny.zoo import is_tiny, tiny_model
 from satune.types import ServedModel
 
@@ -34,8 +36,14 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     critic, and as memory its weights and what a step adds: gradients, moments, a copy. Sizes that
     cannot be told are absent: of models that are neither here nor among the published ones that
     ``agents.architectures`` lists.
+
+    Raises UserError for a task, protocol or option that is none, and for messages as long as a
+    context.
     """
     resolved = recipe.team.resolved()
+    task, protocol = recipe.task, recipe.protocol
+    find_task(task.name, task.data, recipe.seed, None, **task.options)
+    load_protocol(protocol.name, list(resolved.seats), None, **protocol.options)
     master = 8 if recipe.team.dtype == "float64" else 4
     agents: dict[str, Any] = {}
     counted: set[str] = set()
@@ -51,7 +59,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         if isinstance(section.model, ServedModel):
             # Elsewhere it may take what it takes.
             entry["memory"] = dict.fromkeys(_PARTS, 0)
-        elif (sizes := _sizes(section.model, section.lora)) is not None:
+        elif (sizes := _sizes(section.model, section.lora, recipe)) is not None:
             parameters, adapter, numbers = sizes
             shared = recipe.team.sharing == "lora" and section.model in counted
             counted.add(section.model)
@@ -133,11 +141,16 @@ def _overlap(recipe: Recipe) -> dict[str, str]:
     return {"overlap": line} if line else {}
 
 
-def _sizes(source: str, lora: LoraSpec | None) -> tuple[int, int, int | None] | None:
+def _sizes(
+    source: str, lora: LoraSpec | None, recipe: Recipe
+) -> tuple[int, int, int | None] | None:
     """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
     model = _laid_out(source)
     if model is None:
         return None
+    if is_tiny(source) or Path(source).exists():  # of the published ones sizes alone are listed
+        text = model.config.get_text_config()
+        check_room(source, getattr(text, "max_position_embeddings", None), recipe)
     parameters = sum(p.numel() for p in model.parameters())
     adapter = 0
     if lora is not None:

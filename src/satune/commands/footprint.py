@@ -25,7 +25,7 @@ from satune.agents.architectures import cached_numbers, configuration
 from satune.agents.live import LiveBytes
 from satune.agents.packing import padded_budget
 from satune.agents.policy import Policy
-from satune.agents.prefixes import Plan, shared_hidden, worth_sharing
+from satune.agents.prefixes import Level, shared_hidden, worth_sharing
 from satune.agents.pretrained import Precision, hollow_policy
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import read_tokenizer, saved_adapter, source_of
@@ -191,9 +191,13 @@ def _most(live: LiveBytes, policy: Policy, batch: _Batch, share: bool) -> int:
     first = batch.prompt - 1
     saved = first * (batch.rows - batch.prompts)
     if share and policy.attends_to_everything and worth_sharing(saved, ids):
-        trunk_B = torch.zeros(batch.rows, dtype=torch.long)
-        plan = Plan(torch.zeros(batch.prompts, first, dtype=torch.long), trunk_B)
-        hidden = shared_hidden(policy, ids, plan)
+        nothing_B = torch.zeros(batch.rows, dtype=torch.long)
+        nothing_G = torch.zeros(batch.prompts, dtype=torch.long)
+        trunk_ids = torch.zeros(batch.prompts, first, dtype=torch.long)
+        trunk = Level(trunk_ids, nothing_G, nothing_G + first, alike=True)
+        length_B = nothing_B + (batch.width - first)
+        own = Level(ids[:, first:], nothing_B + first, length_B, nothing_B, alike=True)
+        hidden = shared_hidden(policy, (trunk, own))
     else:
         hidden = policy.hidden(ids)[:, first:]
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])[: batch.own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
 from satune.core.settings import ObjectiveSettings
 from satune.loading import check_options, load_object
-from satune.play.evaluation import progress_of
+from satune.play.progress import progress_of
 from satune.play.rollout import rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.task_parts import is_fresh
@@ -113,10 +113,18 @@ class LocalWorld:
     def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
         self.cast.engine.publish(agent, version, weights)
 
-    def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        *,
+        greedy: bool,
+        before: Sequence[float] | None,
+        keep: Callable[[Sequence[Episode]], None],
+    ) -> dict[str, Any]:
         # The same key each time: the same problems and the same uniforms.
         key = Key(self.cast.recipe.seed, "evaluate", draw=int(greedy))
-        return progress_of(self.cast.evaluate(greedy=greedy, key=key), before)
+        evaluation = self.cast.evaluate(greedy=greedy, key=key)
+        keep(evaluation.episodes)
+        return progress_of(evaluation, before)
 
     @property
     def certifies(self) -> Literal["fresh", "finite"]:

@@ -169,8 +169,8 @@ def override(data: dict[str, Any], text: str) -> str:
             raise UserError(
                 _one_line(f"command line: {dotted}: {at} is {_show(inner)} and has no keys")
             )
-        place[key] = inner
-        place = inner
+        # A copy: what has the same by an alias (second: *first) keeps it as it is.
+        place[key] = place = dict(inner)
     place[keys[-1]] = value
     return dotted
 

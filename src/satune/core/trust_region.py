@@ -16,6 +16,8 @@ Unit = Literal["token", "turn", "trajectory"]
 Decision = Literal["accept", "shrink", "revert"]
 
 BETA_RANGE = 64.0
+_SMALLEST_SHRINK = 0.25
+_INSIDE = 0.95
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class LineSearch:
     """Backtracking of one proposal. Measure at ``scale``, ``observe``, repeat while it shrinks.
 
     ``scale`` is 1 first and 0 after a revert. ``measured`` holds (scale, statistic) of every
-    candidate in order, ``reason`` one phrase on the last decision, ``decision`` the decision.
+    candidate in order, ``at_least`` the scales whose statistic is a lower bound only, ``reason``
+    one phrase on the last decision, ``decision`` the decision.
     """
 
     def __init__(self, settings: TrustRegionSettings) -> None:
@@ -57,19 +60,33 @@ class LineSearch:
         self.reason = "not measured yet"
         self.decision: Decision | None = None
         self.measured: list[tuple[float, float]] = []
+        self.at_least: list[float] = []
+
+    @property
+    def foregone(self) -> float:
+        """Above this it does not matter how large the statistic is: the next scale is a quarter,
+        and beta doubles, all the same. inf where it always matters: the figures of the last
+        candidate are the step's."""
+        if not self.settings.enabled or len(self.measured) >= self.settings.backtracks:
+            return math.inf
+        return self.settings.delta * (_INSIDE / _SMALLEST_SHRINK) ** 2
 
     @property
     def first_statistic(self) -> float | None:
         """The statistic of the whole proposal, which beta follows; None before it is measured."""
         return self.measured[0][1] if self.measured else None
 
-    def observe(self, statistic: float) -> Decision:
+    def observe(self, statistic: float, *, whole: bool = True) -> Decision:
         """Judge the candidate at ``scale``; after "shrink", ``scale`` is the next to measure.
 
         KL grows like s^2, so the next scale is max(s/4, 0.95 s sqrt(delta/statistic)), and s/4
-        after a statistic that is not finite.
+        after a statistic that is not finite. Not ``whole``: it is a lower bound, above
+        ``foregone``.
         """
         assert self.decision in (None, "shrink"), "this line search has ended"
+        if not whole:
+            assert statistic > self.foregone, "what is not yet certain has to be measured wholly"
+            self.at_least.append(self.scale)
         self.measured.append((self.scale, statistic))
         self.decision = self._judge(statistic)
         return self.decision
@@ -88,9 +105,9 @@ class LineSearch:
             self.reason = f"{cause} after {shrinks} backtrack{'' if shrinks == 1 else 's'}"
             self.scale = 0.0
             return "revert"
-        guess = 0.95 * math.sqrt(delta / statistic) if finite else 0.0
+        guess = _INSIDE * math.sqrt(delta / statistic) if finite else 0.0
         self.reason = f"{cause} at scale {self.scale:.4g}"
-        self.scale *= max(0.25, guess)
+        self.scale *= max(_SMALLEST_SHRINK, guess)
         return "shrink"
 
 

@@ -98,6 +98,15 @@ class RowCache(Cache):
                 grown[:, :, length:] = 0
                 tensors[layer] = grown
 
+    def begin_with(self, other: RowCache, rows: int) -> None:
+        """Have ``rows`` rows, each of which begins with all of the one row of ``other``."""
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for source in theirs:
+                _, heads, length, dim = source.shape
+                layer = source.new_zeros(rows, heads, self.capacity, dim)
+                layer[:, :, :length] = source
+                ours.append(layer)
+
     def exchange(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Let the two rows of each pair change places."""
         if not pairs:
@@ -109,9 +118,11 @@ class RowCache(Cache):
             tensor[here] = tensor.index_select(0, there)
             tensor[there] = moved
 
-    def append(self, other: RowCache, rows: Tensor, length: int, *, held: int) -> None:
+    def append(
+        self, other: RowCache, rows: Tensor, length: int, *, held: int, most: int | None = None
+    ) -> None:
         """Put ``rows`` of another cache (repeats allowed), their first ``length`` tokens, behind
-        the first ``held`` rows; what was there is lost.
+        the first ``held`` rows; what was there is lost. ``most`` is that of ``reserve``.
 
         An empty cache takes the other's tensors over where all its rows are wanted as they are.
         """
@@ -122,7 +133,7 @@ class RowCache(Cache):
             return
         if held == 0:
             self.keys, self.values, self.capacity = [], [], max(rounded(length), other.room)
-        self.reserve(length)
+        self.reserve(length, most=most)
         total = held + len(chosen)
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, source in enumerate(theirs):
@@ -190,10 +201,12 @@ class PrefixStore:
             return True
         return False
 
-    def block_of(self, owner: tuple[object, ...]) -> RowCache | None:
-        """What holds the states of ``owner``, perhaps with others'."""
-        kept = self._kept.get(owner)
-        return None if kept is None else kept.block
+    def block_of(self, owners: Sequence[tuple[object, ...]]) -> RowCache | None:
+        """The block that holds the states of all of ``owners``, if they fill most of its rows."""
+        blocks = [kept.block for kept in map(self._kept.get, owners) if kept is not None]
+        if len(blocks) < len(owners) or any(block is not blocks[0] for block in blocks):
+            return None
+        return blocks[0] if blocks and len(owners) * 4 >= blocks[0].rows * 3 else None
 
     def forget(self, owner: tuple[object, ...]) -> None:
         kept = self._kept.pop(owner, None)
@@ -233,17 +246,12 @@ class PrefixStore:
                         ours[layer][targets, :, span:length] = 0
 
     def take(self, owners: Sequence[tuple[object, ...]]) -> tuple[RowCache, list[int]] | None:
-        """The block that holds all of ``owners`` and each one's row in it, for going on in place;
-        None unless there is one of which they fill most rows. The store forgets the block."""
-        found = [self._kept.get(owner) for owner in owners]
-        if not found or found[0] is None:
+        """``block_of`` them and each one's row in it, for going on in place; None where there is no
+        such block. The store forgets it."""
+        block = self.block_of(owners)
+        if block is None:
             return None
-        block = found[0].block
-        if any(kept is None or kept.block is not block for kept in found):
-            return None
-        if len(owners) * 4 < block.rows * 3:
-            return None
-        rows = [kept.row for kept in found if kept is not None]
+        rows = [self._kept[owner].row for owner in owners]
         for owner in [owner for owner, kept in self._kept.items() if kept.block is block]:
             self.forget(owner)
         return block, rows

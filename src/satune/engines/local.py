@@ -108,6 +108,8 @@ class LocalEngine:
         if self._driver is None or self._driver.done():
             self._changed = asyncio.Event()
             self._driver = loop.create_task(self._drive())
+            # A ctrl-C ends it here and whoever waits for it alike: nobody is left to ask what for.
+            self._driver.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             return await request.future
         finally:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from satune.agents.packing import padded
 from satune.agents.policy import Policy
+from satune.agents.prefixes import SHORTEST_OPENING, WORTH_SAVING
 from satune.engines.cache import PrefixStore, RowCache, rounded
-from satune.engines.request import ROOM_AHEAD, ConversationId, Request
+from satune.engines.request import ConversationId, Request
 from satune.engines.room import Room
 from satune.engines.sampling import sample_tokens
-from satune.types import ids_of
+from satune.files.arrays import shared_prefix
+from satune.types import Ids, ids_of
 
 
 class Rows:
@@ -78,12 +80,21 @@ class Rows:
 
     def _stay(self, requests: Sequence[Request]) -> bool:
         """Whether the block of the store in which the states of all of these lie may become the
-        batch, with places for what they will write."""
-        block = self.store.block_of(requests[0].owner)
-        assert block is not None
-        places = max(block.capacity, *(request.ahead for request in requests))
-        rows = max(block.rows, len(requests))
-        return rows * places * self.token_bytes <= self.room.left(self.agent) + block.nbytes
+        batch: what is new in their prompts is one forward, and there is room for the places that
+        it takes and for what they will write."""
+        block = self.store.block_of([request.owner for request in requests])
+        cached = [self.store.match(request.owner, request.fed) for request in requests]
+        if block is None or not all(cached):
+            return False
+        width = max(len(r.fed) - start for r, start in zip(requests, cached, strict=True))
+        if len(requests) * width > self.prefill_tokens:
+            return False
+        places = max(block.capacity, self._reach(requests, max(cached) + width))
+        return block.rows * places * self.token_bytes <= self.room.left(self.agent) + block.nbytes
+
+    def _reach(self, requests: Sequence[Request], used: int) -> int:
+        """Places of a row where a forward writes to ``used`` of them, and then these go on."""
+        return max(rounded(used), *(request.ahead for request in requests))
 
     def _places_for(self, requests: Sequence[Request]) -> list[int]:
         """How many tokens' places are taken once the first k of ``requests`` are admitted, for each
@@ -138,7 +149,10 @@ class Rows:
             self._hand_over(whole=False)
             length = max(len(requests[i].fed) for i in members)
             start = len(self.requests)
-            self.cache.append(cache, take, length, held=start)
+            rows = max(self.cache.rows, start + len(requests))
+            beside = cache.rows * cache.capacity
+            most = (self.room.left(self.agent) // self.token_bytes - beside) // rows
+            self.cache.append(cache, take, length, held=start, most=most)
             self.requests.extend(requests[i] for i in members)
             logits_RV = self.policy.project(last_RH).index_select(0, take)
             finished += self._sampled(logits_RV, start)
@@ -147,16 +161,13 @@ class Rows:
     def _go_on(self, requests: Sequence[Request]) -> Tensor | None:
         """Feed what is new in prompts whose states lie in one block of the store, in place; logits
         of their last tokens, or None where it cannot be done."""
+        if not requests or not self._stay(requests):
+            return None
         cached = [self.store.match(request.owner, request.fed) for request in requests]
         fresh = [r.fed[start:] for r, start in zip(requests, cached, strict=True)]
-        width = max(map(len, fresh), default=0)
-        if not requests or not all(cached) or len(requests) * width > self.prefill_tokens:
-            return None
-        if not self._stay(requests):
-            return None
+        width = max(map(len, fresh))
         found = self.store.take([request.owner for request in requests])
-        if found is None:
-            return None
+        assert found is not None
         cache, rows = found
         self._begin(cache)
         count = len(requests)
@@ -166,9 +177,9 @@ class Rows:
         order = sorted(range(count), key=lambda index: place.get(rows[index], rows[index]))
         self.requests, self._done = [requests[index] for index in order], []
         ids_RS = padded([fresh[i] for i in order], width)
-        new = max(request.remaining for request in requests)
         self.cache.used = max(cached) + width
-        self.cache.reserve(self.cache.used + min(new, ROOM_AHEAD))
+        most = self.room.left(self.agent) // self.token_bytes // self.cache.rows
+        self.cache.reserve(self._reach(requests, self.cache.used), most=most)
         device = self.policy.device
         positions_RS = torch.tensor([cached[i] for i in order])[:, None] + torch.arange(width)
         hidden_RSH = _extend(self.policy, ids_RS.to(device), positions_RS.to(device), self.cache)
@@ -187,15 +198,24 @@ class Rows:
         places = max([self.cache.capacity, *(request.ahead for request in requests)])
         beside = self.room.left(self.agent) // self.token_bytes - held * places
         chunks: list[list[int]] = []
+        longest = 0  # what is cached of a prompt of the last chunk
         for d in order:
-            width = len(requests[distinct[d]].fed) - cached[distinct[d]]
+            start = cached[distinct[d]]
+            width = len(requests[distinct[d]].fed) - start
+            used = max(longest, start) + width
             # The first rows of a batch become the batch; all others are copied into it.
             in_place = len(chunks) == 1 and not self.requests and len(order) == len(requests)
-            limit = self.prefill_tokens if in_place else min(self.prefill_tokens, beside)
-            if chunks and (len(chunks[-1]) + 1) * width <= limit:
+            rows = len(chunks[-1]) + 1 if chunks else 0
+            if (
+                chunks
+                and rows * width <= self.prefill_tokens
+                and (used <= places if in_place else rows * used <= beside)
+            ):
                 chunks[-1].append(d)
+                longest = max(longest, start)
             else:
                 chunks.append([d])
+                longest = start
         return chunks
 
     def _prefill(
@@ -208,27 +228,50 @@ class Rows:
     ) -> tuple[RowCache, Tensor]:
         starts = [cached[i] for i in indices]
         fresh = [requests[i].fed[start:] for i, start in zip(indices, starts, strict=True)]
-        width = max(len(ids) for ids in fresh)
-        ids_RS = padded(fresh, width)
         cache = self._empty()
-        cache.used = cache.capacity = max(starts) + width
+        cache.used = cache.capacity = max(starts) + max(map(len, fresh))
         if not self.requests:
             # These rows become the batch, as they are unless several requests share one.
-            new = max(requests[i].remaining for i in indices)
-            cache.room = rounded(cache.used + min(new, ROOM_AHEAD))
+            cache.room = self._reach([requests[i] for i in indices], cache.used)
             if not shared:
                 cache.capacity = cache.room
-        if any(starts):
+        opening = None if any(starts) else self._opening(fresh, cache.capacity)
+        if opening is not None:
+            cache.begin_with(opening, len(indices))
+            starts = [opening.used] * len(indices)
+            fresh = [ids[opening.used :] for ids in fresh]
+        elif any(starts):
             owners = [
                 requests[i].owner if start else None
                 for i, start in zip(indices, starts, strict=True)
             ]
             self.store.load(owners, max(starts), cache)
+        width = max(map(len, fresh))
+        ids_RS = padded(fresh, width)
         device = self.policy.device
         positions_RS = torch.tensor(starts)[:, None] + torch.arange(width)
         hidden_RSH = _extend(self.policy, ids_RS.to(device), positions_RS.to(device), cache)
         last = torch.tensor([len(ids) - 1 for ids in fresh], device=device)
         return cache, hidden_RSH[torch.arange(len(fresh), device=device), last]
+
+    def _opening(self, prompts: Sequence[Ids], capacity: int) -> RowCache | None:
+        """One row with the states of what all of these prompts begin with, such as a system
+        message; None where feeding that once saves too little for a forward of its own, and where
+        there is no room for it beside their rows of ``capacity`` tokens."""
+        length = min(len(ids) - 1 for ids in prompts)
+        length = min([length, *(shared_prefix(prompts[0], ids) for ids in prompts[1:])])
+        saved = length * (len(prompts) - 1)
+        if length < SHORTEST_OPENING or saved < WORTH_SAVING * sum(map(len, prompts)):
+            return None
+        if (len(prompts) * capacity + length) * self.token_bytes > self.room.left(self.agent):
+            return None
+        cache = self._empty()
+        cache.used = cache.capacity = length
+        device = self.policy.device
+        positions_RS = torch.arange(length, device=device)[None]
+        ids_RS = padded([prompts[0][:length]], length)
+        _extend(self.policy, ids_RS.to(device), positions_RS, cache)
+        return cache
 
     @torch.inference_mode()
     def step(self) -> list[Request]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from satune.files.lines import append_lines, read_lines
+from satune.files.lines import append_lines, scan_lines
 from satune.files.writing import append_bytes, disk_errors
 from satune.types import Ids, LogProbs, UserError, ids_of
 
@@ -80,21 +80,42 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     append_lines(path, lines)
 
 
+def scan_rows(path: Path) -> Iterator[dict[str, Any] | UserError]:
+    """The rows that ``append_rows`` wrote, arrays included; none if there is no file. In place of a
+    line that is damaged, or names numbers that the file beside it does not hold, stands what would
+    be said of it, with file and line."""
+    beside = arrays_beside(path)
+    with disk_errors(beside):
+        numbers = memoryview(beside.read_bytes() if beside.exists() else b"")
+    for line, row in scan_lines(path):
+        where = f"{path}, line {line}"
+        if row is None:
+            yield UserError(f"{where}: not JSON, or no object; remove the line or the run")
+            continue
+        try:
+            for turn in row.get("turns", []):
+                for name, value in turn.items():
+                    if isinstance(value, dict):
+                        turn[name] = _read(value, numbers, where, beside)
+        except UserError as error:
+            yield error
+        except (AttributeError, KeyError, TypeError, ValueError):
+            yield UserError(f"{where}: turns or arrays that cannot be read; remove the line")
+        else:
+            yield row
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows that ``append_rows`` wrote, arrays included; none if there is no file.
 
     Raises UserError, with file and line, for a line that is damaged or names numbers that the file
     beside it does not hold.
     """
-    rows = read_lines(path)
-    beside = arrays_beside(path)
-    with disk_errors(beside):
-        numbers = memoryview(beside.read_bytes() if beside.exists() else b"")
-    for line, row in enumerate(rows, start=1):
-        for turn in row.get("turns", []):
-            for name, value in turn.items():
-                if isinstance(value, dict):
-                    turn[name] = _read(value, numbers, f"{path}, line {line}", beside)
+    rows = []
+    for row in scan_rows(path):
+        if isinstance(row, UserError):
+            raise row
+        rows.append(row)
     return rows
 
 

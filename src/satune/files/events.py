@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from satune.files.lines import append_lines, read_lines
+from satune.files.writing import strict_json, write_atomically
 from satune.types import Episode
 
 UNEQUAL = frozenset({"time", "seconds", "memory", "rate", "host", "pid"})
@@ -108,9 +109,10 @@ class UpdateEvent(TypedDict):
     the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
     rollout, update and measure at least. ``rounding`` is what training.gauge found, with its
     ``warning`` where rounding decides. ``masked`` counts the episodes that the world ended, which
-    the step did not learn from. ``critic`` says of an agent's value function how much of the
-    discounted rewards it explained before it learnt from them (``explained_variance``), its mean
-    ``value`` then, and the mean ``loss`` of its fit.
+    the step did not learn from. ``at_least`` has the scales of ``candidates`` whose statistic is a
+    lower bound. ``critic`` says of an agent's value function how much of the discounted rewards it
+    explained before it learnt from them (``explained_variance``), its mean ``value`` then, and the
+    mean ``loss`` of its fit.
     """
 
     event: Literal["update"]
@@ -134,6 +136,7 @@ class UpdateEvent(TypedDict):
     kl: NotRequired[Divergence]
     unit: NotRequired[str]
     candidates: NotRequired[list[list[float]]]
+    at_least: NotRequired[list[float]]
     objective: NotRequired[float]
     clip_fraction: NotRequired[float]
     grad_norm: NotRequired[float]
@@ -167,6 +170,7 @@ class EvalEvent(TypedDict):
     """Held-out problems after ``stage`` stages. ``figures`` has what ``play.evaluation`` computes
     beside ``reward`` and ``interval``; ``failures`` counts conversations that failed and so score
     0. ``difference`` [mean, low, high] is to the first evaluation of its kind, paired by problem.
+    ``groups`` says reward, interval, problems and difference of each group that problems name.
     """
 
     event: Literal["eval"]
@@ -183,6 +187,7 @@ class EvalEvent(TypedDict):
     figures: dict[str, Any]
     seconds: float
     difference: NotRequired[list[float]]
+    groups: NotRequired[dict[str, dict[str, Any]]]
 
 
 Difference = tuple[float, float | None, float | None]
@@ -261,15 +266,16 @@ class Distillation(TypedDict):
 class Look(TypedDict):
     """One look of a hand-over at the evidence so far. ``epsilon`` is the newcomer's share while it
     was gathered, ``allowed`` the share it allows; ``lower`` and ``upper`` bound J(new) - J(old),
-    each wrong with probability ``alpha``; ``episodes`` of either side since the last look. ``tv``
-    and ``kl`` hold exactly for the mixture at ``allowed``: the most that trajectories' TV and
-    KL(old‖mix) can be."""
+    each wrong with probability ``alpha``; ``episodes`` of either side since the last look, ``old``
+    and ``new`` the mean rewards of those that the world did not end (None where it ended all).
+    ``tv`` and ``kl`` hold exactly for the mixture at ``allowed``: the most that trajectories' TV
+    and KL(old‖mix) can be."""
 
     epsilon: float
     problems: int
     episodes: int
-    old: float
-    new: float
+    old: float | None
+    new: float | None
     mean: float
     lower: float
     upper: float
@@ -381,15 +387,19 @@ Notice = LookNotice | AlignmentNotice | DistillationNotice | Note
 """What is shown while a swap goes on and not written as an event."""
 
 
-def append_event(path: str | Path, event: Event) -> None:
-    """Add an event to a file of them, with ``time``: when it was written, in UTC.
+def append_event(path: str | Path, event: Event, *, first: bool = False) -> None:
+    """Add an event to a file of them, with ``time``: when it was written, in UTC. As the ``first``
+    it takes the place of all that was there: complete, or not at all.
 
     Raises UserError where the disk refuses, TypeError for values that are not plain.
     """
-    fields: Mapping[str, Any] = event
-    assert "time" not in fields
+    assert "time" not in event
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    append_lines(path, [{"event": fields["event"], "time": now, **fields}])
+    row = {"event": event["event"], "time": now, **event}
+    if first:
+        write_atomically(path, f"{strict_json(row)}\n")
+    else:
+        append_lines(path, [row])
 
 
 def read_events(path: str | Path) -> list[Event]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,32 @@ def append_lines(
     append_bytes(Path(path), [data], sync=sync)
 
 
+def scan_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number from 1, object) of each line of a JSON-lines file that a newline ends; None in place
+    of the object where the line is damaged. Nothing if the file does not exist."""
+    path = Path(path)
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield number, row if isinstance(row, dict) else None
+
+
 def read_lines(path: str | Path, mend: str = "remove the line or the run") -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none if it does not exist. A last
     line that was still being written is left out.
 
     Raises ``UserError`` with file, line and ``mend`` for a damaged line that a newline ends.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    complete, newline, _ = path.read_bytes().rpartition(b"\n")
-    lines = complete.split(b"\n") if newline else []
     rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
+    for number, row in scan_lines(path):
+        if row is None:
             raise UserError(f"{path}, line {number}: not JSON, or no object; {mend}")
         rows.append(row)
     return rows

@@ -40,13 +40,16 @@ _MENDS = {
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn what the disk or its owner can mend into ``UserError``; the rest is passed on."""
+    """Turn what the system says of files into ``UserError``, with its mend where one is known.
+    What it says of connections and processes is passed on, and what others call an ``OSError``."""
     try:
         yield
+    except (ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError):
+        raise
     except OSError as error:
-        mend = _MENDS.get(error.errno or 0)
-        if mend is None:
+        if error.errno is None:
             raise
+        mend = _MENDS.get(error.errno, f"{error.strerror}; give another --out")
         raise UserError(f"{error.filename or path}: cannot be written: {mend}") from error
 
 

@@ -24,6 +24,7 @@ from satune.play.statistics import (
     mean_components,
     mean_estimate,
     pass_at_k,
+    places_by,
     score_interval,
 )
 from satune.types import Episode, EpisodeFailure, Key, Problem, Turn, UserError
@@ -51,6 +52,11 @@ class Scores:
     def by_problem(self) -> list[float]:
         """Each problem's mean score over its samples."""
         return [fmean(row) for row in self.scores_PK]
+
+    def at(self, places: Sequence[int]) -> Scores:
+        """The scores of these problems alone; their failures are not counted apart."""
+        majority = tuple(self.majority_P[i] for i in places) if self.majority_P else ()
+        return Scores(tuple(self.scores_PK[i] for i in places), majority)
 
     @property
     def avg_at_k(self) -> float:
@@ -140,6 +146,12 @@ class Evaluation:
                 for of_problem in zip(*each, strict=True)
             )
         )
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """The places of the problems of each ``group`` that the problems' metadata name."""
+        first = self.episodes[:: self.team.samples]
+        return places_by(episode.problem.metadata.get("group") for episode in first)
 
     @property
     def tokens(self) -> int:
@@ -267,7 +279,8 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
     ``budget`` says beside each row how many answers it chose from, how many conversations were
     played for them, and the tokens read and written in those (seats: by that seat; null where the
     server did not count). ``failures`` counts the conversations that failed, by whose failure it
-    was and its kind; ``failed`` in a row its answers without a grade. Both score 0.
+    was and its kind; ``failed`` in a row its answers without a grade. Both score 0. ``groups`` has
+    the team's figures on the problems of each group that they name.
     """
     episodes = evaluation.episodes
     turns = [turn for episode in episodes for turn in episode.turns]
@@ -297,6 +310,11 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
         found["oracle"] = figures_of(evaluation.oracle)
         for name in ("pooled", "oracle"):
             found["budget"][name] = {"answers": len(evaluation.seats) * k, **whole}
+    if evaluation.groups:
+        found["groups"] = {
+            name: {"problems": len(places), **figures_of(evaluation.team.at(places))}
+            for name, places in evaluation.groups.items()
+        }
     found["cut_by_length"] = sum(t.finish_reason == "length" for t in turns) / max(1, len(turns))
     found["environment_tokens"] = sum(episode.environment_tokens for episode in episodes)
     found["per_problem"] = [
@@ -308,28 +326,6 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
             strict=True,
         )
     ]
-    return found
-
-
-def progress_of(evaluation: Evaluation, before: Sequence[float] | None) -> dict[str, Any]:
-    """What the event of an evaluation in training says; ``before``: the ``per_problem`` of an
-    earlier one on the same problems, from which the paired ``difference`` is taken."""
-    team = evaluation.team
-    figures = figures_of(team)
-    found = {
-        "reward": figures.pop("avg_at_k"),
-        "interval": figures.pop("interval"),
-        "problems": len(evaluation.problem_ids),
-        "samples": team.samples,
-        "per_problem": team.by_problem,
-        "tokens": evaluation.tokens,
-        "failures": count_failures(evaluation.episodes),
-        "figures": figures,
-    }
-    if before is not None:
-        changes = [new - old for new, old in zip(team.by_problem, before, strict=True)]
-        gain = mean_estimate(changes, -1.0, 1.0)
-        found["difference"] = [gain.mean, gain.low, gain.high]
     return found
 
 

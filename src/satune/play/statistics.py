@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
@@ -55,6 +55,15 @@ def score_interval(scores: Sequence[float]) -> list[float] | None:
             1.0 if mean == 1.0 else min(1.0, centre + half),
         ]
     return None if len(set(scores)) == 1 else mean_estimate(scores, 0.0, 1.0).interval
+
+
+def places_by(names: Iterable[str | None]) -> dict[str, list[int]]:
+    """The places of each name, names in the order in which they come up; None is no name."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        if name is not None:
+            places.setdefault(name, []).append(place)
+    return places
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -27,6 +27,9 @@ from satune.swap.settings import HandOverSettings
 from satune.task_parts import is_fresh
 from satune.types import Episode, Key, Problem
 
+LEAST_SHARE = 1 / 64
+"""A smaller share is none: hardly a problem would hold a newcomer's episode by its coins."""
+
 Verdict = Literal["accepted", "refused", "stopped"]
 Pairs = Sequence[tuple[Problem, tuple[int, ...]]]
 """Problems, each with the samples whose coin fell to the newcomer: at least one."""
@@ -90,8 +93,9 @@ def hand_over(
     differences: list[float] = []
     for number, size in enumerate(settings.sizes()):
         at = key.at(draw=number)
+        epsilon = found.epsilon if found.epsilon >= LEAST_SHARE else 0.0
         pairs, found.offset = _pairs(
-            draw, size - len(differences), found.offset, settings.samples, at, found.epsilon
+            draw, size - len(differences), found.offset, settings.samples, at, epsilon
         )
         old, new = play(pairs, at)
         differences += _differences(pairs, old, new)
@@ -104,7 +108,7 @@ def hand_over(
         upper = -lower_bound(-evidence_P, -1.0, 1.0, alpha)
         allowed = allowed_share(lower, settings.tolerance)
         look = Look(
-            epsilon=found.epsilon,
+            epsilon=epsilon,
             problems=size,
             episodes=len(new),
             old=_mean(old),
@@ -189,8 +193,9 @@ def _differences(pairs: Pairs, old: Sequence[Episode], new: Sequence[Episode]) -
     return found
 
 
-def _mean(episodes: Sequence[Episode]) -> float:
-    return sum(episode.reward for episode in episodes) / len(episodes)
+def _mean(episodes: Sequence[Episode]) -> float | None:
+    heard = [episode.reward for episode in episodes if not episode.masked]
+    return sum(heard) / len(heard) if heard else None
 
 
 # -- between two teams that play ----------------------------------------------------------------

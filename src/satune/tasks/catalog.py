@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ from satune.tasks.maths.task import Aime24, Aime25, Math500, Maths
 from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics
 from satune.tasks.relay import Relay
 from satune.tasks.rows import Rows
+from satune.tasks.sums import Sums
 from satune.tasks.zebralogic import ZebraLogic
 from satune.types import Key, Problem, Task, UserError
 
 TASKS: dict[str, Callable[..., Task]] = {
     "relay": Relay,
+    "sums": Sums,
     "guess_number": GuessNumber,
     "rows": Rows,
     "maths": Maths,
@@ -56,8 +59,28 @@ def load_task(
     ``package.module:name``), built from ``data``, ``seed`` and its options. ``base`` is where
     relative files of ``name_or_path`` are sought.
 
-    Raises UserError for an unknown task or option (naming the nearest), for data given to a task
-    that reads none, and for a user's task that lacks a part of ``types.Task``.
+    Raises UserError as ``find_task`` does, and for a user's task that lacks a part of
+    ``types.Task``.
+    """
+    task = find_task(name_or_path, data, seed, base, **options)()
+    for part in _PARTS:
+        if not hasattr(task, part):
+            raise UserError(f"task {name_or_path}: it has no {part!r}; see satune.types.Task")
+    return task
+
+
+def find_task(
+    name_or_path: str,
+    data: str | Path | None = None,
+    seed: int = 0,
+    base: Path | None = None,
+    /,
+    **options: Any,
+) -> Callable[[], Task]:
+    """What builds the task that ``load_task`` would; nothing is read but the user's own code.
+
+    Raises UserError for an unknown task or option (naming the nearest), and for data given to a
+    task that reads none.
     """
     if ":" in name_or_path:
         build = load_object(name_or_path, base)
@@ -75,11 +98,7 @@ def load_task(
     if "seed" in parameters:
         given.setdefault("seed", seed)
     check_options(f"task {name_or_path}", build, given)
-    task = build(**given)
-    for part in _PARTS:
-        if not hasattr(task, part):
-            raise UserError(f"task {name_or_path}: it has no {part!r}; see satune.types.Task")
-    return task
+    return functools.partial(build, **given)
 
 
 def takes(name: str, option: str) -> bool:

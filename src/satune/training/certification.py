@@ -47,7 +47,8 @@ class Verdict:
     them. ``versions`` names every agent whose weights the engine has to be given, and their number.
     ``issued`` and ``certify`` take the place of the state's, ``totals`` are added to its totals
     and, where there was a test, ``claim`` is what the stage's certificate says now.
-    ``spent`` tells that the experience in use is of a change that was not kept as it was.
+    ``spent`` tells that the experience in use is of a change that was not kept as it was, and
+    ``reverted`` names the agents whose steps since the last certificate were all taken back.
     """
 
     accepted: bool
@@ -61,6 +62,7 @@ class Verdict:
     totals: Mapping[str, float]
     claim: dict[str, Any] | None = None
     spent: bool = False
+    reverted: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -194,8 +196,7 @@ def decisions_missing(settings: TrainingSettings, agents: int, state: State) -> 
     """Why a run that goes on from ``state`` with ``agents`` that learn might run out of tests: its
     gate would then refuse all that later stages bring. None where it cannot."""
     spending = state.certify.spending
-    gated = settings.certify.problems > 0 and settings.certify.accept == "certified"
-    if not gated or spending.decisions is None:
+    if not settings.certify.gated or spending.decisions is None:
         return None
     left = tests_left(settings, agents, state.stage, state.step, state.certify.steps)
     if spending.used + left <= spending.decisions:
@@ -293,8 +294,10 @@ def _test(
             world.publish(name, before.version, before.snapshot.weights)
         old = draw()
     trial.alpha += test.alpha
-    # Only the bounds of the theory need the divergences as well.
-    steps = measure_own_steps(change, old) if certify_by.theory else None
+    # Only the bounds of the theory need the divergences as well. They are estimates, for which the
+    # world's failures are no rewards.
+    heard = [episode for episode in old if not episode.masked]
+    steps = measure_own_steps(change, heard) if certify_by.theory and heard else None
     certificate = certify(
         _evidence(change, old, new, certify_by),
         certify_by.evidence,
@@ -310,7 +313,7 @@ def _test(
         regions = [settings.region(name) for name in change.held]
         # A region is a claim about one step; of several together it says nothing.
         enforced = regions[0] if change.steps == 1 and regions[0].enabled else None
-        trial.certificate["theory"] = theory_rows(old, steps, enforced)
+        trial.certificate["theory"] = theory_rows(heard, steps, enforced)
     return certificate
 
 
@@ -364,7 +367,8 @@ def _altered(
     earlier = trial.change.steps - outcome.accepted
     if reverted:
         # The team no longer has what it took in earlier steps; this one's it never took.
-        verdict = replace(verdict, totals={**verdict.totals, "updates": -earlier})
+        totals = {**verdict.totals, "updates": -earlier}
+        verdict = replace(verdict, totals=totals, reverted=tuple(held))
     assert state.batch is not None
     # What was not kept made its weights, or, which spoils it for every schedule, its episodes.
     drawn = (state.stage + 1, state.batch.drawn_before)

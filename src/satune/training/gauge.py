@@ -15,7 +15,7 @@ from satune.core.ratios import sum_by
 from satune.core.settings import ObjectiveSettings, Per
 from satune.core.trust_region import TrustRegionSettings
 
-CLIPPED = (0.05, 0.5)
+CLIPPED = (0.05, 0.8)
 """Share of the ratios that rounding alone moves out of the clip: above the first it is said, above
 the second the run stops."""
 FLOOR = (0.25, 1.0)

@@ -149,12 +149,15 @@ def _gains(episodes: Sequence[Episode], steps: OwnSteps) -> Tensor:
     """Σ_h (r_h - 1)(R - b) of each episode [E]."""
     rewards_E = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     group_E = groups(episodes)
-    if bool((torch.bincount(group_E) > 1).all()):
-        centred_E = group_advantages(
-            rewards_E, group_E, baseline="leave_one_out", normalise=False, clip=None
-        )
-    else:
-        centred_E = rewards_E - 0.5
+    compared_E = torch.bincount(group_E)[group_E] > 1
+    centred_E = rewards_E - 0.5
+    centred_E[compared_E] = group_advantages(
+        rewards_E[compared_E],
+        group_E[compared_E],
+        baseline="leave_one_out",
+        normalise=False,
+        clip=None,
+    )
     return torch.expm1(steps.log_ratio_EH).sum(-1) * centred_E
 
 

@@ -26,9 +26,16 @@ class World(Protocol):
         again. ``weights`` are good for as long as the call takes."""
         ...
 
-    def evaluate(self, *, greedy: bool, before: Sequence[float] | None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        *,
+        greedy: bool,
+        before: Sequence[float] | None,
+        keep: Callable[[Sequence[Episode]], None],
+    ) -> dict[str, Any]:
         """Held-out figures of the team as it is: reward, interval, problems, per_problem; and the
-        paired difference to ``before``, an earlier per_problem."""
+        paired difference to ``before``, an earlier per_problem. ``keep`` is given the
+        conversations, without ids."""
         ...
 
     @property

@@ -105,6 +105,8 @@ class Training:
         assert state.batch is not None
         state.betas[agent] = verdict.beta
         state.accepted[agent] = verdict.accepted
+        # Of earlier steps of the sweep as well: the team no longer has what they changed.
+        state.accepted |= {name: False for name in verdict.reverted if name in state.accepted}
         state.batch.reweight(verdict.log_ratio_E)
         if verdict.log_ratio_H is not None:
             state.batch.note_ratios(agent, verdict.log_ratio_H)
@@ -169,13 +171,20 @@ class Training:
         self.save(f"stage-{state.stage:04d}")
 
     def evaluate(self, *, greedy: bool) -> dict[str, Any]:
-        """Evaluate on held-out problems, write the event and remember it for the summary."""
+        """Evaluate on held-out problems, write conversations and event and remember the figures for
+        the summary."""
         started = time.perf_counter()
         earlier = [e for e in self.state.evaluations if e["greedy"] == greedy]
+        about = {"stage": self.state.stage, "greedy": greedy}
+
+        def keep(episodes: Sequence[Episode]) -> None:
+            rows = ({**about, **self.world.to_row(e)} for e in episodes)
+            self.directory.append_evaluation(self.state.stage, rows)
+
         figures = self.world.evaluate(
-            greedy=greedy, before=earlier[0]["per_problem"] if earlier else None
+            greedy=greedy, before=earlier[0]["per_problem"] if earlier else None, keep=keep
         )
-        found = {"stage": self.state.stage, "greedy": greedy, **figures}
+        found = {**about, **figures}
         self.state.evaluations.append(found)
         seconds = time.perf_counter() - started
         self.tell(cast(Event, {"event": "eval", **found, "seconds": seconds}))

@@ -23,6 +23,7 @@ from satune.files.names import is_plain, refuse_links
 from satune.files.writing import (
     disk_errors,
     is_partial,
+    remove_tree,
     strict_json,
     sync_directory,
     write_atomically,
@@ -30,6 +31,8 @@ from satune.files.writing import (
 from satune.types import UserError
 
 _PROBE = ".writable"
+_FIRST = b'{"event": "run",'
+"""What the events of every run begin with."""
 
 
 class RunDirectory:
@@ -50,11 +53,14 @@ class RunDirectory:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was started here and left something to go on with or to lose."""
-        written = (self.recipe, self.events, self.summary, self.team)
-        return any(path.exists() for path in written) or (
-            self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        )
+        """Whether a run was started here: its first event or a checkpoint is there. A recipe, a
+        team or a summary without them is somebody else's."""
+        if any(self.checkpoints.glob("stage-*/state.json")):
+            return True
+        if not self.events.is_file():
+            return False
+        with open(self.events, "rb") as file:
+            return file.read(len(_FIRST)) == _FIRST
 
     @property
     def finished(self) -> bool:
@@ -83,7 +89,7 @@ class RunDirectory:
         """Refuse a directory with contents that a run would mix with; touches nothing.
 
         Raises ``UserError`` if it holds a run and ``resume`` is not asked for, or if it holds
-        anything else; and for a run with a link that leads out of it.
+        anything else, a recipe included; and for a run with a link that leads out of it.
         """
         if resume:
             refuse_links(self.path)
@@ -98,7 +104,8 @@ class RunDirectory:
             # A start that failed half-way has left no more than this.
             ours = {"episodes", "checkpoints", "tensorboard", "optimizers", _PROBE, LOCK}
             items = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-            if any(name not in ours and not is_partial(name) for name in items):
+            full = any(any(place.glob("*")) for place in (self.episodes, self.checkpoints))
+            if full or any(name not in ours and not is_partial(name) for name in items):
                 raise UserError(f"{self.path}: is not empty and holds no run; give another --out")
 
     @contextmanager
@@ -124,6 +131,26 @@ class RunDirectory:
             probe = self.path / _PROBE
             write_atomically(probe, "")
             probe.unlink()
+
+    def begin_anew(self) -> None:
+        """Make way for a new beginning of a run that has no checkpoint; what it told stands until
+        the new first event takes its place.
+
+        Raises UserError where the run has learned something, or has a team or a summary, which are
+        not given up. Without stages to learn in there is never a checkpoint, and no more to lose
+        than an evaluation.
+        """
+        events = self.read_events()
+        learns = any(event["event"] == "run" and event["stages"] > 0 for event in events)
+        learned = any(event["event"] in ("rollout", "update") for event in events)
+        if learned or (learns and (self.team.exists() or self.summary.exists())):
+            raise UserError(
+                f"{self.path}: the run's checkpoints are gone, and it cannot go on without one; "
+                "give another --out"
+            )
+        with disk_errors(self.path):
+            self.summary.unlink(missing_ok=True)
+        remove_tree(self.team)
 
     @property
     def intended(self) -> str | None:
@@ -151,14 +178,25 @@ class RunDirectory:
             sync_directory(self.path)
 
     def append_event(self, event: Event) -> None:
-        """Add one event, with the time."""
+        """Add one event, with the time. The first event of a run takes the place of all others:
+        they are of a beginning that came to nothing."""
+        if event["event"] == "run":
+            append_event(self.events, event, first=True)
+            return
         append_event(self.events, event)
         self._unsynced.add(self.events)
 
     def append_episodes(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add conversations of ``stage`` (from 1; 0: before training) to the stage's files: rows of
         episodes as ``files.arrays.append_rows`` takes them."""
-        path = self.episodes / f"stage-{stage:04d}.jsonl"
+        self._append_rows(self.episodes / f"stage-{stage:04d}.jsonl", rows)
+
+    def append_evaluation(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add conversations on held-out problems, played after ``stage`` stages, to a file of their
+        own, as ``append_episodes``."""
+        self._append_rows(self.episodes / f"evaluation-{stage:04d}.jsonl", rows)
+
+    def _append_rows(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         append_rows(path, rows)
         self._unsynced |= set(files_of_rows(path))
 
@@ -233,4 +271,5 @@ class RunDirectory:
 
     def _files_of_episodes(self) -> list[Path]:
         # A killed process may have left numbers whose rows were not written.
-        return sorted((*self.episodes.glob("*.jsonl"), *self.episodes.glob("*.arrays")))
+        kinds = ("stage-*.jsonl", "stage-*.arrays")
+        return sorted(path for kind in kinds for path in self.episodes.glob(kind))

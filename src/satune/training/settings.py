@@ -113,6 +113,11 @@ class CertifySettings:
     def __post_init__(self) -> None:
         check(self, "certify")
 
+    @property
+    def gated(self) -> bool:
+        """Whether a change stays only if a certificate says so."""
+        return self.problems > 0 and self.accept == "certified"
+
 
 @dataclass(frozen=True, slots=True)
 class EvaluateSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def train(
 
 def _go_on(training: Training, checkpoint: str) -> None:
     """Put the run back to a checkpoint. Raises UserError, with nothing touched, where the
-    checkpoint is of another team, or where too few tests are left for the gate of more stages."""
+    checkpoint is of another team, or where too few tests are left for the gate of more stages or
+    the run would end with steps that its gate has not tested."""
+    settings = training.settings
     saved = training.store.read(checkpoint, training.world)
     held, agents = sorted(saved.state.versions), sorted(training.learners)
     where = training.directory.checkpoints / checkpoint
@@ -49,11 +52,18 @@ def _go_on(training: Training, checkpoint: str) -> None:
             f"{where}: holds agents {', '.join(held)}, the recipe has {', '.join(agents)}; resume "
             "with the recipe the run was started with"
         )
+    untested = saved.state.certify.held if settings.certify.gated else {}
+    if untested and saved.state.stage >= settings.stages:
+        raise UserError(
+            f"{where}: holds steps of {', '.join(untested)} that the gate has not tested, and "
+            f"stages={settings.stages} would end the run with them; give at least "
+            f"stages={saved.state.stage + 1}, or resume from another checkpoint"
+        )
     learning = sum(not learner.frozen for learner in training.learners.values())
-    missing = decisions_missing(training.settings, learning, saved.state)
+    missing = decisions_missing(settings, learning, saved.state)
     if missing is not None:
         raise UserError(f"{where}: {missing}")
-    spent = decisions_spent_ahead(training.settings, learning, saved.state, training.ledger)
+    spent = decisions_spent_ahead(settings, learning, saved.state, training.ledger)
     if spent is not None:
         training.watch({"event": "note", "text": f"{training.ledger.path}: {spent}"})
     training.restore(checkpoint, saved)
@@ -66,7 +76,6 @@ def _check_episodes(training: Training) -> list[Any]:
 
 
 def _begin(training: Training, tolerance: Tolerance) -> None:
-    training.save_recipe()
     for name in training.learners:
         training.publish(name)
     if training.settings.update.objective.reference_kl > 0:
@@ -88,11 +97,15 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
             },
         }
     )
+    # Only now is this a run's directory, and whatever is called recipe.yaml there the run's.
+    training.save_recipe()
     if training.evaluates_greedy:
         training.evaluate(greedy=True)
     training.evaluate(greedy=False)
     if training.settings.stages:
         training.save("stage-0000")
+        # A run that has learned something always has a checkpoint to go on from.
+        training.finish_saving()
 
 
 def _finish(training: Training) -> dict[str, Any]:
@@ -117,11 +130,13 @@ def _finish(training: Training) -> dict[str, Any]:
         "updates_accepted": state.totals["updates"],
         "team": str(training.directory.team),
     }
-    certify = state.certify
-    if certify.spending.used:
+    spending = state.certify.spending
+    # What was tested on other ways that the run went stays spent.
+    spending = replace(spending, used=max(spending.used, training.ledger.used))
+    if spending.used:
         summary["certificates"] = {
-            "tests": certify.spending.used,
-            "confidence_spent": certify.spending.spent,
+            "tests": spending.used,
+            "confidence_spent": spending.spent,
             "episodes": state.totals["certify_episodes"],
             "tokens": state.totals["certify_tokens"],
             "seconds": state.totals["certify_seconds"],

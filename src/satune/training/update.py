@@ -148,6 +148,8 @@ def improve(
         "reason": search.reason,
         "candidates": [list(candidate) for candidate in search.measured],
     }
+    if search.at_least:
+        event["at_least"] = search.at_least
     first = search.first_statistic
     assert first is not None
     beta = _next_beta(beta, first, settings.trust_region)
@@ -288,9 +290,9 @@ def _enforce(
     region, packed = settings.trust_region, anchor.packed
     search = LineSearch(region)
     proposal: dict[str, Tensor] | None = None
-    while True:
-        measured = learner.measure(anchor)
-        statistics = divergence_statistics(
+
+    def summary(measured: Measurement) -> DivergenceStatistics:
+        return divergence_statistics(
             measured.kl_T,
             measured.reverse_kl_T,
             packed.episode_T,
@@ -301,7 +303,15 @@ def _enforce(
             quantile=region.quantile,
             unit=region.unit,
         )
-        decision = search.observe(statistics.quantile)
+
+    def hopeless(so_far: Measurement) -> bool:
+        # With 0 for what is not measured yet the quantile is a lower bound of what it will be.
+        return summary(so_far).quantile > search.foregone
+
+    while True:
+        measured = learner.measure(anchor, hopeless)
+        statistics = summary(measured)
+        decision = search.observe(statistics.quantile, whole=measured.whole)
         if decision == "accept":
             return search, measured, statistics
         if decision == "revert":

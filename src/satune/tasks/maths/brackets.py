@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from satune.tasks.maths.notation import Token
+from satune.tasks.maths.notation import FUNCTIONS, Token, dense
 from satune.tasks.maths.terms import Unreadable
-from satune.tasks.maths.units import words
+from satune.tasks.maths.units import CURRENCIES, ORDINALS, words
 
 Tokens = Sequence[Token]
 
@@ -15,6 +15,7 @@ OPENING = {
     "lceil": "rceil",
 }  # fmt: skip
 _DEEPEST = 40
+_TEMPERATURES = ("C", "F")
 _CLOSING = frozenset(OPENING.values())
 _ROUGHLY = words("approximately about roughly around")
 
@@ -99,3 +100,37 @@ def _balanced(tokens: Tokens) -> bool:
         return bool(list(depths(tokens)))
     except Unreadable:
         return False
+
+
+def without_ordinal(tokens: Tokens) -> Tokens:
+    """Without the ^{th} of 5^{th}."""
+    for length in (2, 4, 5):
+        ending = dense(tokens[-length:]) if len(tokens) > length else ""
+        if ending.startswith("^") and ending.strip("^{}").replace(" ", "") in ORDINALS:
+            return tokens[:-length]
+    return tokens
+
+
+def without_currency(tokens: Tokens) -> tuple[Tokens, str]:
+    """Without a currency's sign, and the currency ("" for none)."""
+    for i in {0, 1, len(tokens) - 1} & set(range(len(tokens))):
+        token = tokens[i]
+        if token.kind == "sign" and token.text in CURRENCIES:
+            if i == 1 and not is_sign(tokens[0], "-", "+"):
+                continue
+            return [*tokens[:i], *tokens[i + 1 :]], CURRENCIES[token.text]
+    return tokens, ""
+
+
+def without_sign_unit(tokens: Tokens) -> tuple[Tokens, str]:
+    """Without a percent sign or a degree's circle at the end."""
+    if len(tokens) > 1 and is_sign(tokens[-1], "%") and not any(t.kind == "letter" for t in tokens):
+        return tokens[:-1], "percent"
+    last = tokens[-1:] if tokens and tokens[-1].text in _TEMPERATURES else ()
+    before = tokens[: len(tokens) - len(last)]
+    for ending in ("^\\circ", "^{\\circ}", "\\circ"):
+        length = {"^\\circ": 2, "^{\\circ}": 4, "\\circ": 1}[ending]
+        if len(before) > length and dense(before[-length:]) == ending:
+            functions = any(is_sign(token, *FUNCTIONS) for token in before)
+            return (tokens, "") if functions else (before[:-length], "degree")
+    return tokens, ""

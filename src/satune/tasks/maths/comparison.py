@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
@@ -16,9 +17,19 @@ from satune.tasks.maths.reading import (
     term_of,
 )
 from satune.tasks.maths.terms import Term, Unreadable, number
-from satune.tasks.maths.values import close, is_real, nearly, point, symbols, values
+from satune.tasks.maths.values import (
+    FEWER_BITS,
+    MOST_BITS,
+    POSITIVE_POINTS,
+    Value,
+    close,
+    is_real,
+    nearly,
+    points,
+    symbols,
+    values,
+)
 
-_POSITIVE_POINTS, _POINTS = 4, 7
 _FEWEST_POINTS = 2
 _MOST_UNORDERED = 40
 _ROUNDED_PLACES = 6
@@ -29,11 +40,11 @@ def same(reference: Reading, answer: Reading) -> bool:
     """Whether the answer says what the reference says. What only the answer may do: name what it
     gives (x = 5 for 5), or be a set where the reference is an inequality."""
     if isinstance(reference, Relation) and isinstance(answer, Relation):
-        return _same_relations(reference, answer)
+        return _same_relations(_in_order(reference), _in_order(answer))
     if isinstance(answer, Relation):
         if not set(answer.signs) <= {"=", "in"} or not _holds(answer):
             return False
-        return same(reference, answer.sides[-1])
+        return same(reference, _in_order(answer).sides[-1])
     if isinstance(reference, Relation):
         if set(reference.signs) <= {"=", "in"}:
             return reference.named and same(reference.sides[-1], answer)
@@ -69,17 +80,32 @@ def same_terms(a: Term, b: Term) -> bool:
         len({name.casefold() for name in symbols(term)}) == len(symbols(term)) for term in (a, b)
     )
     tried = 0
-    for i in range(_POINTS if names else 1):
-        try:
-            (left, right), bits = values([a, b], point(i, fold))
-        except Unreadable:
-            continue
-        if i >= _POSITIVE_POINTS and not (is_real(left) and is_real(right)):
-            continue  # another branch of a root or logarithm
+    for (left, right), bits in _deciding([a, b], names, fold):
         if not close(left, right, bits):
             return False
         tried += 1
     return tried >= (_FEWEST_POINTS if names else 1)
+
+
+def _deciding(terms: list[Term], names: set[str], fold: bool) -> Iterator[tuple[list[Value], int]]:
+    """The values of the terms, and their bits, at the points that decide: where all of them are
+    defined in real numbers. An i in a term is welcome at the first points. Where too few decide,
+    the first points do in complex numbers."""
+    decided = 0
+    undefined: list[tuple[list[Value], int]] = []
+    for i, point in enumerate(points(names, fold)):
+        first = i < POSITIVE_POINTS
+        try:
+            found, bits, real = values(terms, point, MOST_BITS if first else FEWER_BITS)
+        except Unreadable:
+            continue
+        if real and (first or all(is_real(value) for value in found)):
+            decided += 1
+            yield found, bits
+        elif first:
+            undefined.append((found, bits))
+    if decided < _FEWEST_POINTS:
+        yield from undefined
 
 
 def _same_amounts(reference: Reading, answer: Reading, *, both_units: bool = False) -> bool:
@@ -112,7 +138,7 @@ def _rounded(exact: Quantity, decimal: Quantity) -> bool:
     if symbols(exact.term, decimal.term):
         return False
     try:
-        (value,), _ = values([decimal.term], point(0, True))
+        (value,), *_ = values([decimal.term], {})
         assert isinstance(value, Fraction)  # a number, perhaps with a sign
         digits = str(abs(value * 10**decimal.places).numerator)
         if len(digits) < _ROUNDED_PLACES or digits[-_ROUNDED_PLACES:] in ("000000", "999999"):
@@ -148,12 +174,12 @@ def _same_many(reference: Reading, answer: Reading) -> bool:
         return False
     if kinds == {"union"}:
         return _same_unordered(a, b)
-    if kinds == {"ratio"}:
+    if kinds <= {"ratio", "time"} and reference.kind == "ratio":
         return _same_ratio(a, b)
     # 1,2 for (1,2), and [1,2,3] for (1,2,3): the order counts.
-    loose = kinds == {"list", "()"} or (kinds == {"()", "[]"} and len(a) > 2)
+    loose = kinds in ({"list", "()"}, {"time", "ratio"}) or (kinds == {"()", "[]"} and len(a) > 2)
     if len(kinds) == 1 or loose:
-        return all(same(x, y) for x, y in zip(a, b, strict=True))
+        return all(same(x, y) for x, y in zip(_by_name(a), _by_name(b), strict=True))
     return False
 
 
@@ -163,12 +189,45 @@ def _same_as_single(reference: Reading, answer: Reading) -> bool:
     if many.kind == "set" and len(many.items) == 1:
         item = many.items[0]
         return same(item, other) if many is reference else same(other, item)
-    if many.kind == "ratio" and len(many.items) == 2:
+    is_ratio = many.kind == "ratio" or (many.kind == "time" and many is answer)
+    if is_ratio and len(many.items) == 2:
         upper, lower = (term_of(item) for item in many.items)
         if upper is not None and lower is not None:
             quotient = Quantity(Term("product", (upper, Term("inverse", (lower,)))))
             return _same_amounts(quotient, other)
     return False
+
+
+def _in_order(relation: Relation) -> Relation:
+    """A pair that is called (y, x), and what is so called, as one that is called (x, y)."""
+    names, given = relation.sides[0], relation.sides[-1]
+    if not (isinstance(names, Many) and isinstance(given, Many) and given.kind in ("()", "list")):
+        return relation
+    if len(names.items) != len(given.items):
+        return relation
+    sides = (
+        names._replace(items=_alphabetical(names.items, names.items)),
+        *relation.sides[1:-1],
+        given._replace(items=_alphabetical(names.items, given.items)),
+    )
+    return relation._replace(sides=sides)
+
+
+def _by_name(items: Sequence[Reading]) -> Sequence[Reading]:
+    """y = 1, x = 2 as x = 2, y = 1."""
+    named = [item.sides[0] for item in items if isinstance(item, Relation) and item.named]
+    return _alphabetical(named, items) if len(named) == len(items) else items
+
+
+def _alphabetical(names: Sequence[Reading], items: Sequence[Reading]) -> tuple[Reading, ...]:
+    """Items in the order of their names, where these are letters that follow each other in the
+    alphabet. Others have no order that everybody keeps to: (m, b) is one."""
+    letters = [name.text for name in names if isinstance(name, Name) and len(name.text) == 1]
+    order = sorted(range(len(letters)), key=letters.__getitem__)
+    steps = {ord(letters[j]) - ord(letters[i]) for i, j in itertools.pairwise(order)}
+    if len(letters) < len(names) or steps != {1}:
+        return tuple(items)
+    return tuple(items[i] for i in order)
 
 
 def _distinct(items: Sequence[Reading]) -> tuple[Reading, ...]:
@@ -254,13 +313,7 @@ def _proportional(a: Term, b: Term, *, positive: bool) -> bool:
     quotient = Term("product", (a, Term("inverse", (b,))))
     first: Fraction | None = None
     tried = 0
-    for i in range(_POINTS):
-        try:
-            (found,), bits = values([quotient], point(i, False))
-        except Unreadable:
-            continue
-        if not is_real(found) and i >= _POSITIVE_POINTS:
-            continue
+    for (found,), bits in _deciding([quotient], symbols(a), fold=False):
         if found == 0 or (positive and not (is_real(found) and found > 0)):
             return False
         if first is not None and not close(found, first, bits):

@@ -7,8 +7,10 @@ Structure is read here and expressions by ``terms``. What can be read in no way 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from satune.tasks.maths.brackets import (
@@ -18,10 +20,14 @@ from satune.tasks.maths.brackets import (
     split,
     trimmed,
     whole_group,
+    without_currency,
+    without_ordinal,
+    without_sign_unit,
 )
-from satune.tasks.maths.notation import FUNCTIONS, Token, dense, tokens_of
+from satune.tasks.maths.notation import Token, dense, tokens_of
 from satune.tasks.maths.terms import Term, Unreadable, number, parse
-from satune.tasks.maths.units import CURRENCIES, MULTIPLIERS, ORDINALS, is_unit, unit_of, words
+from satune.tasks.maths.units import is_unit, multiplier, unit_of, words
+from satune.tasks.maths.values import agree, symbols
 
 
 class Quantity(NamedTuple):
@@ -50,7 +56,7 @@ class Numeral(NamedTuple):
 
 class Many(NamedTuple):
     """Several readings. Kinds: list (side by side), set, the brackets of a tuple or interval (such
-    as "(]"), union, difference, ratio, row, and the names of LaTeX's matrices."""
+    as "(]"), union, difference, ratio, time (of day), row, and the names of LaTeX's matrices."""
 
     kind: str
     items: tuple[Reading, ...]
@@ -91,7 +97,6 @@ _NAMED = re.compile(
     r"(?:_(?:\w|\{\w+\}))?(?:\(\w(?:,\w)*\))?|\(\w(?:,\w)+\)"
 )
 _LETTERS = ("letter", "initial")
-_TEMPERATURES = ("C", "F")
 
 
 def read(text: str) -> Reading:
@@ -164,7 +169,7 @@ def _one(tokens: Tokens) -> Reading:
         return Many("()", (Quantity(Term("negative", (infinity,))), Quantity(infinity)))
     parts, between = split(tokens, lambda token: is_sign(token, ":"))
     if between:
-        return Many("ratio", tuple(_amount(part) for part in parts))
+        return Many(_ratio_or_time(parts), tuple(_amount(part) for part in parts))
     return _numeral(tokens) or _name(tokens) or _amounts(tokens)
 
 
@@ -173,6 +178,9 @@ def _relation(sides: list[Tokens], signs: list[str]) -> Reading:
         # An exact value stands before the sign, or only a name does.
         cut = signs.index("approx")
         if cut or not _names(sides[0]):
+            exact, *others = (_one_or_literal(side) for side in sides[cut:])
+            if not all(_may_be_near(exact, other) for other in others):
+                raise Unreadable("two numbers that are not nearly the same")
             sides, signs = sides[: cut + 1], signs[:cut]
         else:
             signs = ["=" if sign == "approx" else sign for sign in signs]
@@ -180,6 +188,25 @@ def _relation(sides: list[Tokens], signs: list[str]) -> Reading:
             return _one(sides[0])
     read = tuple(_several(side) for side in sides)
     return Relation(read, tuple(signs), _names(sides[0]))
+
+
+def _may_be_near(exact: Reading, other: Reading) -> bool:
+    """False for two numbers, of one unit as far as they have any, that are not nearly the same."""
+    if not (isinstance(exact, Quantity) and isinstance(other, Quantity)):
+        return True
+    units = {exact.unit, other.unit}
+    one_unit = len(units) == 1 or ("" in units and "percent" not in units)
+    if symbols(exact.term, other.term) or not one_unit:
+        return True
+    return agree(exact.term, exact.places, other.term, other.places)
+
+
+def _ratio_or_time(parts: Sequence[Tokens]) -> str:
+    """Minutes have two digits; a ratio would not begin with a zero, and be in lowest terms."""
+    texts = [dense(part[:1]) for part in parts]
+    if not all(text.isdigit() for text in texts) or len(texts[1]) != 2 or int(texts[1]) > 59:
+        return "ratio"
+    return "time" if texts[1][0] == "0" or math.gcd(*map(int, texts)) > 1 else "ratio"
 
 
 def _names(side: Tokens) -> bool:
@@ -277,7 +304,8 @@ def _name(tokens: Tokens) -> Name | None:
     kinds = {token.kind for token in tokens if not is_sign(token, ".", "-", "'", "(", ")")}
     if kinds and kinds <= {*_LETTERS} and all(token.kind in _LETTERS for token in tokens):
         return Name("".join(token.text for token in tokens), parse(tokens))
-    if kinds & {"word", "bare"} and kinds <= {*_LETTERS, "word", "bare"}:
+    negated = next((is_sign(token, "-") for token in tokens if not is_sign(token, "(")), False)
+    if not negated and kinds & {"word", "bare"} and kinds <= {*_LETTERS, "word", "bare"}:
         said = [token.text.casefold() for token in tokens if token.kind != "sign"]
         if len(said) > 1 and said[0] in ("a", "an", "the"):
             said = said[1:]
@@ -317,14 +345,12 @@ def _tail(tokens: Tokens) -> int:
 
 
 def _amount(tokens: Tokens) -> Reading:
-    tokens = _without_ordinal(trimmed(tokens))
+    tokens = without_ordinal(trimmed(tokens))
     tail = _tail(tokens)
     head, behind = tokens[:tail], tokens[tail:]
-    head, unit = _without_currency(head)
-    factor = 1
-    while behind and behind[0].text.casefold() in MULTIPLIERS:
-        factor *= MULTIPLIERS[behind[0].text.casefold()]
-        behind = behind[1:]
+    head, unit = without_currency(head)
+    factor, said = multiplier([token.text for token in behind])
+    behind = behind[said:]
     if behind and is_sign(behind[0], "(") and is_sign(behind[-1], ")"):
         behind = behind[1:-1]
     if behind:
@@ -341,7 +367,7 @@ def _amount(tokens: Tokens) -> Reading:
             raise Unreadable("letters and words")
         unit = unit or named
     if not unit:
-        head, unit = _without_sign_unit(head)
+        head, unit = without_sign_unit(head)
     if any(is_sign(token, "pm", "mp") for token in head):
         both = (parse(head, plus=True), parse(head, plus=False))
         return Many("list", tuple(Quantity(_times(factor, term), unit) for term in both))
@@ -351,37 +377,5 @@ def _amount(tokens: Tokens) -> Reading:
     return Quantity(_times(factor, parse(head)), unit, places)
 
 
-def _times(factor: int, term: Term) -> Term:
+def _times(factor: Fraction, term: Term) -> Term:
     return term if factor == 1 else Term("product", (number(factor), term))
-
-
-def _without_ordinal(tokens: Tokens) -> Tokens:
-    for length in (2, 4, 5):
-        ending = dense(tokens[-length:]) if len(tokens) > length else ""
-        if ending.startswith("^") and ending.strip("^{}").replace(" ", "") in ORDINALS:
-            return tokens[:-length]
-    return tokens
-
-
-def _without_currency(tokens: Tokens) -> tuple[Tokens, str]:
-    for i in {0, 1, len(tokens) - 1} & set(range(len(tokens))):
-        token = tokens[i]
-        if token.kind == "sign" and token.text in CURRENCIES:
-            if i == 1 and not is_sign(tokens[0], "-", "+"):
-                continue
-            return [*tokens[:i], *tokens[i + 1 :]], CURRENCIES[token.text]
-    return tokens, ""
-
-
-def _without_sign_unit(tokens: Tokens) -> tuple[Tokens, str]:
-    """Without a percent sign or a degree's circle at the end."""
-    if len(tokens) > 1 and is_sign(tokens[-1], "%") and not any(t.kind == "letter" for t in tokens):
-        return tokens[:-1], "percent"
-    last = tokens[-1:] if tokens and tokens[-1].text in _TEMPERATURES else ()
-    before = tokens[: len(tokens) - len(last)]
-    for ending in ("^\\circ", "^{\\circ}", "\\circ"):
-        length = {"^\\circ": 2, "^{\\circ}": 4, "\\circ": 1}[ending]
-        if len(before) > length and dense(before[-length:]) == ending:
-            functions = any(is_sign(token, *FUNCTIONS) for token in before)
-            return (tokens, "") if functions else (before[:-length], "degree")
-    return tokens, ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fractions import Fraction
 
 
 def words(text: str) -> frozenset[str]:
@@ -30,7 +32,7 @@ _BARE = frozenset(
 )
 _IRREGULAR = {
     "feet": "foot", "inches": "inch", "people": "person", "children": "child", "men": "man",
-    "women": "woman", "pennies": "penny", "mice": "mouse", "dice": "die",
+    "women": "woman", "pennies": "penny", "mice": "mouse", "dice": "die", "halves": "half",
 }  # fmt: skip
 # Words that change what is said: with one of them behind it, a number is not an amount.
 _SAYS_MORE = words(
@@ -38,12 +40,25 @@ _SAYS_MORE = words(
     " less least most than at between half quarter third squared cubed factorial divided over"
     " multiplied by is are was equals but either neither both except unless until given with"
     " without as the power root maybe perhaps possibly respectively through up down only none all"
-    " any each every base choose negative below above imaginary wrong"
+    " any each every base choose negative below above imaginary wrong never twice thrice"
+    " zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
+    " ones twos threes fours fives sixes sevens eights nines tens twenties"
 )
-MULTIPLIERS = {
-    "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12,
+_MULTIPLIERS = {
+    "dozen": 12, "hundred": 100, "thousand": 1000, "lakh": 10**5, "million": 10**6,
+    "crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12,
 }  # fmt: skip
+_PARTS = {
+    "half": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
+    "ninth": 9, "tenth": 10, "eleventh": 11, "twelfth": 12, "sixteenth": 16, "twentieth": 20,
+    "hundredth": 100, "thousandth": 1000, "millionth": 10**6, "billionth": 10**9,
+}  # fmt: skip
+# Words that change an amount where they end what is said, and else may be part of a noun: "binary"
+# but "binary strings", "fifth" but "fifth graders".
+_ENDS_AS_MORE = _PARTS.keys() | words(
+    "binary octal hex hexadecimal double doubled tripled quadrupled halved false incorrect"
+)
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen", "₹": "rupee"}
 ORDINALS = frozenset(("st", "nd", "rd", "th"))
 _MOST_WORDS = 5
@@ -67,6 +82,33 @@ def singular(word: str) -> str:
     return word
 
 
+def multiplier(said: Sequence[str]) -> tuple[Fraction, int]:
+    """The factor that the first words behind a number are, and how many words they are: hundred
+    thousand and dozens, or thousandths alone, as hundred thousandths are read in two ways."""
+    factor = Fraction(1)
+    for i, word in enumerate(said):
+        small = word.casefold()
+        if i == 0 and _is_parts(small):
+            return Fraction(1, _PARTS[singular(small)]), 1
+        if singular(small) not in _MULTIPLIERS:
+            return factor, i
+        factor *= _MULTIPLIERS[singular(small)]
+    return factor, len(said)
+
+
+def _is_parts(word: str) -> bool:
+    """Tenths and the like; a tenth alone may be the one behind the ninth."""
+    return singular(word) in _PARTS and word not in _PARTS
+
+
+def _says_more(word: str, final: bool) -> bool:
+    head = word.rpartition("-")[2]  # what ten-thousandths are, and twenty-six at the end is
+    said = head if final else word
+    if said in _SAYS_MORE or (final and said in _ENDS_AS_MORE):
+        return True
+    return singular(said) in _MULTIPLIERS or _is_parts(head)
+
+
 def unit_of(phrase: str) -> str | None:
     """The unit or noun that a phrase names, in one spelling ("" for "units", "th" and the like);
     None if the phrase says something else. Words are separated by blanks; "/", "*" and "^2" may
@@ -79,14 +121,14 @@ def unit_of(phrase: str) -> str | None:
         return None
     parts: list[str] = []
     power = ""
-    for word in found:
+    for i, word in enumerate(found):
         if word in ("/", "per"):
             parts.append("/")
         elif word.startswith("^") and parts and len(word) > 1:
             parts[-1] += word if parts[-1] else ""
         elif word in ("squared", "cubed") and parts:
             parts[-1] += ("^2" if word == "squared" else "^3") if parts[-1] else ""
-        elif word in _SAYS_MORE or word in MULTIPLIERS or not word[0].isalpha():
+        elif not word[0].isalpha() or _says_more(word, i == len(found) - 1):
             return None
         elif word in ("a", "an", "of"):
             continue

@@ -1,18 +1,19 @@
 """The value of a term at a point: exact where it is rational, else to as many digits as it needs.
 
 Two terms are the same if they have the same value at every point that is tried: numbers chosen by
-the symbols' names, so that the verdict does not depend on chance. Nothing is rounded and nothing
-rewritten: two values that are not both rational are equal if they agree to half of a precision
-that exceeds every cancellation met on the way. Costs are bounded before they arise.
+the symbols' places in the alphabet, so that the verdict depends neither on chance nor on the
+letters. Nothing is rounded and nothing rewritten: two values that are not both rational are equal
+if they agree to half of a precision that exceeds every cancellation met on the way. Costs are
+bounded before they arise.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import mpmath
 from mpmath.libmp import NoConvergence
@@ -20,7 +21,9 @@ from mpmath.libmp import NoConvergence
 from satune.tasks.maths.terms import Term, Unreadable
 
 Value = Any  # Fraction, or mpmath's mpf or mpc
-_LEAST_BITS, _MOST_BITS = 320, 40_000
+_LEAST_BITS, MOST_BITS = 320, 40_000
+FEWER_BITS = 5_000
+"""What is enough where a value is only one of many, and would cost too much otherwise."""
 _MOST_EXACT_BITS = 20_000
 _LARGEST_MAGNITUDE = 1_000_000
 _LARGEST_FACTORIAL = 3000
@@ -34,20 +37,55 @@ _FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "arctanh": _mp.atanh, "ln": _mp.log, "exp": _mp.exp,
 }  # fmt: skip
 
-Point = Callable[[str], Fraction]
+Point = Mapping[str, Fraction]
+POSITIVE_POINTS = 4
+"""How many of the points that come first have small positive values only."""
+_PARTS = 97
+# The least and the greatest value of a small and of a large symbol, in parts. The two make an odd
+# sum, so that a value and its mirror image differ in what they make of (-1)^n.
+_SMALL, _LARGE = (23, 412), (9_700, 96_997)
+_MOST_ALONE = 6
 
 
-def point(number: int, fold: bool) -> Point:
-    """A value for every symbol, from its name: points 0 to 3 are positive, later ones have either
-    sign. ``fold`` gives a letter and its capital the same value."""
+class Values(NamedTuple):
+    """Values of terms at a point, the precision in bits that they have in common, and whether
+    roots, logarithms and the like of real numbers were real all the way."""
 
-    def value(name: str) -> Fraction:
-        key = f"{number} {name.casefold() if fold else name}"
-        drawn = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:4], "big")
-        found = Fraction(drawn % 389 + 23, 97)
-        return -found if number > 3 and drawn >> 30 & 1 else found
+    found: list[Value]
+    bits: int
+    real: bool
 
-    return value
+
+def points(names: Iterable[str], fold: bool) -> list[Point]:
+    """A value for every symbol at each of the points that are tried; one empty point if there is
+    no symbol. Every symbol is small, large, positive and negative somewhere, any two stand in both
+    orders and have other signs somewhere. ``fold`` gives a letter and its capital the same value.
+    """
+    key = {name: name.casefold() if fold else name for name in names}
+    ranks = {found: rank for rank, found in enumerate(sorted(set(key.values())))}
+    if not ranks:
+        return [{}]
+    small, other, large = (
+        [_drawn(f"{i} {rank}", sizes) for rank in ranks.values()]
+        for i, sizes in enumerate((_SMALL, _SMALL, _LARGE))
+    )
+    tried = [small, _mirrored(small, _SMALL), other, _mirrored(other, _SMALL)]
+    tried += [large, _mirrored(large, _LARGE)]
+    tried += [[-value for value in values] for values in (small, large)]
+    for alone in range(min(len(ranks), _MOST_ALONE) if len(ranks) > 1 else 0):
+        values = large if alone % 2 else other
+        tried.append([-value if i == alone else value for i, value in enumerate(values)])
+    return [{name: values[ranks[key[name]]] for name in key} for values in tried]
+
+
+def _drawn(seed: str, sizes: tuple[int, int]) -> Fraction:
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big")
+    return Fraction(number % (sizes[1] - sizes[0] + 1) + sizes[0], _PARTS)
+
+
+def _mirrored(values: list[Fraction], sizes: tuple[int, int]) -> list[Fraction]:
+    """Values of the same size in the reverse order."""
+    return [Fraction(sum(sizes), _PARTS) - value for value in values]
 
 
 def symbols(*terms: Term) -> set[str]:
@@ -62,8 +100,8 @@ def symbols(*terms: Term) -> set[str]:
     return found
 
 
-def values(terms: list[Term], at: Point) -> tuple[list[Value], int]:
-    """The values of the terms at a point, and the precision in bits that they have in common.
+def values(terms: list[Term], at: Point, most_bits: int = MOST_BITS) -> Values:
+    """The values of the terms at a point, to ``most_bits`` at most.
 
     Raises Unreadable where there is no value, or none within the bounds.
     """
@@ -77,8 +115,8 @@ def values(terms: list[Term], at: Point) -> tuple[list[Value], int]:
                 raise Unreadable(f"no value: {error}") from error
         needed = _LEAST_BITS + 4 * calculator.spread
         if needed <= bits or all(isinstance(value, Fraction) for value in found):
-            return found, bits
-        if needed > _MOST_BITS:
+            return Values(found, bits, calculator.real)
+        if needed > most_bits:
             raise Unreadable("the value needs too many digits")
         bits = needed
 
@@ -107,7 +145,7 @@ def is_real(value: Value) -> bool:
 def nearly(term: Term, decimal: Fraction, places: int) -> bool:
     """Whether a constant that is no finite decimal begins with these decimal places, the last of
     them rounded or cut off."""
-    (found,), bits = values([term], point(0, True))
+    (found,), bits, _ = values([term], {})
     if not is_real(found):
         return False
     if isinstance(found, Fraction):
@@ -117,10 +155,36 @@ def nearly(term: Term, decimal: Fraction, places: int) -> bool:
                 rest //= prime
         if rest == 1:
             return found == decimal
+    return shown(found, decimal, places, bits)
+
+
+def shown(value: Value, decimal: Fraction, places: int, bits: int) -> bool:
+    """Whether a real value begins with these decimal places (-2: whole hundreds), the last of them
+    rounded or cut off."""
+    scale = Fraction(10) ** places
     with _mp.workprec(bits):
-        beyond = (abs(_float(found)) - abs(_float(decimal))) * 10**places
-        same_sign = (found > 0) == (decimal > 0)
+        if isinstance(value, Fraction):
+            beyond = (abs(value) - abs(decimal)) * scale
+        else:
+            beyond = (abs(value) - abs(_float(decimal))) * _float(scale)
+        same_sign = decimal == 0 or (value > 0) == (decimal > 0)
         return bool(same_sign and (0 <= beyond < 1 or abs(beyond) <= 0.5))
+
+
+def agree(a: Term, places_a: int | None, b: Term, places_b: int | None) -> bool:
+    """Whether two constants are the same to the decimal places that one of them shows (None: it is
+    no decimal), or else to a hundredth of their size. A whole number's final zeros show nothing."""
+    (left, right), bits, _ = values([a, b], {})
+    if not (is_real(left) and is_real(right)):
+        return close(left, right, bits)
+    for value, decimal, places in ((left, right, places_b), (right, left, places_a)):
+        if places is not None:
+            digits = str(decimal.numerator) if decimal and places == 0 else ""
+            if shown(value, decimal, places + len(digits.rstrip("0")) - len(digits), bits):
+                return True
+    with _mp.workprec(bits):
+        difference = abs(_float(left) - _float(right))
+        return places_a is places_b is None and bool(100 * difference <= abs(_float(left)))
 
 
 def _float(value: Value) -> Value:
@@ -135,19 +199,20 @@ def _bits(value: Fraction) -> int:
 
 class _Calculator:
     """Values at one point to one precision; ``spread`` is how many bits lay between the largest
-    and the smallest thing that met."""
+    and the smallest thing that met, ``real`` whether nothing led from real numbers to others."""
 
     def __init__(self, bits: int, at: Point) -> None:
         self._precision = bits
         self._at = at
         self.spread = 0
+        self.real = True
 
     def of(self, term: Term) -> Value:
         operation, parts = term
         if operation == "number":
             return parts[0]
         if operation == "symbol":
-            return self._at(str(parts[0]))
+            return self._at[str(parts[0])]
         if operation == "constant":
             return {"pi": +_mp.pi, "e": +_mp.e, "i": _mp.mpc(0, 1), "inf": _mp.inf}[str(parts[0])]
         inner = [self.of(part) for part in parts if isinstance(part, Term)]
@@ -159,6 +224,8 @@ class _Calculator:
             raise Unreadable("no value")
         elif isinstance(value, _mp.mpc) and value.imag == 0:
             return value.real  # a complex number has no sign to ask for
+        if not is_real(value) and all(is_real(part) for part in inner):
+            self.real = False
         return value
 
     def _apply(self, operation: str, inner: list[Value]) -> Value:
@@ -237,6 +304,8 @@ class _Calculator:
         if isinstance(exponent, Fraction) and exponent.denominator % 2 and is_real(base):
             # The odd root of a negative number is the real one.
             negative = bool(base < 0) and exponent.numerator % 2 == 1
+            # Which root it is must not come from a symbol's value.
+            self.real &= bool(base > 0) or exponent.denominator % _PARTS > 0
             base = abs(base)
         exponent = _float(exponent)
         if base == 0 or not (_mp.isfinite(base) and _mp.isfinite(exponent)):
