@@ -380,10 +380,8 @@ def _altered(
     event = verdict.event | {"scale": 0.0 if reverted else verdict.event["scale"] * trial.scale}
     if reverted:
         event |= {"accepted": False, "reason": f"gate: {trial.reason}"}
-    nothing_E = torch.zeros_like(outcome.log_ratio_E)
-    return replace(
-        verdict, accepted=not reverted, log_ratio_E=nothing_E, log_ratio_H=None, event=event
-    )
+    nothing = {"log_ratio_E": torch.zeros_like(outcome.log_ratio_E), "log_ratio_H": None}
+    return replace(verdict, accepted=not reverted, event=event, **nothing)
 
 
 def _claim(noted: Mapping[str, Any] | None, trial: Trial) -> dict[str, Any]:
