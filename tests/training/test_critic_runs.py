@@ -181,7 +181,7 @@ def go(recipe: Path, out: Path, overrides: list[str], checkpoint: str | None = N
 
 def left(out: Path) -> dict[str, object]:
     run = RunDirectory(out)
-    episodes = {path.name: path.read_bytes() for path in run.episodes.iterdir()}
+    episodes = {path.name: path.read_bytes() for path in run.episodes.glob("stage-*")}
     return {
         "events": tiny_world.events(out), "episodes": episodes, "team": tiny_world.team_files(out),
         "state": (run.checkpoints / "stage-0002" / "state.json").read_text().count("critic"),
