@@ -18,6 +18,8 @@ from satune.tiny.zoo import tiny_model, tiny_tokenizer
 KINDS = {
     "full weights": [],
     "adapters": ["team.sharing=lora"],
+    "bfloat16": ["team.dtype=bfloat16", "gauge.every=0"],
+    "adapters in bfloat16": ["team.sharing=lora", "team.dtype=bfloat16", "gauge.every=0"],
     "several micro-batches": ["optimizer.micro_batch_tokens=256"],
 }
 
