@@ -60,7 +60,7 @@ def number(*parts: object) -> float:
 
 
 class Learner:
-    frozen, device, reference_weights = False, "cpu", None
+    frozen, device, reference_weights, critic = False, "cpu", None, None
 
     def __init__(self, seed: int) -> None:
         self.weights = torch.full((3,), float(seed))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig
 
 from satune.agents.messages import MessageRenderer, TemplateSettings
@@ -78,15 +80,25 @@ class Team:
     def seats_of(self, agent: str) -> list[str]:
         return [seat for seat, filled_by in self.seats.items() if filled_by == agent]
 
-    def save(self, directory: Path, *, final: Path | None = None) -> None:
+    def save(
+        self,
+        directory: Path,
+        *,
+        final: Path | None = None,
+        critics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Write the team: manifest.json and a Hugging Face (or PEFT) directory an agent.
 
         Written beside, safely on the disk, and renamed, so that ``directory`` is always whole.
-        ``final``: where it will lie in the end, if elsewhere. Raises UserError where the disk
-        refuses.
+        ``final``: where it will lie in the end, if elsewhere. ``critics`` has the parameters of
+        agents' critics, which go to ``NAME.critic.safetensors``: no part of what is loaded again.
+        Raises UserError where the disk refuses.
         """
         with written_beside(directory) as beside:
             self._write(beside, final or directory)
+            for name, tensors in (critics or {}).items():
+                held = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(held, beside / f"{name}.critic.safetensors")
 
     def _write(self, beside: Path, final: Path) -> None:
         bases: dict[str, str] = {}

@@ -272,11 +272,12 @@ class Experience:
     """What one agent's update learns from: whole groups of episodes and their log weights.
 
     ``log_weights[e]`` is log w of THEORY §6, the sum over the agents updated since the rollout of
-    anchor minus written log-probabilities; 0 right after a rollout.
+    anchor minus written log-probabilities; 0 right after a rollout. ``log_ratios`` has it by turn.
     """
 
     episodes: tuple[Episode, ...]
     log_weights: tuple[float, ...]
+    log_ratios: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,7 @@ def test_two_passes_have_the_gradient_of_one(name, dtype, tolerance, moved):
 
 def squares(batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
     """Has a derivative that depends on the log-probabilities also where all ratios are 1."""
-    by_episode = torch.zeros_like(batch.advantages_E).index_add(
+    by_episode = torch.zeros_like(batch.advantages_U).index_add(
         0, batch.episode_T, batch.logprobs_T
     )
     return (by_episode**2).sum() / batch.episode_total, {"squares": (by_episode**2).sum()}

@@ -203,7 +203,7 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
         ("discount: {gamma: 0.99}",
          "discount: unknown key; the keys here are seed, team, task, protocol, rollout, schedule,"
-         " order, objective, credit, trust_region, gauge, optimizer, stages,"
+         " order, objective, credit, critic, trust_region, gauge, optimizer, stages,"
          " evaluate, certify, engine, checkpoint, log, tiny"),
         ("objective: {name: sat, clipp: 0.1}",
          "objective.clipp: unknown key; did you mean objective.clip?"),
@@ -315,6 +315,12 @@ def test_yaml_builds_plain_data_only(tmp_path: Path) -> None:
     assert "could not determine a constructor" in message(path)
 
 
+def test_values_need_no_groups(relay: Path) -> None:
+    recipe = load_recipe(relay, ["rollout.samples=1", "credit=gae", "critic.kind=head"])
+    assert recipe.critic.rate == 1e-3 and recipe.critic.discount == 0.99
+    assert load_recipe(relay, ["critic.kind=model", "credit=gae"]).critic.rate == 1e-5
+
+
 # Keys that do not go together
 
 
@@ -323,6 +329,13 @@ def test_yaml_builds_plain_data_only(tmp_path: Path) -> None:
     [
         (["rollout.samples=1"], "rollout.samples", "use at least 2"),
         (["rollout.samples=1", "objective=reinforce"], "rollout.samples", "use at least 2"),
+        (["credit=gae"], "credit.name", "gae asks a critic, but there is none; set critic.kind"),
+        (["critic.kind=head"], "critic.kind", "values that credit 'group' never asks for"),
+        (["credit=gae", "critic={kind: head, model: m}"], "critic.model", "is for critic.kind"),
+        (["credit=gae", "critic={kind: model, model: 'http://localhost/v1#m'}"], "critic.model",
+         "must be a model that can be trained here"),
+        (["credit={name: gae, traces: true}", "critic.kind=head", "schedule=stale"],
+         "credit.traces", "which schedule 'stale' does not; use reuse or hybrid"),
         (["rollout.top_p=0.9"], "rollout.top_p", "0.9 would make the policy's support depend"),
         (["rollout.top_k=50"], "rollout.top_k", "50 would make the policy's support depend"),
         (["team.seats={one: ada, two: bem, three: ben}"], "team.seats.two",

@@ -222,6 +222,8 @@ BASELINES: dict[str, dict[str, Any]] = {
     "simultaneous": {"schedule": "simultaneous", "protocol": "chain", "objective": "sat"},
     "solo_grpo": {"schedule": "fresh", "protocol": "solo", "objective": "grpo"},
     "solo_dapo": {"schedule": "fresh", "protocol": "solo", "objective": "dapo"},
+    "solo_ppo": {"schedule": "fresh", "protocol": "solo", "objective": "ppo"},
+    "team_ppo": {"schedule": "simultaneous", "protocol": "chain", "objective": "ppo"},
     "debate": {"schedule": "simultaneous", "protocol": "debate", "objective": "grpo"},
     "judge": {"schedule": "simultaneous", "protocol": "judge", "objective": "grpo"},
     "role_play": {"schedule": "simultaneous", "protocol": "role_play", "objective": "grpo"},
@@ -240,6 +242,31 @@ def test_baselines(name: str) -> None:
         "objective": recipe.objective.name, "stages": recipe.stages,
     }  # fmt: skip
     assert found | BASELINES[name] == found
+
+
+@pytest.mark.parametrize("name", ["solo_ppo", "team_ppo"])
+def test_ppo_has_a_critic(name: str) -> None:
+    recipe = row(f"baselines/{name}")
+    assert recipe.credit.name == "gae" and not recipe.trust_region.enabled
+    critic = recipe.critic
+    assert (critic.kind, critic.boundary) == ("model", "token")
+    assert (critic.lam, critic.discount) == (0.95, 1)
+    agents = recipe.team.agents.values()
+    assert {agent.model for agent in agents} == {MODELS["q4"]}
+    assert len(agents) == {"solo_ppo": 1, "team_ppo": 3}[name]
+
+
+# Figure 1 (c) by tiny agents; these train here (benchmarks/violations.py).
+TINY = ("sat", "grpo", "dapo", "ppo", "m2po")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_figure_1_in_small(name: str) -> None:
+    recipe = row(f"figure1/tiny_{name}")
+    assert recipe.objective.name == name and recipe.trust_region.enabled == (name == "sat")
+    assert recipe.trust_region.delta == 0.05
+    assert recipe.team == row("relay").team and recipe.task == row("relay").task
+    assert (recipe.credit.name == "gae") == (name == "ppo")
 
 
 ROWS = [
@@ -262,7 +289,7 @@ def test_every_folder_is_installed() -> None:
 
 def test_no_recipe_is_left_out() -> None:
     found = {str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.glob("*/*.yaml")}
-    assert found == set(ROWS)
+    assert found == {*ROWS, *(f"figure1/tiny_{name}" for name in TINY)}
 
 
 @pytest.mark.parametrize("name", ROWS)

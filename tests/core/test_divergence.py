@@ -124,7 +124,7 @@ def test_token_statistics():
     # Trajectory sums: problem 9 (.07, .03), problem 4 (.10, 0): means .05 and .05.
     assert got.trajectory == pytest.approx({"forward": 0.05, "reverse": 0.10})
     # Only problem 4 has a state above .05; Clopper-Pearson for 1 of 2: (1-p)^2 + 2p(1-p) = .05.
-    assert got.violation_rate == 0.5
+    assert got.violation_rate == 0.5 and got.violation_share == pytest.approx(1 / 5)
     assert got.violation_ucb == pytest.approx(math.sqrt(0.95))
     assert got.level_shifted_quantile == INF
     assert (got.states, got.problems) == (5, 2)
@@ -138,6 +138,8 @@ def test_units():
     whole = scene(unit="trajectory", quantile=0.75)
     assert whole.quantile == pytest.approx(0.07) and whole.violation_rate == 1.0
     assert whole.violation_ucb == 1.0
+    # One of four turns, two of four episodes.
+    assert (turns.violation_share, whole.violation_share) == (1 / 4, 1 / 2)
     assert turns.max == whole.max == 0.10 and turns.mean == whole.mean
 
 
@@ -151,7 +153,8 @@ def test_weights():
     got = scene(weights_E=numbers(1, 2, 0, 5))
     assert got.mean == pytest.approx(0.026) and got.quantile == 0.03
     assert got.trajectory["forward"] == pytest.approx((0.065 + 0) / 2)
-    assert got.violation_rate == 0.5
+    assert got.violation_rate == 0.5 and got.violation_share == 0.0  # .10 has weight 0
+    assert scene(weights_E=numbers(1, 2, 0, 5), delta=0.025).violation_share == pytest.approx(3 / 5)
 
 
 def test_a_nan_is_never_hidden():
@@ -163,6 +166,7 @@ def test_a_nan_is_never_hidden():
             "mean",
             "quantile",
             "max",
+            "violation_share",
             "violation_rate",
             "violation_ucb",
             "level_shifted_quantile",

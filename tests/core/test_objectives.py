@@ -16,11 +16,11 @@ from satune.core.objectives import (
     ObjectiveBatch,
     objective_loss,
 )
-from satune.core.settings import OBJECTIVES, ObjectiveSettings
+from satune.core.settings import OBJECTIVES, WHOLE, ObjectiveSettings
 
 NAN = math.nan
 NAMES = tuple(OBJECTIVES)
-PESSIMISTIC = ("sat", "gspo", "grpo", "dapo")
+PESSIMISTIC = ("sat", "gspo", "grpo", "dapo", "ppo")
 """Those that take the smaller of the clipped and the free gain."""
 
 
@@ -40,8 +40,9 @@ def bundle(
         "anchor_logprobs_T": number(anchor),
         "episode_T": torch.tensor(episode, dtype=torch.long),
         "turn_T": torch.tensor(episode, dtype=torch.long),
-        "advantages_E": number(advantages),
-        "weights_E": number(weights or [1.0] * len(advantages)),
+        "unit_T": torch.tensor(episode, dtype=torch.long),
+        "advantages_U": number(advantages),
+        "weights_U": number(weights or [1.0] * len(advantages)),
         "episode_total": float(len(advantages)),
         "token_total": float(len(episode)),
     }
@@ -187,9 +188,156 @@ def test_cispos_gradient_is_that_of_its_definition(seed, low, high):
     for token, episode in enumerate(batch.episode_T.tolist()):
         ratio = math.exp(new[token] - old[token])
         held = min(max(ratio, 0.0 if low is None else 1 - low), 1 + high)
-        weight = float(batch.weights_E[episode] * batch.advantages_E[episode])
+        weight = float(batch.weights_U[episode] * batch.advantages_U[episode])
         expected.append(-weight * held / 6)
     assert gradient == pytest.approx(expected)
+
+
+def test_ppo_hand_computed():
+    # Three tokens of one episode, A = 2, -1, .5 a token; ratios 1.5, .5, 1.1 and clips .8, 1.2:
+    # min(3, 2.4) = 2.4 held; min(-.5, -.8) = -.8 held; .55 free. Loss = -(2.4 - .8 + .55)/3.
+    ratios = [1.5, 0.5, 1.1]
+    batch = bundle(
+        [math.log(r) - 1 for r in ratios], [-1.0] * 3, [0, 0, 0], [2.0, -1.0, 0.5],
+        unit_T=torch.arange(3), episode_total=1.0,
+        entropy_T=torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64),
+    )  # fmt: skip
+    loss, gradient, metrics = value_and_gradient(batch, name="ppo")
+    assert loss == pytest.approx(-2.15 / 3, rel=1e-14)
+    assert gradient == pytest.approx([0.0, 0.0, -0.55 / 3], rel=1e-14)
+    assert metrics["clipped"] == 2 and metrics["clippable"] == 3
+    # With an entropy bonus of .1: less .1 times its mean over tokens, .6.
+    loss, _, _ = value_and_gradient(batch, name="ppo", entropy=0.1)
+    assert loss == pytest.approx(-2.15 / 3 - 0.06, rel=1e-14)
+
+
+def test_m2po_hand_computed():
+    # u = .1, -.3, .05, .4: squares .01, .09, .0025, .16. Mean of all .0656; without .16: .0342,
+    # below .04, so the last is left out and the others' ratios are free of any clip.
+    loss, gradient, metrics = value_and_gradient(two_episodes(), name="m2po")
+    gains = [math.exp(0.1), math.exp(-0.3), math.exp(0.05)]  # w A = .5 * 2
+    assert loss == pytest.approx(-sum(gains) / 4, rel=1e-14)
+    assert gradient == pytest.approx([*(-g / 4 for g in gains), 0.0], rel=1e-14)
+    assert metrics["clipped"] == 1 and metrics["clippable"] == 4
+    # .0342 is above .03: without .09 as well the mean of .01 and .0025 is .00625.
+    _, gradient, metrics = value_and_gradient(two_episodes(), name="m2po", second_moment=0.03)
+    assert gradient == pytest.approx([-gains[0] / 4, 0.0, -gains[2] / 4, 0.0], rel=1e-14)
+    _, gradient, _ = value_and_gradient(two_episodes(), name="m2po", second_moment=0.07)
+    assert gradient[3] == pytest.approx(3 * math.exp(0.4) / 4, rel=1e-14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), limit=st.floats(0.001, 1))
+def test_m2po_leaves_out_as_few_tokens_as_it_takes(seed, limit):
+    generator = torch.Generator().manual_seed(seed)
+    u_T = torch.randn(7, dtype=torch.float64, generator=generator)
+    batch = bundle(u_T - 1, [-1.0] * 7, [0, 0, 0, 1, 1, 1, 2], [1.0, -1.0, 2.0], [1.0, 2.0, 0.0])
+    _, gradient, _ = value_and_gradient(batch, name="m2po", second_moment=limit)
+    kept = [token for token in range(7) if gradient[token] != 0]
+    squares = sorted((float(u_T[token]) ** 2, token) for token in range(6))
+    # One after the other from the largest on, as the paper's algorithm has it.
+    while squares and sum(square for square, _ in squares) / len(squares) >= limit:
+        squares.pop()
+    assert kept == sorted(token for _, token in squares)  # that of weight 0 counts for nobody
+
+
+TURNS = {"episode_T": [0, 0, 0, 0, 1, 1], "turn_T": [3, 3, 4, 4, 5, 5]}
+
+
+def by_turns() -> ObjectiveBatch:
+    """Two turns of episode 0, u = .1 - .2 and .3 + .1, A = 1, -2; one of episode 1, u = .5 + 0,
+    A = 3; weights 1, .5, 2."""
+    u = [0.1, -0.2, 0.3, 0.1, 0.5, 0.0]
+    return bundle(
+        [each - 1 for each in u], [-1.0] * 6, TURNS["episode_T"], [1.0, -2.0, 3.0], [1.0, 0.5, 2.0],
+        turn_T=torch.tensor(TURNS["turn_T"]), unit_T=torch.tensor([0, 0, 1, 1, 2, 2]),
+        episode_total=2.0,
+    )  # fmt: skip
+
+
+def test_objectives_over_ratios_take_advantages_a_turn():
+    # sat: e^-.1; -2 e^.4 .5 (not held); 3 * 1.2 * 2 (held): a sum over turns, a mean over episodes.
+    gains = [math.exp(-0.1), -math.exp(0.4), 7.2]
+    loss, gradient, metrics = value_and_gradient(by_turns(), name="sat")
+    assert loss == pytest.approx(-sum(gains) / 2, rel=1e-14)
+    expected = [-gains[0] / 2] * 2 + [-gains[1] / 2] * 2 + [0.0] * 2
+    assert gradient == pytest.approx(expected, rel=1e-14)
+    assert metrics["clipped"] == 1 and metrics["clippable"] == 3
+    # gspo: the mean of a turn's two log-ratios, -.05, .2, .25; the last two above log 1.2 = .182.
+    gains = [math.exp(-0.05), -math.exp(0.2), 7.2]
+    loss, gradient, _ = value_and_gradient(by_turns(), name="gspo")
+    assert loss == pytest.approx(-sum(gains) / 2, rel=1e-14)
+    expected = [-gains[0] / 4] * 2 + [-gains[1] / 4] * 2 + [0.0] * 2
+    assert gradient == pytest.approx(expected, rel=1e-14)
+    loss, gradient, _ = value_and_gradient(by_turns(), name="reinforce")
+    # Σ w A Σ log π = 1 * (-2.1) - 1 * (-1.6) + 6 * (-1.5)
+    assert loss == pytest.approx((2.1 - 1.6 + 9.0) / 2, rel=1e-14)
+    assert gradient == pytest.approx([-0.5] * 2 + [0.5] * 2 + [-3.0] * 2, rel=1e-14)
+
+
+def test_objectives_over_tokens_take_the_advantage_of_the_tokens_turn():
+    ratio = [math.exp(u) for u in (0.1, -0.2, 0.3, 0.1, 0.5, 0.0)]
+    gains = [ratio[0], ratio[1], -ratio[2], -ratio[3], 6 * 1.2, 6.0]
+    loss, _, _ = value_and_gradient(by_turns(), name="ppo")
+    assert loss == pytest.approx(-sum(gains) / 6, rel=1e-14)
+    # grpo: episode 0 has four tokens, episode 1 two.
+    loss, gradient, _ = value_and_gradient(by_turns(), name="grpo")
+    assert loss == pytest.approx(-(sum(gains[:4]) / 4 + sum(gains[4:]) / 2) / 2, rel=1e-14)
+    assert gradient[5] == pytest.approx(-6 / 4, rel=1e-14)
+
+
+def test_a_turn_of_weight_0_is_silent_and_the_others_of_its_episode_are_not():
+    batch = replace(by_turns(), weights_U=torch.tensor([0.0, 0.5, 2.0]).double())
+    hidden = replace(batch, advantages_U=torch.tensor([NAN, -2.0, 3.0]).double())
+    for name in NAMES:
+        loss, gradient, _ = value_and_gradient(hidden, name=name)
+        assert math.isfinite(loss) and gradient[:2] == [0.0, 0.0], name
+        assert gradient[2] != 0 or name == "m2po", name
+
+
+def earlier(name: str, batch: ObjectiveBatch) -> Tensor:
+    """The objectives over episodes, written for episodes alone."""
+    episodes = batch.advantages_U.numel()
+
+    def summed(values_T: Tensor) -> Tensor:
+        return torch.zeros(episodes, dtype=values_T.dtype).index_add(0, batch.episode_T, values_T)
+
+    def held(u: Tensor, advantages: Tensor, high: float = 0.2) -> Tensor:
+        clipped = u.clamp(math.log1p(-0.2), math.log1p(high)).exp()
+        excess = torch.relu(u - LINEAR_ABOVE)
+        free = u.clamp(max=LINEAR_ABOVE).exp() * (1 + excess)
+        return torch.minimum(free * advantages, clipped * advantages)
+
+    u_T = batch.logprobs_T - batch.anchor_logprobs_T
+    own_E = summed(torch.ones_like(u_T)).clamp(min=1)
+    advantages_T = batch.advantages_U[batch.episode_T]
+    if name in ("sat", "gspo"):
+        u_E = summed(u_T) if name == "sat" else summed(u_T) / own_E
+        gain_E = held(u_E, batch.advantages_U)
+    elif name == "grpo":
+        gain_E = summed(held(u_T, advantages_T)) / own_E
+    else:
+        gain_T = batch.weights_U[batch.episode_T] * held(u_T, advantages_T, 0.28)
+        return -gain_T.sum() / batch.token_total
+    return -(batch.weights_U * gain_E).sum() / batch.episode_total
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8))
+@pytest.mark.parametrize("name", ["sat", "gspo", "grpo", "dapo"])
+def test_an_advantage_an_episode_is_what_it_was_to_the_last_bit(name, seed, lengths):
+    generator = torch.Generator().manual_seed(seed)
+    episode_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    logprobs, anchor = (torch.randn(sum(lengths), generator=generator) for _ in "ab")
+    advantages_E, weights_E = (torch.randn(len(lengths), generator=generator) for _ in "ab")
+    batch = ObjectiveBatch(
+        logprobs.requires_grad_(), anchor, episode_T, episode_T, episode_T,
+        advantages_E, weights_E.exp(), float(len(lengths)), float(max(1, sum(lengths))),
+    )  # fmt: skip
+    now, before = objective_loss(batch, ObjectiveSettings(name))[0], earlier(name, batch)
+    assert torch.equal(now, before)
+    pair = [torch.autograd.grad(loss, batch.logprobs_T)[0] for loss in (now, before)]
+    assert torch.equal(*pair)
 
 
 def test_gspo_hand_computed():
@@ -235,8 +383,7 @@ def test_gradients_at_the_anchor():
         "reinforce": [-each / 2 for each in weighted],
         "gspo": [-each / (2 * size) for each, size in zip(weighted, length, strict=True)],
         "grpo": [-each / (2 * size) for each, size in zip(weighted, length, strict=True)],
-        "dapo": [-each / 5 for each in weighted],
-        "cispo": [-each / 5 for each in weighted],
+        **{name: [-each / 5 for each in weighted] for name in ("dapo", "ppo", "cispo", "m2po")},
     }
     for name in NAMES:
         _, gradient, _ = value_and_gradient(batch, name=name)
@@ -321,6 +468,8 @@ def test_huge_ratios_stay_finite(name, advantage, dtype, u):
     if name in PESSIMISTIC:
         # What the clip holds has no pull; a ratio that ran away with A < 0 is pulled back.
         assert (gradient[0] > 0) if (u > 0 and advantage < 0) else (gradient[0] == 0)
+    elif name == "m2po":
+        assert gradient[0] == 0  # left out on either side
     elif u > 0:
         # The others pull every token in the direction of its advantage.
         assert gradient[0] * advantage < 0
@@ -381,7 +530,7 @@ def test_a_nan_that_counts_is_seen(name):
     seed=st.integers(0, 10_000),
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8),
     parts=st.integers(1, 8),
-    name=st.sampled_from(NAMES),
+    name=st.sampled_from(sorted(set(NAMES) - WHOLE)),
 )
 def test_accumulation_in_any_split_equals_the_whole(seed, lengths, parts, name):
     generator = torch.Generator().manual_seed(seed)
@@ -406,8 +555,9 @@ def test_accumulation_in_any_split_equals_the_whole(seed, lengths, parts, name):
             anchor_logprobs_T=anchor[mask],
             episode_T=place[episode[mask]],
             turn_T=episode[mask],
-            advantages_E=advantages[chosen],
-            weights_E=weights[chosen],
+            unit_T=place[episode[mask]],
+            advantages_U=advantages[chosen],
+            weights_U=weights[chosen],
             episode_total=float(episodes),
             token_total=float(max(1, tokens)),
             kl_T=logprobs**2,
@@ -435,9 +585,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="length of logprobs_T"):
         objective_loss(replace(batch, kl_T=torch.zeros(3)), ObjectiveSettings(name="sat"))
     with pytest.raises(ValueError, match="one weight"):
-        objective_loss(replace(batch, weights_E=torch.ones(3)), ObjectiveSettings(name="sat"))
+        objective_loss(replace(batch, weights_U=torch.ones(3)), ObjectiveSettings(name="sat"))
     with pytest.raises(ValueError, match=f"choose one of {', '.join(OBJECTIVES)}"):
-        ObjectiveSettings(name="ppo")
+        ObjectiveSettings(name="trpo")
     with pytest.raises(ValueError, match=r"objective\.clip 1\.0: give a number below 1"):
         ObjectiveSettings("sat", {"clip": 1.0})
     with pytest.raises(ValueError, match=r"objective\.clip_high -0\.1: give a number above 0"):
@@ -453,7 +603,7 @@ def test_an_objective_of_the_users_own_has_its_options_and_the_terms_beside_it()
     def squares(batch: ObjectiveBatch, *, scale: float = 1.0):
         """A least-squares pull of each token to its anchor: nothing that a ratio could do."""
         gap_T = batch.logprobs_T - batch.anchor_logprobs_T
-        return scale * (batch.weights_E[batch.episode_T] * gap_T**2).sum() / batch.token_total, {}
+        return scale * (batch.weights_T * gap_T**2).sum() / batch.token_total, {}
 
     own = ObjectiveSettings("mine.py:squares", {"scale": 3.0}, beta=0.5, loss=squares)
     batch = bundle(

@@ -54,6 +54,9 @@ def test_the_figures_by_hand() -> None:
     assert {name: figures[name] for name in wanted} == pytest.approx(wanted)
     of_tokens = figures_of(gauged, packed, ObjectiveSettings("grpo"), region)
     assert of_tokens["clipped"] == pytest.approx(1 / 4)
+    # With a critic sat has a ratio a turn, or a token.
+    one_each = figures_of(gauged, packed, ObjectiveSettings("sat"), region, "token")
+    assert one_each["clipped"] == pytest.approx(1 / 4)
     assert figures_of(gauged, packed, ObjectiveSettings("reinforce"), region)["clipped"] == 0.0
 
 

@@ -144,8 +144,9 @@ def test_predicted_gain_against_the_formula_from_one_gradient_an_episode(run: Tr
     fisher = (sign_E[:, None] * g_EP).sum(0).square() / 6
     product = float((first * second / (fisher + DAMPING * fisher.mean())).sum())
     wanted = math.sqrt(2 * 0.05 * max(0.0, product))
-    found = predicted_gain(learner, packed, advantages_E, 0.05, KEY)
-    flipped = predicted_gain(learner, packed, _flip(advantages_E, half), 0.05, KEY)
+    found = predicted_gain(learner, packed, advantages_E[packed.episode_T], 0.05, KEY)
+    flipped_T = _flip(advantages_E, half)[packed.episode_T]
+    flipped = predicted_gain(learner, packed, flipped_T, 0.05, KEY)
     # One of the two has a positive product: turning one half's advantages round turns its sign.
     assert found == pytest.approx(wanted, rel=1e-3)
     assert flipped == pytest.approx(math.sqrt(2 * 0.05 * max(0.0, -product)), rel=1e-3)

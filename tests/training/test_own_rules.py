@@ -23,8 +23,7 @@ AGENTS = ("ann", "bob", "cat")
 OBJECTIVE = """
 def pull(batch, *, strength: float = 1.0):
     \"\"\"Every token of every episode becomes likelier, whatever its reward was.\"\"\"
-    weights_T = batch.weights_E[batch.episode_T]
-    return -strength * (weights_T * batch.logprobs_T).sum() / batch.token_total, {}
+    return -strength * (batch.weights_T * batch.logprobs_T).sum() / batch.token_total, {}
 """
 ORDER = """
 def rotate(sweep, start: int = 0):

@@ -111,6 +111,22 @@ def test_without_a_trust_region_a_large_step_stays_large(recipe: Path, tmp_path:
     assert outcome.event["kl"]["quantile"] > 1.0
 
 
+def test_without_a_trust_region_the_same_is_measured(recipe: Path, tmp_path: Path) -> None:
+    """A small step, which the region takes as it is, and a large one, which it would revert."""
+    for lr, larger in (("1e-4", False), ("3e-2", True)):
+        found = {}
+        for enabled in (True, False):
+            run, experience = fresh(recipe, tmp_path / f"{lr}{enabled}", f"optimizer.lr={lr}")
+            outcome = step(run, experience, enabled=enabled, backtracks=0)
+            found[enabled] = outcome.event
+            assert outcome.accepted == (not larger or not enabled)
+        for key in ("kl", "delta", "candidates", "objective", "clip_fraction"):
+            assert found[True][key] == found[False][key], key
+        kl = found[False]["kl"]
+        assert (kl["violation_share"] > 0.01 and kl["violation_rate"] > 0) == larger
+        assert {"quantile", "reverse_quantile", "violation_ucb", "trajectory"} <= set(kl)
+
+
 def test_a_shrunk_step_lies_on_the_line_from_the_anchor(recipe: Path, tmp_path: Path) -> None:
     whole, experience = fresh(recipe, tmp_path / "a", "optimizer.lr=3e-3")
     anchor = whole.learners["ann"].export()

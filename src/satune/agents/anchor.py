@@ -15,7 +15,7 @@ from satune.core.logprobs import Project, Reference
 
 @dataclass(slots=True)
 class Snapshot:
-    """An agent's parameters, and its optimiser's state, bit for bit.
+    """An agent's parameters, its optimiser's state and its critic's, if any, bit for bit.
 
     The optimiser's state lies on the CPU and may be what a learner rests with: it is not to be
     written to.
@@ -24,11 +24,13 @@ class Snapshot:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     steps: int
+    critic: dict[str, Tensor] = field(default_factory=dict)
 
     def rest(self) -> None:
         """Move to the CPU, bit for bit: whoever else has this snapshot lets the device go too."""
         self.weights = {name: tensor.cpu() for name, tensor in self.weights.items()}
         self.optimizer = {name: tensor.cpu() for name, tensor in self.optimizer.items()}
+        self.critic = {name: tensor.cpu() for name, tensor in self.critic.items()}
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from satune.agents.packing import MicroBatch
 from satune.agents.ports import NonFinite
 from satune.agents.scoring import Scorer
 from satune.core.objectives import ObjectiveBatch, objective_loss
-from satune.core.settings import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings, Per
 
 Values = dict[str, Tensor]
 """One number a token of each kind, by the name of TokenScores' and ObjectiveBatch's field."""
@@ -32,17 +32,18 @@ Values = dict[str, Tensor]
 class MiniBatch:
     """``episodes`` of an anchor's experience that a gradient is of.
 
-    ``advantages_E`` and ``weights_E`` cover the whole experience. Where the anchor does not know
-    all of the tokens, the weights are still the anchor's: what is scored is then kept for it.
-    The gradient comes ``scale`` times as large.
+    ``advantages_U`` and ``weights_U`` cover the whole experience, one number ``per`` episode, turn
+    or token. Where the anchor does not know all of the tokens, the weights are still the anchor's:
+    what is scored is then kept for it. The gradient comes ``scale`` times as large.
     """
 
     scorer: Scorer
     anchor: Anchor
     episodes: Sequence[int]
-    advantages_E: Tensor
-    weights_E: Tensor
+    advantages_U: Tensor
+    weights_U: Tensor
     objective: ObjectiveSettings
+    per: Per = "episode"
     scale: float = 1.0
     at_anchor: bool = field(init=False)
     token_total: float = field(init=False)
@@ -62,6 +63,8 @@ class MiniBatch:
         if self.token_total == 0:
             return {}
         long = self.anchor.packed.longer_than(micro_batch_tokens, self.episodes)
+        if self.objective.whole:
+            long = set(self.episodes)
         whole = [episode for episode in self.episodes if episode not in long]
         if whole:
             self._at_once(whole)
@@ -145,16 +148,18 @@ class MiniBatch:
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The part of ``episodes`` (sorted), whose tokens have ``values``, in the mini-batch's loss
         and metrics."""
-        packed, rows = self.anchor.packed, list(episodes)
+        packed, rows_E = self.anchor.packed, torch.tensor(list(episodes))
         device, dtype = values["logprobs_T"].device, values["logprobs_T"].dtype
-        # An episode's place among the sorted ones is its number.
-        episode_T = torch.searchsorted(torch.tensor(rows), packed.episode_T[tokens_T])
+        unit_T = packed.units(self.per)[tokens_T]
+        rows_U = rows_E if self.per == "episode" else unit_T.unique()
+        # A place among the sorted ones is the number.
         batch = ObjectiveBatch(
             anchor_logprobs_T=self.anchor.logprobs_T[tokens_T].to(device),
-            episode_T=episode_T.to(device),
+            episode_T=torch.searchsorted(rows_E, packed.episode_T[tokens_T]).to(device),
             turn_T=packed.turn_T[tokens_T].to(device),
-            advantages_E=self.advantages_E[rows].to(device, dtype),
-            weights_E=self.weights_E[rows].to(device, dtype),
+            unit_T=torch.searchsorted(rows_U, unit_T).to(device),
+            advantages_U=self.advantages_U[rows_U].to(device, dtype),
+            weights_U=self.weights_U[rows_U].to(device, dtype),
             episode_total=float(len(self.episodes)),
             token_total=self.token_total,
             **values,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from satune.agents.anchor import Anchor, Measurement, Snapshot, States
+from satune.agents.critic import LocalCritic
 from satune.agents.distillation import add_gradient, measure_distances
 from satune.agents.gradient import MiniBatch, back_propagate
 from satune.agents.memory import allowed_bytes
@@ -22,7 +23,7 @@ from satune.agents.ports import NonFinite
 from satune.agents.rounding import Gauged, gauge
 from satune.agents.scoring import Scorer
 from satune.agents.specs import OptimizerSettings
-from satune.core.settings import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings, Per
 
 HALF_SCALE = 2.0**12
 """What losses are multiplied with in float16, whose least number is 6e-8: gradients of a token are
@@ -42,6 +43,7 @@ class LocalLearner:
     frozen: bool = False
     scratch: Path | None = None
     steps: int = 0
+    critic: LocalCritic | None = None
     moments: Moments = field(init=False)
     _parameters: dict[str, torch.nn.Parameter] = field(init=False)
     _scorer: Scorer = field(init=False)
@@ -173,19 +175,21 @@ class LocalLearner:
         self,
         anchor: Anchor,
         episodes: Sequence[int],
-        advantages_E: Tensor,
-        weights_E: Tensor,
+        advantages_U: Tensor,
+        weights_U: Tensor,
         objective: ObjectiveSettings,
+        per: Per = "episode",
     ) -> dict[str, float]:
         """Add the gradient of one mini-batch, ``episodes`` of the anchor's experience.
 
-        ``advantages_E`` and ``weights_E`` cover the whole experience. Micro-batches are cut by the
+        ``advantages_U`` and ``weights_U`` cover the whole experience, one number ``per`` episode,
+        turn or token, in the order of the packed turns. Micro-batches are cut by the
         token budget, between turns where an episode is longer (see ``agents.gradient``); the
         mini-batch's totals are the denominators, so any cut gives the same sum.
         Returns the objective's metrics as sums. Raises NonFinite.
         """
         mini_batch = MiniBatch(
-            self._scorer, anchor, episodes, advantages_E, weights_E, objective, self._scale
+            self._scorer, anchor, episodes, advantages_U, weights_U, objective, per, self._scale
         )
         with self.policy.checkpointing(self.settings.gradient_checkpointing):
             return mini_batch.accumulate(self.settings.micro_batch_tokens)
@@ -270,12 +274,15 @@ class LocalLearner:
 
     def snapshot(self) -> Snapshot:
         """The agent as it is now; of the optimiser's state nothing more is held on the device."""
-        return Snapshot(self.export(), self.optimizer_state(), self.steps)
+        critic = {} if self.critic is None else self.critic.state()
+        return Snapshot(self.export(), self.optimizer_state(), self.steps, critic)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Bit-exact return to a snapshot, optimiser included."""
+        """Bit-exact return to a snapshot, optimiser and critic included."""
         self.load_weights(snapshot.weights)
         self.load_optimizer_state(snapshot.optimizer, snapshot.steps)
+        if self.critic is not None:
+            self.critic.load(snapshot.critic)
 
     @torch.no_grad()
     def interpolate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,12 @@ class PackedTurns:
     @property
     def tokens(self) -> int:
         return self.targets_T.numel()
+
+    def units(self, per: str) -> Tensor:
+        """The number [T] of each token's episode, turn or token, as ``per`` says."""
+        if per == "token":
+            return torch.arange(self.tokens)
+        return self.turn_T if per == "turn" else self.episode_T
 
     def plan(
         self, budget: int, episodes: Sequence[int] | None, *, whole_episodes: bool
@@ -221,6 +228,13 @@ def micro_batches(
     an episode's log-ratios need; scoring does not and buckets tighter. ``episodes`` None is all.
     """
     return map(_collate, packed.plan(budget, episodes, whole_episodes=whole_episodes))
+
+
+def mini_batches(order: Sequence[int], parts: int) -> list[list[int]]:
+    """``order`` cut into at most ``parts`` pieces whose lengths differ by one at most."""
+    parts = min(parts, len(order))
+    bounds = [len(order) * part // parts for part in range(parts + 1)]
+    return [list(order[a:b]) for a, b in pairwise(bounds)]
 
 
 def padded(rows: Sequence[Ids], width: int) -> Tensor:

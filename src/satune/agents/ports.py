@@ -4,6 +4,7 @@ raises."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -12,11 +13,41 @@ from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.mixture import Distances, MixturePolicy
 from satune.agents.packing import PackedTurns
 from satune.agents.rounding import Gauged
-from satune.core.settings import ObjectiveSettings
+from satune.agents.specs import CriticSettings
+from satune.core.settings import ObjectiveSettings, Per
+from satune.types import Key
 
 
 class NonFinite(ArithmeticError):
     """A loss, a gradient or logits were NaN or infinite; the step has to be reverted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueTargets:
+    """What a critic learns: at the flat own tokens ``tokens_N``, in rising order, the values
+    ``targets_N``, each with its weight. ``before_N`` is what the critic said of them itself."""
+
+    tokens_N: Tensor
+    targets_N: Tensor
+    before_N: Tensor
+    weights_N: Tensor
+
+
+class Critic(Protocol):
+    """The value function of one agent. ``agents.critic.LocalCritic`` says what each call does."""
+
+    @property
+    def settings(self) -> CriticSettings: ...
+
+    def values(self, anchor: Anchor) -> Tensor: ...
+
+    def fit(self, anchor: Anchor, lesson: ValueTargets, key: Key) -> float: ...
+
+    def weights(self) -> Mapping[str, Tensor]: ...
+
+    def state(self) -> Mapping[str, Tensor]: ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class Learner(Protocol):
@@ -28,6 +59,12 @@ class Learner(Protocol):
 
     frozen: bool
     steps: int
+
+    @property
+    def critic(self) -> Critic | None:
+        """The agent's value function, which snapshots hold and ``restore`` puts back; None: it has
+        none."""
+        ...
 
     def wake(self) -> None: ...
 
@@ -49,9 +86,10 @@ class Learner(Protocol):
         self,
         anchor: Anchor,
         episodes: Sequence[int],
-        advantages_E: Tensor,
-        weights_E: Tensor,
+        advantages_U: Tensor,
+        weights_U: Tensor,
         objective: ObjectiveSettings,
+        per: Per = "episode",
     ) -> dict[str, float]: ...
 
     def distil(

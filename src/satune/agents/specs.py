@@ -1,11 +1,11 @@
-"""What an agent's adapter and optimiser are told; nothing here needs a model."""
+"""What an agent's adapter, optimiser and critic are told; nothing here needs a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from satune.ranges import Count, MayChange, NotNegative, Positive, Range, Whole
+from satune.ranges import Count, MayChange, NotNegative, Part, Positive, Range, Share, Text, Whole
 
 # What AdamW is asked to do with float32 weights has to be a float32 number.
 Rate = Annotated[float, Range(gt=0, le=1e30)]
@@ -42,3 +42,36 @@ class OptimizerSettings:
     anchor_memory: Annotated[float, Range(ge=0), MayChange()] = 0.25
     gradient_checkpointing: Annotated[bool, MayChange()] = False
     offload: Annotated[Literal["cpu", "disk", "none"], MayChange()] = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class CriticSettings:
+    """A value function an agent, which ``credit: gae`` estimates advantages with.
+
+    ``kind`` "head" reads the agent's own hidden states and leaves the agent as it is, "model" is a
+    whole model of its own that starts as ``model`` (None: as the agent's), "none" is no critic.
+    A value is that of the state in which a turn begins, or with ``boundary`` "token" of every
+    token's. ``gamma`` discounts from one boundary to the next (None: .99 between turns, 1 between
+    tokens), ``lam`` weighs longer looks ahead. ``lr`` None is 1e-3 for a head, 1e-5 for a model;
+    ``clip`` bounds how far a fit may move a value and gain by it (None: no bound).
+    """
+
+    kind: Literal["none", "head", "model"] = "none"
+    model: Text | None = None
+    boundary: Literal["turn", "token"] = "turn"
+    gamma: Part | None = None
+    lam: Share = 0.95
+    lr: Rate | None = None
+    epochs: Count = 4
+    mini_batches: Count = 4
+    clip: Positive | None = 0.5
+
+    @property
+    def discount(self) -> float:
+        if self.gamma is not None:
+            return self.gamma
+        return 0.99 if self.boundary == "turn" else 1.0
+
+    @property
+    def rate(self) -> float:
+        return self.lr or (1e-3 if self.kind == "head" else 1e-5)

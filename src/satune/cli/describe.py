@@ -74,6 +74,18 @@ def _show(description: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    critics = [
+        f"{name} {bytes_text(held.get('weights'))} and {bytes_text(held.get('step'))}"
+        for name, agent in description["agents"].items()
+        if "critic" in agent
+        for held in [agent["critic"].get("memory", {})]
+    ]
+    if critics:
+        console.print(
+            f"in that, critics (weights and one step): {', '.join(critics)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     caches = [
         f"{name} {bytes_text(agent['cache']['token'])} ({bytes_text(agent['cache']['message'])})"
         for name, agent in description["agents"].items()

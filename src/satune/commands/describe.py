@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
-from satune.agents.specs import LoraSpec
+from satune.agents.specs import CriticSettings, LoraSpec
 from satune.commands.assemble import check_room, load_tasks, overlap_note
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
@@ -32,8 +32,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     Memory counts weights, gradients, AdamW's two moments (resident for one agent at a time) and the
     two copies a step keeps (anchor and proposal). ``cache`` holds an agent's key-value cache in
     bytes: a token, and a message of ``max_new_tokens``. It grows with the conversations that are
-    decoded at once and, like activations, is in no sum. Sizes that cannot be told are absent: of
-    models that are neither here nor among the published ones that ``agents.architectures`` lists.
+    decoded at once and, like activations, is in no sum. ``critic`` has the parameters of an agent's
+    critic, and as memory its weights and what a step adds: gradients, moments, a copy. Sizes that
+    cannot be told are absent: of models that are neither here nor among the published ones that
+    ``agents.architectures`` lists.
 
     Raises UserError for a task, protocol or option that is none, and for messages as long as a
     context.
@@ -74,6 +76,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             step = trained * master
             entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
             total += entry["memory"]["weights"]
+            if trained and recipe.critic.kind != "none":
+                entry["critic"] = _critic(recipe.critic, section.model, master)
+                total += entry["critic"].get("memory", {}).get("weights", 0)
             if numbers is not None:
                 # Keys and values are held in the type that attention computes in.
                 held = _BYTES[recipe.team.dtype] if section.lora else master
@@ -85,13 +90,16 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     updates = max(
         (
             sum(v for k, v in agent["memory"].items() if k != "weights")
+            + agent.get("critic", {}).get("memory", {}).get("step", 0)
             for agent in agents.values()
             if "memory" in agent
         ),
         default=0,
     )
     # Sizes of models on the hub are not known here, and a sum without them would be too small.
-    known = all("memory" in agent for agent in agents.values())
+    known = all(
+        "memory" in agent and "memory" in agent.get("critic", agent) for agent in agents.values()
+    )
     rollouts = schedule_of(recipe).rollouts(steps)
     episodes = recipe.rollout.problems * recipe.rollout.samples
     memory = (
@@ -137,13 +145,9 @@ def _sizes(
     source: str, lora: LoraSpec | None, recipe: Recipe
 ) -> tuple[int, int, int | None] | None:
     """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
-    if is_tiny(source):
-        model: Any = tiny_model(source, 0)
-    else:
-        config = configuration(source)
-        if config is None:
-            return None
-        model = skeleton(config)
+    model = _laid_out(source)
+    if model is None:
+        return None
     if is_tiny(source) or Path(source).exists():  # of the published ones sizes alone are listed
         text = model.config.get_text_config()
         check_room(source, getattr(text, "max_position_embeddings", None), recipe)
@@ -158,6 +162,29 @@ def _sizes(
             if wanted == ("all-linear",) or name.rsplit(".", 1)[-1] in wanted:
                 adapter += lora.rank * (module.in_features + module.out_features)
     return parameters, adapter, cached_numbers(model.config)
+
+
+def _laid_out(name: str) -> Any:
+    """A model without its weights; None where its sizes cannot be told."""
+    if is_tiny(name):
+        return tiny_model(name, 0)
+    config = configuration(name)
+    return None if config is None else skeleton(config)
+
+
+def _critic(critic: CriticSettings, agents: str, number: int) -> dict[str, Any]:
+    """Parameters and memory of the critic of an agent with the model ``agents``, ``number`` bytes a
+    parameter; nothing of a model whose sizes cannot be told."""
+    model = _laid_out(critic.model or agents)
+    if model is None:
+        return {}
+    line = model.config.get_text_config().hidden_size + 1
+    held = trained = line
+    if critic.kind == "model":
+        held += sum(p.numel() for p in model.parameters())
+        trained += sum(p.numel() for p in model.base_model.parameters())
+    memory = {"weights": held * number, "step": 4 * trained * number}
+    return {"parameters": trained, "memory": memory}
 
 
 def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 from torch import Tensor
 
+from satune.agents.critic import LocalCritic
 from satune.agents.learner import LocalLearner
+from satune.agents.policy import Policy
+from satune.agents.pretrained import Precision, load_policies
 from satune.agents.specs import OptimizerSettings
-from satune.commands.assemble import Cast
+from satune.commands.assemble import Cast, model_path
 from satune.commands.trust import remember
 from satune.config.checks import decisions
 from satune.config.derive import Named, may_change
@@ -95,9 +99,12 @@ def optimizer_settings(recipe: Recipe, agent: AgentSection) -> OptimizerSettings
 class LocalWorld:
     """What training needs done outside its room, over a cast in this process."""
 
-    def __init__(self, cast: Cast, directory: RunDirectory) -> None:
+    def __init__(
+        self, cast: Cast, directory: RunDirectory, critics: Mapping[str, LocalCritic] | None = None
+    ) -> None:
         self.cast = cast
         self.directory = directory
+        self.critics = critics or {}
 
     def draw(self, key: Key, offset: int, count: int) -> list[Episode]:
         problems = self.cast.train_problems(count, offset)
@@ -134,14 +141,16 @@ class LocalWorld:
         return episode_from_row(row)
 
     def save_team(self) -> None:
-        self.cast.team.save(self.directory.team)
+        critics = {name: critic.weights() for name, critic in self.critics.items()}
+        self.cast.team.save(self.directory.team, critics=critics)
 
 
 def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Training:
     """A training run over a cast, in a directory that was started."""
     recipe = cast.recipe
     settings = training_settings(recipe)
-    world = LocalWorld(cast, directory)
+    critics = make_critics(cast, directory.path / "optimizers")
+    world = LocalWorld(cast, directory, critics)
     if settings.certify.problems:
         # A task without problems for certificates is told now, not after the first step.
         check_held_out(cast.task)
@@ -152,6 +161,7 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
             optimizer_settings(recipe, resolved.agents[name]),
             frozen=resolved.agents[name].frozen,
             scratch=directory.path / "optimizers",
+            critic=critics.get(name),
         )
         for name, policy in cast.team.policies.items()
     }
@@ -175,6 +185,44 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         save_recipe=lambda: save_recipe(recipe, directory.recipe),
         evaluates_greedy=recipe.evaluate.greedy,
     )
+
+
+def make_critics(cast: Cast, scratch: Path) -> dict[str, LocalCritic]:
+    """The critic of each agent that learns, where the recipe has critics. Their moments rest in
+    ``scratch`` where the agents' do. Raises UserError for a model that cannot be loaded, or that
+    reads other tokens than the agent."""
+    recipe, settings = cast.recipe, cast.recipe.critic
+    sections = recipe.team.resolved().agents
+    critics = {}
+    for name, policy in cast.team.policies.items():
+        if settings.kind == "none" or sections[name].frozen:
+            continue
+        states = policy if settings.kind == "head" else _value_model(cast, name)
+        optimizer = optimizer_settings(recipe, sections[name])
+        file = scratch / f"{name}.critic.safetensors"
+        critics[name] = LocalCritic(states, settings, optimizer, file)
+    return critics
+
+
+def _value_model(cast: Cast, agent: str) -> Policy:
+    """The model that an agent's critic has to itself, all of it to be trained."""
+    recipe, spec = cast.recipe, cast.team.specs[agent]
+    model = spec.model
+    if recipe.critic.model is not None:
+        section = recipe.team.resolved().agents[agent]
+        section = section.model_copy(update={"model": recipe.critic.model})
+        model = model_path(section, recipe, cast.protocol, cast.team.seats, cast.progress)
+    precision = Precision.of(recipe.team.dtype, recipe.optimizer.autocast)
+    spec = replace(spec, name=f"critic of {agent}", model=model, lora=None)
+    found = load_policies(
+        [spec], shared_base=False, precision=precision, device=recipe.team.device, seed=recipe.seed
+    )[spec.name]
+    if found.tokenizer.get_vocab() != cast.team.policies[agent].tokenizer.get_vocab():
+        raise UserError(
+            f"critic.model: {recipe.critic.model} and agent {agent} have different tokenizers; a"
+            " critic reads the agent's tokens: give a model of its family"
+        )
+    return found
 
 
 def check_held_out(task: Task) -> None:

@@ -140,11 +140,36 @@ def _shared_agents_agree(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _groups_can_be_compared(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.rollout.samples == 1:
+    if recipe.rollout.samples == 1 and recipe.credit.name != "gae":
         yield (
             "rollout.samples",
             "advantages compare the samples of one problem, so 1 gives no signal;"
             " use at least 2 (the paper: 4 or 8)",
+        )
+
+
+def _values_have_a_critic(recipe: Recipe) -> Iterator[Fault]:
+    critic, asked = recipe.critic, recipe.credit.name == "gae"
+    if asked and critic.kind == "none":
+        yield (
+            "credit.name",
+            "gae asks a critic, but there is none; set critic.kind to head or model",
+        )
+    if critic.kind != "none" and not asked and ":" not in recipe.credit.name:
+        yield (
+            "critic.kind",
+            f"{critic.kind} would learn values that credit '{recipe.credit.name}' never asks for;"
+            " set credit to gae or remove the key",
+        )
+    if critic.model is not None and critic.kind != "model":
+        yield "critic.model", "is for critic.kind model; set that or remove the key"
+    elif critic.model is not None and "://" in critic.model:
+        yield "critic.model", "must be a model that can be trained here, got an address"
+    if asked and recipe.credit.options["traces"] and not schedule_of(recipe).weighted:
+        yield (
+            "credit.traces",
+            f"correct for the agents updated since the rollout, which schedule"
+            f" '{recipe.schedule.name}' does not; use reuse or hybrid, or set traces to false",
         )
 
 
@@ -170,7 +195,7 @@ def _batches_are_not_empty(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _overlong_buffer_fits(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.credit.name not in CREDIT:
+    if "overlong_buffer" not in recipe.credit.options or recipe.credit.name not in CREDIT:
         return
     buffer, limit = recipe.credit.options["overlong_buffer"], recipe.rollout.max_new_tokens
     if buffer >= limit:
@@ -237,6 +262,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _servers_are_asked_one_way,
     _somebody_learns,
     _groups_can_be_compared,
+    _values_have_a_critic,
     _sampling_is_the_policy,
     _batches_are_not_empty,
     _overlong_buffer_fits,

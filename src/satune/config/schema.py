@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from satune.agents.messages import TemplateSettings
-from satune.agents.specs import LoraSpec, Rate
+from satune.agents.specs import CriticSettings, LoraSpec, Rate
 from satune.config.derive import Choice, Derived, Named, OpenSection, Section, Written
 from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
@@ -150,6 +150,7 @@ class Recipe(Section):
     order: Annotated[Named, Choice(ORDERS, "static", 1)] = Field("static", validate_default=True)
     objective: Annotated[ObjectiveSettings, TERMS] = Field("sat", validate_default=True)
     credit: Annotated[Named, Choice(CREDIT, "group", 3)] = Field("group", validate_default=True)
+    critic: Annotated[CriticSettings, Derived()] = CriticSettings()
     trust_region: Annotated[TrustRegionSettings, Derived()] = TrustRegionSettings()
     gauge: Annotated[GaugeSettings, Derived()] = GaugeSettings()
     optimizer: Annotated[StepSettings, Derived()] = StepSettings()

@@ -25,7 +25,8 @@ class DivergenceStatistics:
     """KL between a proposal and its anchor at the states of one agent's experience, in nats.
 
     ``mean`` (weighted by w) and ``max`` are over token states. ``quantile`` and
-    ``reverse_quantile`` are over the chosen unit's sums, weighted by w; ``violation_rate`` is the
+    ``reverse_quantile`` are over the chosen unit's sums, weighted by w, and ``violation_share`` is
+    the share of these above delta, weighted likewise; ``violation_rate`` is the
     share of problems with a unit sum above delta, ``violation_ucb`` its one-sided Clopper-Pearson
     upper bound, ``level_shifted_quantile`` the DKW bound on the same quantile of each problem's
     largest unit sum, +inf where there are too few problems. The two bounds count every visited
@@ -39,6 +40,7 @@ class DivergenceStatistics:
     quantile: float
     max: float
     trajectory: dict[str, float]
+    violation_share: float
     violation_rate: float
     violation_ucb: float
     reverse_quantile: float | None
@@ -107,6 +109,9 @@ def divergence_statistics(
         quantile=weighted_quantile(kl_U, weights_U, quantile) if measured else math.nan,
         max=float(kl_T.max()) if measured else math.nan,
         trajectory=trajectory if kl_T.numel() else dict.fromkeys(trajectory, math.nan),
+        violation_share=float((weights_U * (kl_U > delta)).sum() / weights_U.sum())
+        if measured
+        else math.nan,
         violation_rate=violations / problems if measured else math.nan,
         violation_ucb=clopper_pearson(violations, problems, confidence) if measured else math.nan,
         reverse_quantile=reverse_quantile,

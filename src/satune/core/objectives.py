@@ -5,7 +5,8 @@ of its options stand in ``core.settings``, those of the user's own in its signat
 divided by totals of the whole mini-batch that the caller passes in, so that the losses of
 micro-batches add up to the loss of one large batch. The per-token values of a batch may be leaves
 of their own: nothing but autograd on them is needed for the loss's derivative by each value.
-Shape suffixes: ``T`` own tokens, ``E`` episodes of the micro-batch.
+An advantage and a weight belong to a unit: an episode, or with a critic a turn or a token.
+Shape suffixes: ``T`` own tokens, ``U`` units of the micro-batch, ``E`` its episodes.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ trust region, and there the loss stays finite and still pulls the policy back.""
 
 @dataclass(frozen=True)
 class ObjectiveBatch:
-    """One agent's micro-batch: its own tokens, and the episodes they belong to.
+    """One agent's micro-batch: its own tokens, and what they belong to.
 
     ``logprobs_T`` carry the gradient; ``anchor_logprobs_T`` are those of the policy before the
     step. ``episode_T`` (long) counts from 0 to E-1 inside the micro-batch, ``turn_T`` (long) tells
-    the messages apart. ``advantages_E`` and ``weights_E`` (w of THEORY §6) are constants.
-    ``episode_total`` and ``token_total`` count the WHOLE mini-batch. ``kl_T`` is
-    KL(proposal‖anchor), ``reference_kl_T`` KL(proposal‖reference), ``entropy_T`` the entropy.
+    the messages apart, ``unit_T`` (long, from 0 to U-1) the units that an advantage is of.
+    ``advantages_U`` and ``weights_U`` (w of THEORY §6) are constants. ``episode_total`` and
+    ``token_total`` count the WHOLE mini-batch. ``kl_T`` is KL(proposal‖anchor), ``reference_kl_T``
+    KL(proposal‖reference), ``entropy_T`` the entropy.
 
-    An episode of weight 0 contributes exactly 0 to loss and gradient, whatever its advantage,
+    A unit of weight 0 contributes exactly 0 to loss and gradient, whatever its advantage,
     log-probabilities or KL are, NaN included.
     """
 
@@ -44,8 +46,9 @@ class ObjectiveBatch:
     anchor_logprobs_T: Tensor
     episode_T: Tensor
     turn_T: Tensor
-    advantages_E: Tensor
-    weights_E: Tensor
+    unit_T: Tensor
+    advantages_U: Tensor
+    weights_U: Tensor
     episode_total: float
     token_total: float
     kl_T: Tensor | None = None
@@ -53,14 +56,24 @@ class ObjectiveBatch:
     entropy_T: Tensor | None = None
 
     @property
-    def episodes(self) -> int:
-        return self.advantages_E.numel()
+    def units(self) -> int:
+        return self.advantages_U.numel()
+
+    @property
+    def advantages_T(self) -> Tensor:
+        """The advantage of each token's unit."""
+        return self.advantages_U[self.unit_T]
+
+    @property
+    def weights_T(self) -> Tensor:
+        """The weight of each token's unit."""
+        return self.weights_U[self.unit_T]
 
 
 Metrics = dict[str, Tensor]
 Objective = Callable[..., tuple[Tensor, Metrics]]
 """``f(batch, **options)`` -> the policy loss of the batch (scalar, with its gradient) and metrics,
-which are sums that add up over micro-batches. The batch's episodes of weight 0 hold zeros only.
+which are sums that add up over micro-batches. The batch's units of weight 0 hold zeros only.
 """
 
 
@@ -117,34 +130,38 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
 
 
 def sat(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
-    """Clipped sequence ratio of the summed log-ratio: E3 of THEORY §4 (b) when A = R - b."""
-    u_E = sequence_log_ratio(
-        batch.logprobs_T, batch.anchor_logprobs_T, batch.episode_T, batch.episodes
-    )
-    return _clipped_episodes(u_E, batch, clip)
+    """Clipped ratio of each unit's summed log-ratio, summed over an episode's units: E3 of THEORY
+    §4 (b) when the unit is the episode and A = R - b."""
+    return _clipped_units(_unit_log_ratio(batch), batch, clip)
 
 
 def gspo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
-    """As sat with the log-ratio averaged over the episode's own tokens."""
-    u_E = sequence_log_ratio(
-        batch.logprobs_T, batch.anchor_logprobs_T, batch.episode_T, batch.episodes
-    )
-    return _clipped_episodes(u_E / _own_tokens(batch), batch, clip)
+    """As sat with the log-ratio averaged over the unit's own tokens."""
+    tokens_U = sum_by(torch.ones_like(batch.logprobs_T), batch.unit_T, batch.units)
+    # 1 where there is none: its sum is 0 in any case.
+    return _clipped_units(_unit_log_ratio(batch) / tokens_U.clamp(min=1), batch, clip)
 
 
-def _clipped_episodes(
-    u_E: Tensor, batch: ObjectiveBatch, clip: float | None
+def _unit_log_ratio(batch: ObjectiveBatch) -> Tensor:
+    return sequence_log_ratio(batch.logprobs_T, batch.anchor_logprobs_T, batch.unit_T, batch.units)
+
+
+def _clipped_units(
+    u_U: Tensor, batch: ObjectiveBatch, clip: float | None
 ) -> tuple[Tensor, Metrics]:
-    gain_E, clipped_E = _clipped_gain(u_E, batch.advantages_E, clip, clip)
-    loss = -(batch.weights_E * gain_E).sum() / batch.episode_total
-    return loss, _ratio_metrics(u_E, clipped_E, batch.weights_E != 0)
+    gain_U, clipped_U = _clipped_gain(u_U, batch.advantages_U, clip, clip)
+    loss = -(batch.weights_U * gain_U).sum() / batch.episode_total
+    return loss, _ratio_metrics(u_U, clipped_U, batch.weights_U != 0)
 
 
 def grpo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over each episode's own tokens, then over episodes."""
     gain_T, metrics = _clipped_tokens(batch, clip, clip)
-    gain_E = sum_by(gain_T, batch.episode_T, batch.episodes) / _own_tokens(batch)
-    return -(batch.weights_E * gain_E).sum() / batch.episode_total, metrics
+    tokens_T = torch.bincount(batch.episode_T)[batch.episode_T].to(gain_T.dtype)
+    # Of a unit's episode; 1 where the unit has no tokens: its sum is 0 in any case.
+    tokens_U = torch.ones_like(batch.weights_U).scatter(0, batch.unit_T, tokens_T)
+    gain_U = sum_by(gain_T, batch.unit_T, batch.units) / tokens_U
+    return -(batch.weights_U * gain_U).sum() / batch.episode_total, metrics
 
 
 def dapo(
@@ -152,8 +169,45 @@ def dapo(
 ) -> tuple[Tensor, Metrics]:
     """Clipped token ratios, averaged over all tokens: every token of a long episode counts."""
     gain_T, metrics = _clipped_tokens(batch, clip_low, clip_high)
-    gain_T = batch.weights_E[batch.episode_T] * gain_T
+    gain_T = batch.weights_T * gain_T
     return -gain_T.sum() / batch.token_total, metrics
+
+
+def ppo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
+    """Clipped token ratios with one clip, averaged over all tokens. The loss of the values is the
+    critic's own, and the entropy bonus a term beside every objective.
+
+    Source: Schulman et al., Proximal Policy Optimization (arXiv 1707.06347), equation 7.
+    """
+    return dapo(batch, clip_low=clip, clip_high=clip)
+
+
+def m2po(batch: ObjectiveBatch, *, second_moment: float) -> tuple[Tensor, Metrics]:
+    """Token ratios without a clip, averaged over all tokens. The tokens with the largest squared
+    log-ratio are left out, as few as bring the mean square of the others below ``second_moment``.
+
+    Source: Zheng et al., Prosperity before Collapse (arXiv 2510.01161). The mean is over the whole
+    mini-batch's tokens, which have to be there.
+    """
+    u_T = token_log_ratio(batch.logprobs_T, batch.anchor_logprobs_T)
+    weights_T = batch.weights_T
+    kept_T = _within_second_moment(u_T.detach(), weights_T != 0, second_moment)
+    free_T, _ = _clipped_gain(u_T, batch.advantages_T, None, None)
+    gain_T = torch.where(kept_T, weights_T * free_T, torch.zeros_like(free_T))
+    return -gain_T.sum() / batch.token_total, _ratio_metrics(u_T, ~kept_T, weights_T != 0)
+
+
+def _within_second_moment(u_T: Tensor, counts_T: Tensor, limit: float) -> Tensor:
+    """True [T] but at the fewest tokens without which the mean of u² is below ``limit``."""
+    square_N = u_T[counts_T] ** 2
+    order_N = square_N.argsort(stable=True)
+    # The mean of the k + 1 smallest, for every k; it never falls as k rises.
+    mean_N = square_N[order_N].cumsum(0) / torch.arange(1, len(order_N) + 1, device=u_T.device)
+    inside_N = torch.zeros_like(square_N, dtype=torch.bool)
+    inside_N[order_N] = ~(mean_N >= limit)  # a ratio that is NaN has to be seen
+    kept_T = torch.ones_like(counts_T)
+    kept_T[counts_T] = inside_N
+    return kept_T
 
 
 def cispo(
@@ -167,17 +221,17 @@ def cispo(
     u_T = token_log_ratio(batch.logprobs_T, batch.anchor_logprobs_T)
     low, high = _log_range(clip_low, clip_high)
     held_T = u_T.detach().clamp(low, min(high, LINEAR_ABOVE))
-    weights_T = batch.weights_E[batch.episode_T]
-    gain_T = weights_T * held_T.exp() * batch.advantages_E[batch.episode_T] * batch.logprobs_T
+    weights_T = batch.weights_T
+    gain_T = weights_T * held_T.exp() * batch.advantages_T * batch.logprobs_T
     return -gain_T.sum() / batch.token_total, _ratio_metrics(u_T, held_T != u_T, weights_T != 0)
 
 
 def reinforce(batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
     """The score function: at the anchor its gradient is the policy gradient for A = R - b."""
-    logprobs_E = sum_by(batch.logprobs_T, batch.episode_T, batch.episodes)
-    u_E = logprobs_E - sum_by(batch.anchor_logprobs_T, batch.episode_T, batch.episodes)
-    loss = -(batch.weights_E * batch.advantages_E * logprobs_E).sum() / batch.episode_total
-    return loss, _ratio_metrics(u_E, torch.zeros_like(u_E), batch.weights_E != 0)
+    logprobs_U = sum_by(batch.logprobs_T, batch.unit_T, batch.units)
+    u_U = logprobs_U - sum_by(batch.anchor_logprobs_T, batch.unit_T, batch.units)
+    loss = -(batch.weights_U * batch.advantages_U * logprobs_U).sum() / batch.episode_total
+    return loss, _ratio_metrics(u_U, torch.zeros_like(u_U), batch.weights_U != 0)
 
 
 LOSSES: dict[str, Objective] = {
@@ -185,7 +239,9 @@ LOSSES: dict[str, Objective] = {
     "gspo": gspo,
     "grpo": grpo,
     "dapo": dapo,
+    "ppo": ppo,
     "cispo": cispo,
+    "m2po": m2po,
     "reinforce": reinforce,
 }
 
@@ -194,9 +250,8 @@ def _clipped_tokens(
     batch: ObjectiveBatch, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Metrics]:
     u_T = token_log_ratio(batch.logprobs_T, batch.anchor_logprobs_T)
-    advantages_T = batch.advantages_E[batch.episode_T]
-    gain_T, clipped_T = _clipped_gain(u_T, advantages_T, clip_low, clip_high)
-    return gain_T, _ratio_metrics(u_T, clipped_T, (batch.weights_E != 0)[batch.episode_T])
+    gain_T, clipped_T = _clipped_gain(u_T, batch.advantages_T, clip_low, clip_high)
+    return gain_T, _ratio_metrics(u_T, clipped_T, batch.weights_T != 0)
 
 
 def _log_range(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
@@ -222,11 +277,6 @@ def _clipped_gain(
     return torch.minimum(free, held), held < free
 
 
-def _own_tokens(batch: ObjectiveBatch) -> Tensor:
-    """Own tokens of each episode [E], 1 where there is none: its sum is 0 in any case."""
-    return sum_by(torch.ones_like(batch.logprobs_T), batch.episode_T, batch.episodes).clamp(min=1)
-
-
 def _ratio_metrics(log_ratio: Tensor, clipped: Tensor, counts: Tensor) -> Metrics:
     return {
         "clipped": (clipped * counts).sum(),
@@ -237,13 +287,13 @@ def _ratio_metrics(log_ratio: Tensor, clipped: Tensor, counts: Tensor) -> Metric
 
 
 def _without_weightless(batch: ObjectiveBatch) -> tuple[ObjectiveBatch, Tensor]:
-    """Replace every value of an episode of weight 0 by 0, and give w of each token's episode.
+    """Replace every value of a unit of weight 0 by 0, and give w of each token's unit.
 
     0 x NaN is NaN, so multiplying by the weight would not do. A NaN weight stays: it must be seen.
     """
-    weights_E = batch.weights_E.detach().to(batch.logprobs_T.dtype)
-    counts_E = weights_E != 0
-    counts_T = counts_E[batch.episode_T]
+    weights_U = batch.weights_U.detach().to(batch.logprobs_T.dtype)
+    counts_U = weights_U != 0
+    counts_T = counts_U[batch.unit_T]
 
     def kept(values: Tensor, counts: Tensor) -> Tensor:
         return torch.where(counts, values, torch.zeros_like(values))
@@ -251,28 +301,28 @@ def _without_weightless(batch: ObjectiveBatch) -> tuple[ObjectiveBatch, Tensor]:
     def kept_or_none(values_T: Tensor | None) -> Tensor | None:
         return None if values_T is None else kept(values_T, counts_T)
 
-    advantages_E = batch.advantages_E.detach().to(batch.logprobs_T.dtype)
+    advantages_U = batch.advantages_U.detach().to(batch.logprobs_T.dtype)
     clean = replace(
         batch,
         logprobs_T=kept(batch.logprobs_T, counts_T),
         anchor_logprobs_T=kept(batch.anchor_logprobs_T.detach(), counts_T),
-        advantages_E=kept(advantages_E, counts_E),
-        weights_E=weights_E,
+        advantages_U=kept(advantages_U, counts_U),
+        weights_U=weights_U,
         kl_T=kept_or_none(batch.kl_T),
         reference_kl_T=kept_or_none(batch.reference_kl_T),
         entropy_T=kept_or_none(batch.entropy_T),
     )
-    return clean, weights_E[batch.episode_T]
+    return clean, clean.weights_T
 
 
 def _check_batch(batch: ObjectiveBatch) -> None:
     tokens = batch.logprobs_T.shape
     optional = (batch.kl_T, batch.reference_kl_T, batch.entropy_T)
-    given = (batch.anchor_logprobs_T, batch.episode_T, batch.turn_T, *optional)
+    given = (batch.anchor_logprobs_T, batch.episode_T, batch.turn_T, batch.unit_T, *optional)
     if any(values_T is not None and values_T.shape != tokens for values_T in given):
         raise ValueError("objective: every token tensor must have the length of logprobs_T")
-    if batch.weights_E.shape != batch.advantages_E.shape:
-        raise ValueError("objective: give one weight and one advantage an episode")
+    if batch.weights_U.shape != batch.advantages_U.shape:
+        raise ValueError("objective: give one weight and one advantage a unit")
     if not (batch.episode_total > 0 and batch.token_total > 0):
         raise ValueError(
             f"objective: totals of {batch.episode_total:g} episodes and {batch.token_total:g} "

@@ -12,6 +12,8 @@ from satune.ranges import Fraction, NotNegative, Positive, check, check_call
 Evidence = Literal["fresh", "balance", "pessimistic"]
 Method = Literal["betting", "empirical_bernstein", "hoeffding"]
 Baseline = Literal["mean", "leave_one_out", "max"]
+Per = Literal["episode", "turn", "token"]
+"""What an advantage is of."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class CispoOptions:
 
 
 @dataclass(frozen=True)
+class M2poOptions:
+    """The mean square of the log-ratios that count stays below ``second_moment``."""
+
+    second_moment: Positive = 0.04
+
+
+@dataclass(frozen=True)
 class NoOptions:
     pass
 
@@ -47,11 +56,15 @@ OBJECTIVES: dict[str, type] = {
     "gspo": ClipOptions,
     "grpo": ClipOptions,
     "dapo": DapoOptions,
+    "ppo": ClipOptions,
     "cispo": CispoOptions,
+    "m2po": M2poOptions,
     "reinforce": NoOptions,
 }
 """The options of each objective, which are the keyword parameters of its function in
 ``core.objectives.LOSSES``."""
+WHOLE = frozenset({"m2po"})
+"""The objectives in which a token's part depends on the other tokens of its mini-batch."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +90,9 @@ class ObjectiveSettings:
                 known = ", ".join(OBJECTIVES)
                 raise ValueError(f"objective.name {self.name!r}: choose one of {known}")
             check_call(OBJECTIVES[self.name], self.options, "objective")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the loss of a mini-batch's tokens is not the sum of those of its parts: it then
+        has to be given all of them at once."""
+        return self.loss is None and self.name in WHOLE

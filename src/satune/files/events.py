@@ -29,10 +29,9 @@ Failures = dict[str, dict[str, int]]
 def count_failures(episodes: Iterable[Episode]) -> Failures:
     """The failures among ``episodes``, by whose they were and by their kind."""
     counts: Failures = {"policy": {}, "world": {}}
-    for failure in (episode.failure for episode in episodes):
-        if failure is not None:
-            of = counts["policy" if failure.policy else "world"]
-            of[failure.kind] = of.get(failure.kind, 0) + 1
+    for failure in filter(None, (episode.failure for episode in episodes)):
+        of = counts["policy" if failure.policy else "world"]
+        of[failure.kind] = of.get(failure.kind, 0) + 1
     return counts
 
 
@@ -66,12 +65,13 @@ class RolloutEvent(TypedDict):
 
 class Divergence(TypedDict):
     """KL(proposal‖anchor) over an agent's states, nats; ``trajectory`` and ``reverse_quantile``
-    hold KL(anchor‖proposal) as well."""
+    hold KL(anchor‖proposal) as well. ``violation_share`` is of states, the rate of problems."""
 
     mean: float
     quantile: float
     max: float
     trajectory: dict[str, float]
+    violation_share: float
     violation_rate: float
     violation_ucb: float
     reverse_quantile: NotRequired[float]
@@ -103,13 +103,11 @@ class Certificate(TypedDict):
 class UpdateEvent(TypedDict):
     """One agent's step. What only a measured proposal has is absent where none was made.
 
-    ``version`` is the number of the agent's weights after the step, ``failures`` are those among
-    the episodes of the batch in use, ``scale`` how much of the proposal was taken, ``seconds`` has
-    rollout, update and measure at least. ``rounding`` is what training.gauge found, with its
-    ``warning`` where rounding decides. ``masked`` counts the episodes that the world ended, which
-    the step did not learn from. ``at_least`` has the scales of ``candidates`` whose statistic is a
-    lower bound.
-    """
+    ``version`` is the number of the agent's weights after it, ``failures`` are those in the batch
+    in use, ``scale`` is how much of the proposal was taken; ``seconds`` has rollout, update and
+    measure at least. ``rounding`` is what training.gauge found, ``masked`` counts episodes that the
+    world ended, ``at_least`` has the scales of ``candidates`` whose statistic is a lower bound,
+    ``critic`` what the agent's values explained, their mean, and the loss of their fit."""
 
     event: Literal["update"]
     time: NotRequired[str]
@@ -141,6 +139,7 @@ class UpdateEvent(TypedDict):
     rounding: NotRequired[dict[str, Any]]
     capped_mass: NotRequired[float]
     masked: NotRequired[int]
+    critic: NotRequired[dict[str, float | None]]
     certificate: NotRequired[Certificate]
     gate: NotRequired[Gate]
 
@@ -165,8 +164,7 @@ class EvalEvent(TypedDict):
     """Held-out problems after ``stage`` stages. ``figures`` has what ``play.evaluation`` computes
     beside ``reward`` and ``interval``; ``failures`` counts conversations that failed and so score
     0. ``difference`` [mean, low, high] is to the first evaluation of its kind, paired by problem.
-    ``groups`` says reward, interval, problems and difference of each group that problems name.
-    """
+    ``groups`` says reward, interval, problems and difference of each group that problems name."""
 
     event: Literal["eval"]
     time: NotRequired[str]
@@ -289,8 +287,7 @@ class SwapRecord(TypedDict):
     what came of it, and ``projection_reason`` why it was not taken where a hand-over followed.
     ``looks`` are those of a hand-over; ``epsilon`` is the share that the last of them allows,
     ``tv`` and ``mixture_kl`` what holds exactly of the mixture at that share, ``lower`` the last
-    bound and ``claim`` what it says. ``tokens`` counts what was sampled.
-    """
+    bound and ``claim`` what it says. ``tokens`` counts what was sampled."""
 
     seats: list[str]
     agents: dict[str, str]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from satune.lab.conversations import check_conversations
+from satune.lab.estimators import check_estimators
 from satune.lab.ledger import Ledger
 from satune.lab.steps import check_steps
 from satune.lab.studies import growth, softmax_rate, xor_team
@@ -32,6 +33,9 @@ def run_lab(
         conversations = round(CONVERSATIONS * instances)
         done += check_steps(ledger, rng, instances - conversations, seed)
         done += check_conversations(ledger, rng, conversations, seed)
+        # Random numbers of its own, so that the others' instances stay what they were.
+        apart = torch.Generator().manual_seed(1_000_000 + seed)
+        done += check_estimators(ledger, apart, instances // 4, seed)
         rate = softmax_rate(ledger, rng, max(8, instances // 100))
         if seed == 0:
             series = {"growth": growth(rng), "rate": rate, "xor": xor_team()}

@@ -16,7 +16,7 @@ from typing import Literal, cast
 from torch import Tensor
 
 from satune.agents.mixture import Distances, MixturePolicy
-from satune.agents.packing import PackedTurns
+from satune.agents.packing import PackedTurns, mini_batches
 from satune.agents.policy import Policy
 from satune.agents.ports import Learner, NonFinite
 from satune.agents.weights import Weights
@@ -25,7 +25,7 @@ from satune.files.events import Distillation, Divergence, Round
 from satune.swap.measurement import statistics_of
 from satune.swap.settings import DistillSettings
 from satune.training.ports import Draw
-from satune.training.update import mini_batches, own_turns
+from satune.training.update import own_turns
 from satune.types import Episode, Key, UserError
 
 Publish = Callable[[int, Mapping[str, Tensor]], None]

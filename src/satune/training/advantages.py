@@ -8,13 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from satune.training.credit import Credit, labels
+from satune.training.credit import Rule, labels
 from satune.types import Episode, UserError
 
 
-def advantages(
-    rule: Credit, episodes: Sequence[Episode], agent: str, max_new_tokens: int
-) -> Tensor:
+def advantages(rule: Rule, episodes: Sequence[Episode], agent: str, max_new_tokens: int) -> Tensor:
     """Advantages [E] of an experience in float64, by a rule that sees only what may be judged.
 
     Episodes that the world ended get 0 and play no part in their group; a group with fewer than

@@ -43,8 +43,8 @@ SHRINK = 0.25
 class Verdict:
     """What becomes of a step; ``run_stage`` has it written into the run's state.
 
-    ``accepted``, ``log_ratio_E`` and ``event`` are the step's as the gate left them. ``versions``
-    names every agent whose weights the engine has to be given, and their number from now on.
+    ``accepted``, ``log_ratio_E``, ``log_ratio_H`` and ``event`` are the step's as the gate left
+    them. ``versions`` names every agent whose weights the engine has to be given, and their number.
     ``issued`` and ``certify`` take the place of the state's, ``totals`` are added to its totals
     and, where there was a test, ``claim`` is what the stage's certificate says now.
     ``spent`` tells that the experience in use is of a change that was not kept as it was, and
@@ -54,6 +54,7 @@ class Verdict:
     accepted: bool
     beta: float
     log_ratio_E: Tensor
+    log_ratio_H: Tensor | None
     event: dict[str, Any]
     versions: Mapping[str, int]
     issued: dict[str, int]
@@ -122,6 +123,7 @@ def judge(
         outcome.accepted,
         outcome.beta,
         outcome.log_ratio_E,
+        outcome.log_ratio_H,
         outcome.event,
         versions,
         issued,
@@ -378,8 +380,8 @@ def _altered(
     event = verdict.event | {"scale": 0.0 if reverted else verdict.event["scale"] * trial.scale}
     if reverted:
         event |= {"accepted": False, "reason": f"gate: {trial.reason}"}
-    nothing_E = torch.zeros_like(outcome.log_ratio_E)
-    return replace(verdict, accepted=not reverted, log_ratio_E=nothing_E, event=event)
+    nothing = {"log_ratio_E": torch.zeros_like(outcome.log_ratio_E), "log_ratio_H": None}
+    return replace(verdict, accepted=not reverted, event=event, **nothing)
 
 
 def _claim(noted: Mapping[str, Any] | None, trial: Trial) -> dict[str, Any]:

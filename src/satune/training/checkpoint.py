@@ -246,6 +246,10 @@ class Checkpoints:
             learner.load_optimizer_state(
                 load_file(moments) if moments.is_file() else {}, text["learner_steps"][agent]
             )
+            critic = path / agent_file(agent, "critic")
+            if learner.critic is not None and critic.is_file():
+                # A newcomer to the agent's seats has none: its critic begins.
+                learner.critic.load(load_file(critic))
             reference = path / agent_file(agent, "reference")
             if reference.is_file():
                 learner.keep_reference(load_file(reference))
@@ -270,6 +274,7 @@ class Checkpoints:
 _PARTS: dict[str, Callable[[Learner], Mapping[str, Tensor] | None]] = {
     "weights": lambda learner: learner.export(),
     "optimizer": lambda learner: learner.optimizer_state(),
+    "critic": lambda learner: None if learner.critic is None else learner.critic.state(),
     "reference": lambda learner: learner.reference_weights,
 }
 """What a learner keeps between steps, as tensors that no later step writes to."""
@@ -294,5 +299,9 @@ def _place(name: str) -> tuple[int, float]:
 
 
 def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
-    parts = {"weights": snapshot.weights, "optimizer": snapshot.optimizer}
+    parts = {
+        "weights": snapshot.weights,
+        "optimizer": snapshot.optimizer,
+        "critic": snapshot.critic,
+    }
     return {f"{part}|{name}": t for part, tensors in parts.items() for name, t in tensors.items()}

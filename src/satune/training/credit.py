@@ -10,6 +10,8 @@ its class (or, beyond these three, its function) takes:
     max_new_tokens  the most tokens that a message may have
     result          one advantage an episode, in the order of ``episodes``; 0 teaches nothing
 
+``gae`` is another kind: it asks the agent's critic and gives an advantage a turn or a token
+(``training.gae``).
 A recipe names one of CREDIT or the user's own, ``credit: path/to/file.py:name``.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from satune.core.settings import Baseline
 from satune.loading import load_named
@@ -28,7 +30,7 @@ from satune.types import Episode
 if TYPE_CHECKING:  # a recipe is read without torch
     from torch import Tensor
 
-Credit = Callable[[Sequence[Episode], str, int], "Tensor"]
+Rule = Callable[[Sequence[Episode], str, int], "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,48 @@ class SeatCredit(GroupCredit):
     """
 
     def reward(self, episode: Episode, agent: str) -> float:
-        given = episode.grade.seats or {}
-        own = {turn.seat: given[turn.seat] for turn in episode.turns
-               if turn.agent == agent and turn.seat in given}  # fmt: skip
-        return sum(own.values()) / len(own) if own else episode.reward
+        return seats_reward(episode, agent)
 
 
-CREDIT: dict[str, Callable[..., Any]] = {"group": GroupCredit, "seats": SeatCredit}
+def seats_reward(episode: Episode, agent: str) -> float:
+    """The mean reward of the agent's own seats, as ``SeatCredit`` says."""
+    given = episode.grade.seats or {}
+    own = {turn.seat: given[turn.seat] for turn in episode.turns
+           if turn.agent == agent and turn.seat in given}  # fmt: skip
+    return sum(own.values()) / len(own) if own else episode.reward
+
+
+@dataclass(frozen=True, slots=True)
+class GaeCredit:
+    """Generalised advantages by the agent's critic, over its own turns or tokens (THEORY §6).
+
+    ``reward`` is the "team"'s, or of the agent's own "seats" as the credit rule of that name has
+    it. Where agents were updated since the rollout, every turn has the weight w of its whole
+    episode; with ``traces`` it has that of what the others wrote before it, and truncated traces
+    correct what they wrote after. ``whiten`` takes the mean away from the advantages and divides
+    them by their standard deviation, both weighted; ``clip`` then bounds their absolute value
+    (None: no bound).
+    """
+
+    reward: Literal["team", "seats"] = "team"
+    traces: bool = False
+    whiten: bool = True
+    clip: Positive | None = 5.0
+
+    def __post_init__(self) -> None:
+        check(self, "credit")
+
+    def worth(self, episode: Episode, agent: str) -> float:
+        """What the episode pays the agent at its end."""
+        return seats_reward(episode, agent) if self.reward == "seats" else episode.reward
+
+
+Credit = Rule | GaeCredit
+CREDIT: dict[str, Callable[..., Any]] = {
+    "group": GroupCredit,
+    "seats": SeatCredit,
+    "gae": GaeCredit,
+}
 
 
 def load_credit(

@@ -16,13 +16,14 @@ DAMPING = 1e-3
 
 
 def predicted_gain(
-    learner: Learner, packed: PackedTurns, advantages_E: Tensor, delta: float, key: Key
+    learner: Learner, packed: PackedTurns, advantages_T: Tensor, delta: float, key: Key
 ) -> float:
     """√(2δ max(0, ĝ₁ᵀF⁻¹ĝ₂)): what a natural-gradient step inside δ can gain (Theorem 4.7).
 
-    ĝ₁ and ĝ₂ are policy gradients of two halves of the episodes, so that noise does not square into
-    gain; F is the diagonal Fisher, estimated by one backward with random signs an episode, whose
-    square has the sum of squared scores as its mean. A prediction, never evidence.
+    ``advantages_T`` has the advantage of each own token. ĝ₁ and ĝ₂ are policy gradients of two
+    halves of the episodes, so that noise does not square into gain; F is the diagonal Fisher,
+    estimated by one backward with random signs an episode, whose square has the sum of squared
+    scores as its mean. A prediction, never evidence.
     """
     if packed.tokens == 0:
         return 0.0
@@ -34,12 +35,15 @@ def predicted_gain(
     signs = key.rng("greedy signs")
     sign_E = torch.tensor([signs.choice((-1.0, 1.0)) for _ in range(count)], dtype=torch.float64)
 
-    def pulled(coefficient_E: Tensor) -> dict[str, Tensor]:
-        return learner.gradient(packed, coefficient_E[packed.episode_T])
+    half_T = half_E[packed.episode_T]
+    advantages_T = advantages_T.double()
 
-    first = pulled(torch.where(half_E, advantages_E, 0.0) / max(int(half_E.sum()), 1))
-    second = pulled(torch.where(half_E, 0.0, advantages_E) / max(int((~half_E).sum()), 1))
-    score = pulled(sign_E)
+    def pulled(coefficient_T: Tensor) -> dict[str, Tensor]:
+        return learner.gradient(packed, coefficient_T)
+
+    first = pulled(torch.where(half_T, advantages_T, 0.0) / max(int(half_E.sum()), 1))
+    second = pulled(torch.where(half_T, 0.0, advantages_T) / max(int((~half_E).sum()), 1))
+    score = pulled(sign_E[packed.episode_T])
     mean_fisher = sum(float(s.double().square().sum()) for s in score.values()) / (
         count * sum(s.numel() for s in score.values())
     )

@@ -12,7 +12,7 @@ from satune.agents.rounding import Gauged
 from satune.core.divergence import weighted_quantile
 from satune.core.objectives import ObjectiveBatch, objective_loss
 from satune.core.ratios import sum_by
-from satune.core.settings import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings, Per
 from satune.core.trust_region import TrustRegionSettings
 
 CLIPPED = (0.05, 0.8)
@@ -29,9 +29,13 @@ MEND = (
 
 
 def figures_of(
-    gauged: Gauged, packed: PackedTurns, objective: ObjectiveSettings, region: TrustRegionSettings
+    gauged: Gauged,
+    packed: PackedTurns,
+    objective: ObjectiveSettings,
+    region: TrustRegionSettings,
+    per: Per = "episode",
 ) -> dict[str, float]:
-    """The figures of the event, in nats.
+    """The figures of the event, in nats; ``per`` says what an advantage is of.
 
     ``token`` and ``episode``: the standard deviation that rounding gives log(new/old) of a token
     and of an episode's sum (between two cuts of a batch where the masters' own type is computed
@@ -48,7 +52,7 @@ def figures_of(
     figures = {
         "token": _size(error_T),
         "episode": _size(error_E),
-        "clipped": _clipped(error_T, packed, objective),
+        "clipped": _clipped(error_T, packed, objective, per),
         "floor": quantile(gauged.floor_T),
         "kl": quantile(gauged.kl_T),
     }
@@ -93,19 +97,21 @@ def _size(values: Tensor) -> float:
     return float(values.square().mean().sqrt()) if values.numel() else 0.0
 
 
-def _clipped(error_T: Tensor, packed: PackedTurns, objective: ObjectiveSettings) -> float:
+def _clipped(error_T: Tensor, packed: PackedTurns, objective: ObjectiveSettings, per: Per) -> float:
     """The share of ratios that the objective clips where log(new/old) is nothing but ``error_T``,
-    whatever the sign of the advantage."""
+    whatever the sign of the advantage, of which there is one ``per`` episode, turn or token."""
     clipped = clippable = 0.0
-    ones_E = torch.ones(packed.episodes, dtype=torch.float64)
+    units = {"episode": packed.episodes, "turn": packed.turns, "token": packed.tokens}
+    ones_U = torch.ones(units[per], dtype=torch.float64)
     for sign in (1.0, -1.0):
         batch = ObjectiveBatch(
             logprobs_T=error_T,
             anchor_logprobs_T=torch.zeros_like(error_T),
             episode_T=packed.episode_T,
             turn_T=packed.turn_T,
-            advantages_E=sign * ones_E,
-            weights_E=ones_E,
+            unit_T=packed.units(per),
+            advantages_U=sign * ones_U,
+            weights_U=ones_U,
             episode_total=float(packed.episodes),
             token_total=float(max(packed.tokens, 1)),
         )

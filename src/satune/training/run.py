@@ -108,6 +108,8 @@ class Training:
         # Of earlier steps of the sweep as well: the team no longer has what they changed.
         state.accepted |= {name: False for name in verdict.reverted if name in state.accepted}
         state.batch.reweight(verdict.log_ratio_E)
+        if verdict.log_ratio_H is not None:
+            state.batch.note_ratios(agent, verdict.log_ratio_H)
         state.batch.spent |= verdict.spent
         state.certify, state.issued = verdict.certify, verdict.issued
         if verdict.claim is not None:

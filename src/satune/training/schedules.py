@@ -140,4 +140,6 @@ def experience_for(schedule: Schedule, batch: Batch) -> Experience:
             f"schedule {schedule.name}: gave {len(log_weights)} weights for "
             f"{len(batch.episodes)} episodes; return one an episode"
         )
-    return Experience(tuple(batch.episodes), log_weights)
+    ratios = batch.log_ratios if schedule.weighted else None
+    by_turn = None if ratios is None else tuple(map(tuple, ratios))
+    return Experience(tuple(batch.episodes), log_weights, by_turn)

@@ -20,7 +20,8 @@ class Batch:
 
     ``drawn_before`` is the step it was rolled out for, ``reward`` the mean over all episodes drawn
     then. A batch is ``spent`` when the gate did not keep a change as it was from which the batch's
-    episodes, or the weights that the schedule gives them, come.
+    episodes, or the weights that the schedule gives them, come. ``log_ratios`` has the part of log
+    w that each turn of each episode has, where a credit rule asks for it; None: nobody was updated.
     """
 
     episodes: list[Episode]
@@ -28,6 +29,7 @@ class Batch:
     drawn_before: int
     reward: float
     spent: bool = False
+    log_ratios: list[list[float]] | None = None
 
     @property
     def heard(self) -> list[float]:
@@ -45,6 +47,16 @@ class Batch:
         self.log_weights = [
             w + float(u) for w, u in zip(self.log_weights, log_ratio_E, strict=True)
         ]
+
+    def note_ratios(self, agent: str, log_ratio_H: Tensor) -> None:
+        """Keep log r of each turn of the agent just updated, in the order of the episodes."""
+        if self.log_ratios is None:
+            self.log_ratios = [[0.0] * len(episode.turns) for episode in self.episodes]
+        found = iter(log_ratio_H.tolist())
+        for episode, ratios in zip(self.episodes, self.log_ratios, strict=True):
+            for place, turn in enumerate(episode.turns):
+                if turn.agent == agent:
+                    ratios[place] += next(found)
 
 
 @dataclass(frozen=True, slots=True)

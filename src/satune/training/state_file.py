@@ -70,8 +70,8 @@ def _digest(fields: Mapping[str, Any]) -> str:
 
 
 def agent_file(agent: str, part: str) -> str:
-    """The file of a checkpoint that holds a part of an agent: weights, optimizer, reference, or
-    what it was at the last certificate (held)."""
+    """The file of a checkpoint that holds a part of an agent: weights, optimizer, critic,
+    reference, or what it was at the last certificate (held)."""
     return f"{agent}.{part}.safetensors"
 
 
@@ -106,6 +106,8 @@ def to_json(saved: Saved, steps: Mapping[str, int]) -> dict[str, Any]:
             "reward": state.batch.reward,
             "spent": state.batch.spent,
         }
+        if state.batch.log_ratios is not None:
+            fields["batch"]["log_ratios"] = state.batch.log_ratios
     return {
         "format": FORMAT,
         "recipe": saved.recipe,
@@ -141,13 +143,14 @@ def from_json(fields: Mapping[str, Any], directory: Path, world: World) -> Saved
             batch["drawn_before"],
             float(batch["reward"]),
             batch["spent"],
+            batch.get("log_ratios"),
         )
     return Saved(state, fields["offset"], fields["sizes"], fields["recipe"])
 
 
 def _snapshot(path: Path, steps: int) -> Snapshot:
-    parts: dict[str, dict[str, Any]] = {"weights": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Any]] = {"weights": {}, "optimizer": {}, "critic": {}}
     for name, tensor in load_file(path).items():
         part, inner = name.split("|", 1)
         parts[part][inner] = tensor
-    return Snapshot(parts["weights"], parts["optimizer"], steps)
+    return Snapshot(parts["weights"], parts["optimizer"], steps, parts["critic"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from satune.agents.ports import Learner
-from satune.training.advantages import advantages
 from satune.training.gain import predicted_gain
 from satune.training.ordering import Sweep
 from satune.training.settings import TrainingSettings
 from satune.training.state import State
-from satune.training.update import own_turns
+from satune.training.update import advantages_by_token, own_turns
 from satune.types import Key, UserError
 
 
@@ -39,13 +38,10 @@ def sweep_order(
         update = settings.update
         for name in names:
             if name not in scores:
-                scores[name] = predicted_gain(
-                    learners[name],
-                    own_turns(name, heard),
-                    advantages(update.credit, heard, name, update.max_new_tokens),
-                    settings.region(name).delta,
-                    key,
-                )
+                packed = own_turns(name, heard)
+                advantages_T = advantages_by_token(learners[name], name, heard, packed, update)
+                delta = settings.region(name).delta
+                scores[name] = predicted_gain(learners[name], packed, advantages_T, delta, key)
         return scores
 
     last, accepted = tuple(state.order), dict(state.accepted)

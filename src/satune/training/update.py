@@ -10,20 +10,21 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from satune.agents.anchor import Anchor, Measurement, Snapshot
-from satune.agents.packing import PackedTurns, pack
-from satune.agents.ports import Learner, NonFinite
+from satune.agents.packing import PackedTurns, mini_batches, pack
+from satune.agents.ports import Critic, Learner, NonFinite
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
 from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
-from satune.core.settings import ObjectiveSettings
+from satune.core.settings import ObjectiveSettings, Per
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
 from satune.training.advantages import advantages, groups
+from satune.training.credit import GaeCredit
+from satune.training.gae import Estimate, Lesson, estimate
 from satune.training.gauge import MEND, figures_of, findings
 from satune.training.settings import UpdateSettings
 from satune.types import Episode, Experience, Key, UserError
@@ -33,13 +34,15 @@ from satune.types import Episode, Experience, Key, UserError
 class Outcome:
     """What a step did. ``log_ratio_E`` is log r of the accepted update on each episode, 0 after a
     revert; ``event`` the fields of the update event that are known here; ``before`` the agent
-    before the step (None where no step was tried)."""
+    before the step (None where no step was tried). ``log_ratio_H`` has log r of each own turn of
+    all episodes where the credit rule wants traces and the update was accepted."""
 
     accepted: bool
     beta: float
     log_ratio_E: Tensor
     event: dict[str, Any]
     before: Snapshot | None = None
+    log_ratio_H: Tensor | None = None
 
 
 def own_turns(agent: str, episodes: Sequence[Episode]) -> PackedTurns:
@@ -83,33 +86,46 @@ def improve(
         event |= {"accepted": False, "scale": 0.0, "reason": "the agent wrote nothing"}
         return Outcome(False, beta, nothing_E, event)
 
-    advantages_E = advantages(settings.credit, episodes, agent, settings.max_new_tokens)
-    teaches_E = _teaching(packed, advantages_E, weights_E, settings)
-    if not bool(teaches_E.any()):
-        # A zero gradient would still move the weights: by old momentum and weight decay.
-        event |= {"accepted": False, "scale": 0.0, "reason": "no group's rewards differ"}
-        return Outcome(False, beta, nothing_E, event)
+    rule, lesson = settings.credit, None
+    if not isinstance(rule, GaeCredit):
+        advantages_E = advantages(rule, episodes, agent, settings.max_new_tokens)
+        lesson = Lesson("episode", advantages_E, weights_E)
+        if not bool(_teaching(packed, lesson, settings).any()):
+            # A zero gradient would still move the weights: by old momentum and weight decay.
+            event |= {"accepted": False, "scale": 0.0, "reason": "no group's rewards differ"}
+            return Outcome(False, beta, nothing_E, event)
     learner.wake()
     before = learner.snapshot()
     anchor = learner.anchor(packed, before.weights, reference=settings.objective.reference_kl > 0)
     objective = replace(settings.objective, beta=beta)
+    seconds = {"score": 0.0}
     try:
-        learning = _ascend(
-            learner, anchor, advantages_E, weights_E, teaches_E, settings, objective, key
-        )
-    except NonFinite as error:
+        if isinstance(rule, GaeCredit):
+            by_turn = experience.log_ratios
+            ratios = None if by_turn is None else [by_turn[index] for index in heard]
+            values_T = _values(learner, anchor, seconds)
+            critic = _critic(learner).settings
+            found = estimate(
+                rule, agent, episodes, packed, values_T, critic, log_weights_E, ratios, cap
+            )
+            event["critic"] = _fit(learner, anchor, found, key, seconds)
+            lesson = found.lesson
+        assert lesson is not None
+        learning = _ascend(learner, anchor, lesson, settings, objective, key)
+    except (NonFinite, _NothingLearnt) as error:
         learner.drop_gradients()
         learner.restore(before)
         learner.rest()
         event |= {"accepted": False, "scale": 0.0, "reason": str(error)}
         event["seconds"] = {"update": time.perf_counter() - started}
-        beta = _next_beta(beta, math.inf, settings.trust_region)
+        if isinstance(error, NonFinite):
+            beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, nothing_E, event)
     if settings.gauge.due(key.stage):
-        event["rounding"] = _gauged(learner, agent, episodes, before, settings)
+        event["rounding"] = _gauged(learner, agent, episodes, before, settings, lesson.per)
     event["mismatch"] = _mismatch(anchor)
-    scoring = learning.pop("scoring")
-    event["seconds"] = {"score": scoring, "update": time.perf_counter() - started - scoring}
+    seconds["score"] += learning.pop("scoring")
+    event["seconds"] = {**seconds, "update": time.perf_counter() - started - sum(seconds.values())}
 
     event |= learning
     started = time.perf_counter()
@@ -117,14 +133,13 @@ def improve(
     learner.rest()
     event["seconds"]["measure"] = time.perf_counter() - started
     accepted = search.decision == "accept"
-    log_ratio_E = nothing_E
+    log_ratio_E, log_ratio_H = nothing_E, None
     if accepted:
-        log_ratio_E[heard] = sequence_log_ratio(
-            measured.logprobs_T.double(),
-            anchor.logprobs_T.double(),
-            packed.episode_T,
-            len(episodes),
-        )
+        new_T, old_T = measured.logprobs_T.double(), anchor.logprobs_T.double()
+        log_ratio_E[heard] = sequence_log_ratio(new_T, old_T, packed.episode_T, len(episodes))
+        if isinstance(rule, GaeCredit) and rule.traces:
+            heard_H = sequence_log_ratio(new_T, old_T, packed.turn_T, packed.turns)
+            log_ratio_H = _with_masked(agent, experience.episodes, heard_H)
     event |= {
         "kl": statistics.to_dict(),
         "unit": settings.trust_region.unit,
@@ -138,7 +153,67 @@ def improve(
     first = search.first_statistic
     assert first is not None
     beta = _next_beta(beta, first, settings.trust_region)
-    return Outcome(accepted, beta, log_ratio_E, event, before)
+    return Outcome(accepted, beta, log_ratio_E, event, before, log_ratio_H)
+
+
+def advantages_by_token(
+    learner: Learner,
+    agent: str,
+    episodes: Sequence[Episode],
+    packed: PackedTurns,
+    settings: UpdateSettings,
+) -> Tensor:
+    """The advantage [T] of each own token of an experience right after its rollout, which the world
+    ended nothing of."""
+    rule = settings.credit
+    if not isinstance(rule, GaeCredit):
+        advantages_E = advantages(rule, episodes, agent, settings.max_new_tokens)
+        return advantages_E[packed.episode_T]
+    values_T = _values(learner, learner.anchor(packed), {"score": 0.0})
+    critic, fresh_E = _critic(learner).settings, torch.zeros(len(episodes), dtype=torch.float64)
+    lesson = estimate(rule, agent, episodes, packed, values_T, critic, fresh_E).lesson
+    return lesson.advantages_U[packed.units(lesson.per)]
+
+
+def _with_masked(agent: str, episodes: Sequence[Episode], heard_H: Tensor) -> Tensor:
+    """Numbers of the own turns that were heard, among those of all episodes: 0 for the others."""
+    masked_H = torch.tensor([e.masked for e in episodes for t in e.turns if t.agent == agent])
+    found_H = torch.zeros(len(masked_H), dtype=heard_H.dtype)
+    found_H[~masked_H] = heard_H
+    return found_H
+
+
+class _NothingLearnt(Exception):
+    """No advantage is left that differs from 0."""
+
+
+def _critic(learner: Learner) -> Critic:
+    critic = learner.critic
+    assert critic is not None, "an agent without a critic has no values"
+    return critic
+
+
+def _values(learner: Learner, anchor: Anchor, seconds: dict[str, float]) -> Tensor:
+    """The critic's values [T] of the anchor's own tokens; completes the anchor."""
+    started = time.perf_counter()
+    learner.complete(anchor)
+    seconds["score"] += time.perf_counter() - started
+    started = time.perf_counter()
+    values_T = _critic(learner).values(anchor)
+    seconds["critic"] = time.perf_counter() - started
+    return values_T
+
+
+def _fit(
+    learner: Learner, anchor: Anchor, found: Estimate, key: Key, seconds: dict[str, float]
+) -> dict[str, float | None]:
+    """Have the critic learn what came; what the event says of it. How much it explained was
+    measured before, on an experience that it had not seen."""
+    started = time.perf_counter()
+    loss = _critic(learner).fit(anchor, found.targets, key)
+    seconds["critic"] += time.perf_counter() - started
+    mean = float(found.targets.before_N.mean())
+    return {"explained_variance": found.explained_variance, "value": mean, "loss": loss}
 
 
 def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings) -> float:
@@ -147,31 +222,31 @@ def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings)
     return adapt_beta(beta, region.beta, first_statistic, region.delta)
 
 
-def _teaching(
-    packed: PackedTurns, advantages_E: Tensor, weights_E: Tensor, settings: UpdateSettings
-) -> Tensor:
-    """True [E] for the episodes that have a gradient of their own: own tokens, a weight, and an
+def _teaching(packed: PackedTurns, lesson: Lesson, settings: UpdateSettings) -> Tensor:
+    """True [E] for the episodes that have a gradient of their own: own tokens with a weight, and an
     advantage or else a regulariser. KL(proposal‖anchor) alone gives no step a direction."""
-    spoke_E = torch.zeros(len(advantages_E), dtype=torch.bool)
-    spoke_E[packed.episode_T] = True
-    teaches_E = spoke_E & (weights_E != 0)
-    if settings.objective.entropy or settings.objective.reference_kl:
-        return teaches_E
-    return teaches_E & (advantages_E != 0)
+    teaches_U = lesson.weights_U != 0
+    if not (settings.objective.entropy or settings.objective.reference_kl):
+        teaches_U &= lesson.advantages_U != 0
+    teaches_T = teaches_U[packed.units(lesson.per)]
+    teaches_E = torch.zeros(packed.episodes, dtype=torch.bool)
+    teaches_E[packed.episode_T[teaches_T]] = True
+    return teaches_E
 
 
 def _ascend(
     learner: Learner,
     anchor: Anchor,
-    advantages_E: Tensor,
-    weights_E: Tensor,
-    teaches_E: Tensor,
+    lesson: Lesson,
     settings: UpdateSettings,
     objective: ObjectiveSettings,
     key: Key,
 ) -> dict[str, Any]:
     """The epochs and mini-batches of one step; returns what the event says of them. A mini-batch in
     which no episode teaches anything takes no step: momentum and decay alone would move it."""
+    teaches_E = _teaching(anchor.packed, lesson, settings)
+    if not bool(teaches_E.any()):
+        raise _NothingLearnt("no advantage differs from 0")
     totals: dict[str, float] = {}
     norms: list[float] = []
     scoring = 0.0
@@ -182,7 +257,9 @@ def _ascend(
         for mini in mini_batches(order, settings.mini_batches):
             if not bool(teaches_E[mini].any()):
                 continue
-            metrics = learner.accumulate(anchor, mini, advantages_E, weights_E, objective)
+            metrics = learner.accumulate(
+                anchor, mini, lesson.advantages_U, lesson.weights_U, objective, lesson.per
+            )
             before = time.perf_counter()
             learner.complete(anchor)
             scoring += time.perf_counter() - before
@@ -199,13 +276,6 @@ def _ascend(
         "optimizer_steps": len(norms),
         "scoring": scoring,
     }
-
-
-def mini_batches(order: Sequence[int], parts: int) -> list[list[int]]:
-    """``order`` cut into at most ``parts`` pieces whose lengths differ by one at most."""
-    parts = min(parts, len(order))
-    bounds = [len(order) * part // parts for part in range(parts + 1)]
-    return [list(order[a:b]) for a, b in pairwise(bounds)]
 
 
 def _enforce(
@@ -258,6 +328,7 @@ def _gauged(
     episodes: Sequence[Episode],
     before: Snapshot,
     settings: UpdateSettings,
+    per: Per,
 ) -> dict[str, Any]:
     """What rounding makes of the proposal, on some of the experience; with a ``warning`` where it
     decides. Raises UserError, the agent as before, where it decides too much."""
@@ -265,7 +336,7 @@ def _gauged(
     packed = own_turns(agent, some[: settings.gauge.episodes])
     region = settings.trust_region
     gauged = learner.gauge(packed, before.weights)
-    figures = figures_of(gauged, packed, settings.objective, region)
+    figures = figures_of(gauged, packed, settings.objective, region, per)
     said, swamped = findings(figures, region.delta)
     if not said:
         return figures
