@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -271,5 +272,5 @@ class RunDirectory:
 
     def _files_of_episodes(self) -> list[Path]:
         # A killed process may have left numbers whose rows were not written.
-        kinds = ("stage-*.jsonl", "stage-*.arrays")
-        return sorted(path for kind in kinds for path in self.episodes.glob(kind))
+        ours = re.compile(r"(stage|evaluation)-\d+\.(jsonl|arrays)")
+        return sorted(path for path in self.episodes.glob("*") if ours.fullmatch(path.name))
