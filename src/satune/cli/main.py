@@ -42,7 +42,7 @@ def main() -> None:
         ended = app(prog_name="satune", standalone_mode=len(sys.argv) == 1)
         if ended == 130:  # how typer reports a ctrl-C that a command did not catch
             _leave("interrupted")
-        sys.exit(ended)
+        sys.exit(ended or 0)
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)
