@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from satune.files.writing import write_atomically
 from satune.report.charts import OUTCOMES, Chart, Lane, Number, Outcome, Series, Timeline
 from satune.report.palette import INKS, MARKERS, light
 
@@ -63,7 +65,9 @@ def _save(figure: Any, path: Path) -> Path:
     # Without a date and with a fixed salt, equal runs give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "satune", "svg.fonttype": "none"}):
         metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=150, format=path.suffix[1:], metadata=metadata)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format=path.suffix[1:], metadata=metadata)
+    write_atomically(path, drawn.getvalue())
     return path
 
 

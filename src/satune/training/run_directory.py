@@ -179,9 +179,13 @@ class RunDirectory:
             sync_directory(self.path)
 
     def append_event(self, event: Event) -> None:
-        """Add one event, with the time. The first event of a run takes the place of all others:
-        they are of a beginning that came to nothing."""
+        """Add one event, with the time. The first event of a run takes the place of all others, and
+        of the conversations: they are of a beginning that came to nothing."""
         if event["event"] == "run":
+            with disk_errors(self.path):
+                for path in self._files_of_episodes():
+                    path.unlink()
+                    self._unsynced.discard(path)
             append_event(self.events, event, first=True)
             return
         append_event(self.events, event)
