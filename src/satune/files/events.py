@@ -71,7 +71,7 @@ class Divergence(TypedDict):
     quantile: float
     max: float
     trajectory: dict[str, float]
-    violation_share: float
+    violation_share: NotRequired[float]
     violation_rate: float
     violation_ucb: float
     reverse_quantile: NotRequired[float]

@@ -144,12 +144,16 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def tensor_errors(path: Path) -> Iterator[None]:
-    """``disk_errors`` for blocks that write safetensors, whose writer has errors of its own."""
+    """``disk_errors`` for blocks that write safetensors or tokenizers, whose writers have errors of
+    their own."""
     with disk_errors(path):
         try:
             yield
-        except SafetensorError as error:
-            # The writer keeps the system's number in its text alone.
+        except Exception as error:
+            # These writers keep the system's number in their text alone; tokenizers' error has no
+            # class of its own.
+            if type(error) not in (SafetensorError, Exception):
+                raise
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise
