@@ -109,7 +109,9 @@ def tied(weights: torch.Tensor) -> torch.Tensor:
     return (low.float() + torch.nextafter(low, torch.full_like(low, 9.0)).float()) / 2
 
 
-def test_a_step_that_the_type_makes_another_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [1e-6, 1e-2], ids=["inside", "beyond"])
+def test_a_step_that_the_type_makes_another_is_refused(tmp_path: Path, rate: float) -> None:
+    """Of one far beyond delta the share that should lie inside is another step altogether."""
     recipe = tiny_world.build(tmp_path / "world")
     for number in (0, 1):
         folder = recipe.parent / f"model-{number}"
@@ -117,7 +119,7 @@ def test_a_step_that_the_type_makes_another_is_refused(tmp_path: Path) -> None:
         model.load_state_dict({name: tied(w) for name, w in model.state_dict().items()})
         model.save_pretrained(folder)
     out = tmp_path / "run"
-    changes = ["team.dtype=bfloat16", "optimizer.lr=1e-6", "trust_region.delta=1e-5"]
+    changes = ["team.dtype=bfloat16", f"optimizer.lr={rate}", "trust_region.delta=1e-5"]
     run = tiny_world.training(recipe, out, changes)
     before = tiny_world.weights(run)
     with pytest.raises(UserError, match=r"agent ann: rounding decides: .* once its weights are"):

@@ -331,12 +331,23 @@ def _gauged(
     per: Per,
 ) -> dict[str, Any]:
     """What rounding makes of the proposal, on some of the experience; with a ``warning`` where it
-    decides. Raises UserError, the agent as before, where it decides too much."""
+    decides. Of a proposal beyond delta that ``share`` is gauged which would lie inside if KL grew
+    as s². Raises UserError, the agent as before, where rounding decides too much."""
     some = [e for e in episodes if any(turn.agent == agent for turn in e.turns)]
     packed = own_turns(agent, some[: settings.gauge.episodes])
     region = settings.trust_region
-    gauged = learner.gauge(packed, before.weights)
-    figures = figures_of(gauged, packed, settings.objective, region, per)
+
+    def figures_now() -> dict[str, float]:
+        gauged = learner.gauge(packed, before.weights)
+        return figures_of(gauged, packed, settings.objective, region, per)
+
+    figures = figures_now()
+    beyond = figures.get("kl_masters", 0.0)
+    if region.enabled and region.delta < beyond < math.inf:
+        proposal, share = learner.export(), 0.95 * math.sqrt(region.delta / beyond)
+        learner.interpolate(before.weights, proposal, share)
+        figures = {**figures_now(), "share": share}
+        learner.load_weights(proposal)
     said, swamped = findings(figures, region.delta)
     if not said:
         return figures
