@@ -84,7 +84,8 @@ def plan_sharing(batch: MicroBatch) -> Plan | None:
     if rows < 2 or int(first_B.min()) < 1:
         return None
     even = _cut_at(batch, first_B.min().expand(rows))
-    uneven = _with_opening(_cut_at(batch, first_B))
+    cut = _cut_at(batch, first_B)
+    uneven = Plan(with_opening(cut.levels, _alike(cut.levels[0])), cut.first_B)
     saved = even.tokens - uneven.tokens
     if worth_sharing(saved, batch.input_ids) and uneven.mask_size <= _LARGEST_MASK:
         return uneven
@@ -114,14 +115,19 @@ def _cut_at(batch: MicroBatch, first_B: Tensor) -> Plan:
     return Plan((trunk, own), first_B)
 
 
-def _with_opening(plan: Plan) -> Plan:
-    """The plan with what all trunks begin with as a level of its own, where that is worth it."""
-    trunk, own = plan.levels
-    count, width = trunk.ids_RS.shape
+def _alike(trunk: Level) -> int:
+    """So many ids do all rows of a level begin with."""
     equal_P = (trunk.ids_RS == trunk.ids_RS[0]).all(0)
-    alike = min(int(equal_P.long().cumprod(0).sum()), int(trunk.length_R.min()))
+    return min(int(equal_P.long().cumprod(0).sum()), int(trunk.length_R.min()))
+
+
+def with_opening(levels: tuple[Level, ...], alike: int) -> tuple[Level, ...]:
+    """Trunks and the rows' own parts, with the ``alike`` ids that all trunks begin with as a level
+    before them where that is worth it. Looks at no values."""
+    trunk, own = levels
+    count, width = trunk.ids_RS.shape
     if alike < SHORTEST_OPENING or alike * (count - 1) < WORTH_SAVING * count * width:
-        return plan
+        return levels
     whole = torch.full_like(trunk.length_R[:1], alike)
     opening = Level(trunk.ids_RS[:1, :alike], trunk.start_R[:1], whole, alike=True)
     rest = Level(
@@ -131,7 +137,7 @@ def _with_opening(plan: Plan) -> Plan:
         torch.zeros_like(trunk.length_R),
         trunk.alike,
     )
-    return Plan((opening, rest, own), plan.first_B)
+    return opening, rest, own
 
 
 class _Branches(Cache):

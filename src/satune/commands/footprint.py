@@ -25,13 +25,14 @@ from satune.agents.architectures import cached_numbers, configuration
 from satune.agents.live import LiveBytes
 from satune.agents.packing import padded_budget
 from satune.agents.policy import Policy
-from satune.agents.prefixes import Level, shared_hidden, worth_sharing
+from satune.agents.prefixes import Level, shared_hidden, with_opening, worth_sharing
 from satune.agents.pretrained import Precision, hollow_policy
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import read_tokenizer, saved_adapter, source_of
 from satune.commands.assemble import agent_spec, load_tasks
 from satune.config.schema import AgentSection, Recipe, ResolvedTeam
 from satune.core.logprobs import chunk_for, policy_logits
+from satune.files.arrays import shared_prefix
 from satune.tasks.catalog import take
 from satune.tiny.zoo import is_tiny, tiny_model, tiny_tokenizer
 from satune.types import Entry, ServedModel
@@ -52,10 +53,12 @@ _UNTRACEABLE = (
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """What is fed at once: ``rows`` of ``prompt`` + ``new`` tokens, of which ``own`` are scored, on
-    ``prompts`` distinct prompts. ``whole`` says that this is all of a mini-batch."""
+    up to ``prompts`` distinct prompts that all begin with the same ``opening`` tokens. ``whole``
+    says that this is all of a mini-batch."""
 
     rows: int
     prompt: int
+    opening: int
     new: int
     own: int
     prompts: int
@@ -72,13 +75,14 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
 
     Counted for conversations in which every seat speaks once, as long as it may, and reads all of
     the others. Certificates, a reference KL, a hand-over, and the gauge of rounding below float32
-    come on top. None where a model or its
-    tokenizer is not here, or where a model looks at the values of its tensors.
+    come on top. None where a model or its tokenizer is not here, or where a model looks at the
+    values of its tensors.
     """
     team = recipe.team.resolved()
     models = {n: a.model for n, a in team.agents.items() if not isinstance(a.model, ServedModel)}
-    lengths = [_prompt(recipe, team.agents[name], model) for name, model in models.items()]
-    if not lengths or None in lengths:
+    found_prompts = [_prompts(recipe, team.agents[name], model) for name, model in models.items()]
+    prompts = [lengths for lengths in found_prompts if lengths is not None]
+    if not prompts or len(prompts) < len(models):
         return None
     given = recipe.team.device
     here = given == "cpu" or (given == "auto" and not torch.cuda.is_available())
@@ -87,10 +91,9 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     held, trained, steps = 0, {}, {}
     bases: set[str] = set()
     decoding = 0
-    for (name, model), prompt in zip(models.items(), lengths, strict=True):
-        assert prompt is not None
+    for (name, model), lengths in zip(models.items(), prompts, strict=True):
         try:
-            found = _agent(recipe, team, name, model, prompt, precision, device)
+            found = _agent(recipe, team, name, model, lengths, precision, device)
         except _UNTRACEABLE:
             return None
         shared = recipe.team.sharing == "lora" and model in bases
@@ -119,7 +122,7 @@ def _agent(
     team: ResolvedTeam,
     name: str,
     model: str,
-    prompt: int,
+    lengths: tuple[int, int],
     precision: Precision,
     device: torch.device,
 ) -> dict[str, int]:
@@ -127,7 +130,7 @@ def _agent(
     with its gradients; ``forward``, what measuring feeds at once; ``mixing``, what a proposal
     that is shrunk takes; ``states`` of the anchor; ``decoding``, keys and values with what fills
     them."""
-    section = team.agents[name]
+    section, (prompt, opening) = team.agents[name], lengths
     seats = sum(agent == name for agent in team.seats.values())
     new = recipe.rollout.max_new_tokens * len(team.seats)
     episodes = recipe.rollout.problems * recipe.rollout.samples
@@ -138,7 +141,8 @@ def _agent(
         missed = (1 - count / episodes) ** recipe.rollout.samples
         prompts = rows if seats > 1 else math.ceil(recipe.rollout.problems * (1 - missed))
         own = rows * recipe.rollout.max_new_tokens
-        return _Batch(rows, prompt, new, own, min(rows, prompts), rows == count * seats)
+        prompts = min(rows, prompts)
+        return _Batch(rows, prompt, opening, new, own, prompts, rows == count * seats)
 
     config = tiny_model(model, 0).config if is_tiny(model) else configuration(model)
     assert config is not None
@@ -188,18 +192,12 @@ def _most(live: LiveBytes, policy: Policy, batch: _Batch, share: bool) -> int:
     parameters = sum(p.nbytes for p in {id(p): p for p in policy.model.parameters()}.values())
     live.peak = live.now
     ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
-    first = batch.prompt - 1
-    saved = first * (batch.rows - batch.prompts)
-    if share and policy.attends_to_everything and worth_sharing(saved, ids):
-        nothing_B = torch.zeros(batch.rows, dtype=torch.long)
-        nothing_G = torch.zeros(batch.prompts, dtype=torch.long)
-        trunk_ids = torch.zeros(batch.prompts, first, dtype=torch.long)
-        trunk = Level(trunk_ids, nothing_G, nothing_G + first, alike=True)
-        length_B = nothing_B + (batch.width - first)
-        own = Level(ids[:, first:], nothing_B + first, length_B, nothing_B, alike=True)
-        hidden = shared_hidden(policy, (trunk, own))
-    else:
-        hidden = policy.hidden(ids)[:, first:]
+    plans: list[tuple[Level, ...] | None] = [None]
+    if share and policy.attends_to_everything:
+        # Shuffled mini-batches have fewer prompts too, which may be too few to share an opening.
+        plans = [_levels(batch, ids, count) for count in range(1, batch.prompts + 1)]
+    most = max(plans, key=lambda levels: _fed(levels) if levels else ids.numel())
+    hidden = shared_hidden(policy, most) if most else policy.hidden(ids)[:, batch.prompt - 1 :]
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])[: batch.own]
     del hidden
     loss = torch.zeros(())
@@ -208,6 +206,27 @@ def _most(live: LiveBytes, policy: Policy, batch: _Batch, share: bool) -> int:
     if torch.is_grad_enabled():
         loss.backward()
     return live.peak - parameters
+
+
+def _fed(levels: tuple[Level, ...]) -> int:
+    return sum(level.ids_RS.numel() for level in levels)
+
+
+def _levels(batch: _Batch, ids: Tensor, prompts: int) -> tuple[Level, ...] | None:
+    """What is fed of a batch on so many distinct prompts, as ``agents.prefixes`` plans it; None:
+    every row whole."""
+    first = batch.prompt - 1
+    nothing_B = torch.zeros(batch.rows, dtype=torch.long)
+    nothing_G = torch.zeros(prompts, dtype=torch.long)
+    trunk_ids = torch.zeros(prompts, first, dtype=torch.long)
+    trunk = Level(trunk_ids, nothing_G, nothing_G + first, alike=True)
+    length_B = nothing_B + (batch.width - first)
+    own = Level(ids[:, first:], nothing_B + first, length_B, nothing_B, alike=True)
+    plain = trunk, own
+    opened = with_opening(plain, batch.opening)
+    if worth_sharing(_fed(plain) - _fed(opened), ids):
+        return opened
+    return plain if worth_sharing(ids.numel() - _fed(plain), ids) else None
 
 
 def _scored(rows_NH: Tensor, policy: Policy) -> Tensor:
@@ -222,9 +241,9 @@ def _scored(rows_NH: Tensor, policy: Policy) -> Tensor:
     return (logits_NV * pull_NV).sum() + logits_NV.logsumexp(-1).sum()
 
 
-def _prompt(recipe: Recipe, section: AgentSection, model: str) -> int | None:
-    """Tokens of the longest prompt that a seat of this agent begins with; None where the tokenizer
-    is not here."""
+def _prompts(recipe: Recipe, section: AgentSection, model: str) -> tuple[int, int] | None:
+    """Tokens of the longest prompt that a seat of this agent begins with, and how many all of them
+    begin with; None where the tokenizer is not here."""
     saved = saved_adapter(model)
     place = saved.base if saved else model
     if is_tiny(place):
@@ -235,8 +254,9 @@ def _prompt(recipe: Recipe, section: AgentSection, model: str) -> int | None:
         return None
     renderer = ChatRenderer(tokenizer, section.template, 1 << 30)
     task, _ = load_tasks(recipe)
-    beginnings = (
+    beginnings = [
         renderer.view("seat").prompt([Entry("problem", parts=problem.prompt)], 1).ids
         for problem in take(task, "train", _PROMPTS, 0)
-    )
-    return max(len(ids) for ids in beginnings if ids is not None)
+    ]
+    found = [ids for ids in beginnings if ids is not None]
+    return max(map(len, found)), min(shared_prefix(found[0], ids) for ids in found)
