@@ -12,6 +12,7 @@ from satune.cli.bench import bench
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
 from satune.cli.eval import evaluate
+from satune.cli.export import export
 from satune.cli.grade import grade
 from satune.cli.lab import lab
 from satune.cli.push import push
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, swap, report, push, describe, grade, lab, bench):
+for command in (quickstart, train, swap, report, push, export, describe, grade, lab, bench):
     app.command()(command)
 app.command(name="eval")(evaluate)
 

@@ -151,7 +151,7 @@ def _train(
             display.watch(event)
             track(event)
             if event["event"] == "stage":
-                display.stages(event["stage"], recipe.stages)
+                display.stages(event["stage"], recipe.stages, event["reward"])
 
         training = start_training(cast, directory, watch)
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)

@@ -334,7 +334,7 @@ def send(parcel: Parcel, *, public: bool, overwrite: bool) -> str:
     with _hub(parcel.repo):
         held: set[str] = set()
         if api.repo_exists(parcel.repo):
-            info = api.repo_info(parcel.repo)
+            info = api.model_info(parcel.repo)
             held = {file.rfilename for file in info.siblings or []} - _KEPT
             if not info.private and not public:
                 raise UserError(
@@ -373,7 +373,7 @@ def _hub(repo: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         said = " ".join((error.server_message or str(error)).split())
-        status = error.response.status_code if error.response is not None else "?"
+        status = error.response.status_code
         mend = {401: "; hf auth login", 403: "; the token may not write there"}.get(status, "")
         raise UserError(f"{repo}: the hub refuses ({status}: {said[:200]}){mend}") from None
     except OfflineModeIsEnabled:

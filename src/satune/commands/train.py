@@ -184,6 +184,7 @@ def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Train
         recipe=recipe.model_dump(mode="json"),
         save_recipe=lambda: save_recipe(recipe, directory.recipe),
         evaluates_greedy=recipe.evaluate.greedy,
+        progress=cast.progress,
     )
 
 

@@ -66,7 +66,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the run's ``tensorboard``, written from the beginning by every process."""
 
-    id = None
+    id: str | None = None
 
     def __init__(self, about: About) -> None:
         _library("tensorboard", "tensorboard")

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from satune.files.events import Event, Note
 from satune.files.lines import scan_lines
-from satune.files.printing import printable
+from satune.files.printing import encodable, printable
 from satune.files.writing import strict_json, write_atomically
 from satune.report.public import public
 from satune.report.scalars import scalars
@@ -200,7 +200,7 @@ def _said(row: Mapping[str, Any]) -> Said:
 
 def _text(text: str) -> str:
     """What any tracker can write: whole characters, and not too many."""
-    whole = text.encode(errors="replace").decode()
+    whole = encodable(text)
     cut = len(whole) - LONGEST
     return f"{whole[:LONGEST]} ({cut:,} characters more)" if cut > 0 else whole
 
