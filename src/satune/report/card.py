@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,10 @@ def _head(members: Sequence[Member]) -> str:
     if bases:
         head["base_model"] = bases
     licences = {m.licence for m in members}
-    if len(licences) == 1 and None not in licences:
-        (head["license"],) = licences
+    (licence,) = licences if len(licences) == 1 else (None,)
+    # The hub takes its own short names alone.
+    if licence is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        head["license"] = licence
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 

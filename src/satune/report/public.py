@@ -13,7 +13,12 @@ WITHHELD = "(withheld)"
 _LEFT_OUT = {"cache", "api_key_env", "chat"}
 """Keys that say where things lie here, what a secret is called, or pages of text."""
 _ADDRESS = re.compile(r"\w+://[^\s#]*")
-_PATH = re.compile(r"(?<![^\s:=,(\"'])(?:~|\.{1,2})?(?:/[^\s:,/]+)+/?|\b[A-Za-z]:\\[^\s:,]+")
+_BEGINS = r"(?:(?:~|\.{1,2})/[^\s:,/]+|/[^\s:,/]+/[^\s:,/]+)"
+_PATH = re.compile(rf"(?<![^\s:=,(\"']){_BEGINS}(?:/[^\s:,/]+)*/?|\b[A-Za-z]:\\[^\s:,]+")
+_WHOLE = re.compile(r"(\w+:)?((?:~|\.{1,2})?/[^:\n]*/?[^:\n]*)((?::\w+)?)")
+_FILE = re.compile(r"\.(?:jsonl?|parquet|csv|txt|ya?ml|py|gguf|jinja|safetensors)")
+"""A path in the middle of a text has two names at least: "/no_think" is none. A text that is one
+altogether may have blanks in it."""
 
 
 def public(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -28,12 +33,22 @@ def public(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 def without_places(text: str) -> str:
     """The text with each address withheld, and of each path the last name. A relative path is known
-    by its dots, or by being there."""
+    by its dots, its depth, the kind of its file, or by being there: "org/name" is the hub's."""
+    whole = _WHOLE.fullmatch(text)
+    if whole is not None and _PATH.match(whole[2]):
+        return (whole[1] or "") + _last(whole[2]) + whole[3]
     head, colon, rest = text.partition(":")
-    if "/" in head and "://" not in text and Path(head).exists():
+    if _is_relative_path(head) and not rest.startswith("//"):
         return Path(head).name + colon + rest
     text = _ADDRESS.sub(WITHHELD, text)
     return _PATH.sub(lambda found: _last(found.group()), text)
+
+
+def _is_relative_path(head: str) -> bool:
+    if "/" not in head or head.startswith("/") or any(c.isspace() for c in head):
+        return False
+    deep = head.count("/") > 1
+    return deep or _FILE.fullmatch(Path(head).suffix) is not None or Path(head).exists()
 
 
 def _last(path: str) -> str:
