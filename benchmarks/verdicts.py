@@ -5,9 +5,10 @@
     PYTHONPATH=VERSION/src python benchmarks/verdicts.py grade ANSWERS VERDICTS
     python benchmarks/verdicts.py compare ANSWERS VERDICTS_BEFORE VERDICTS_AFTER
 
-``mutate`` writes right answers to the benchmark rows in the directory ROWS and other versions of them:
-with notation put in, wrapped, cut, exchanged with another problem's. ``collect`` appends what models
-said: the last message of each conversation of runs and evaluations, each text once a problem.
+``mutate`` writes right answers to the benchmark rows in the directory ROWS and other versions of
+them: with notation put in, wrapped, cut, exchanged with another problem's. ``collect`` appends what
+models said: the last message of each conversation of runs and evaluations, each text once a
+problem.
 ``grade`` uses nothing but what every version of satune has, so that an old checkout's source can be
 named in PYTHONPATH. ``compare`` prints every answer whose score differs.
 """
@@ -45,20 +46,22 @@ SOURCES: tuple[tuple[str, str | None, int, Callable[[Problem], str]], ...] = (
 OPTIONS: dict[str, Row] = {"rows": {"prompt": "problem", "reward": "numeric"}}
 
 NOTATION = (
-    " ", "\n", "\t", "\u00a0", "\\,", "\\;", "\\ ", "\\!", "$", "\\$", "\\%", "%", "**", "*", "_", "`",
-    ",", ".", ":", ";", "=", "+", "-", "\u2212", "\u2013", "/", "\u2044", "^\\circ", "\u00b0", "\u221a", "\u00b2",
-    "\u00bd", "\u00d7", "\u00f7", "\u03c0", "\u221e", "\\pi", "\\infty", "\\sqrt", "\\frac", "\\dfrac", "\\left(",
-    "\\right)", "\\text{ cm}", "\\text{", "\\mbox{ units}", "\\mathrm{m}", "{", "}", "[", "]", "(", ")", "\\{",
-    "\\}", "|", "<", ">", "\\le", "\\neq", "\\pm", "\\cdot", "\\times", "x", "x=", "a = ", "!", "'", '"',
-    "0", "1", "7", "00", ".0", ".5", "e3", "1e-16", "_2", "^2", "\\overline{3}", "\\approx", "\\color{red}",
-    " cm", " dollars", " and ", " or ", " to ", "\\\\", "&", "#", "#### ", "\uff15", "\u200b", "\ufeff", "null",
-    "<think>", "</think>", "<think>hm</think>", "[PLAN]", "[PLAN END]", "[/PLAN]", "(stack a b)",
-    "pick up the red block\n", "```", "```json\n", "1. ", "- ", "Answer: ", "\\boxed{", "{}", '{"solution":',
+    " ", "\n", "\t", "\u00a0", "\\,", "\\;", "\\ ", "\\!", "$", "\\$", "\\%", "%", "**", "*", "_",
+    "`", ",", ".", ":", ";", "=", "+", "-", "\u2212", "\u2013", "/", "\u2044", "^\\circ",
+    "\u00b0", "\u221a", "\u00b2", "\u00bd", "\u00d7", "\u00f7", "\u03c0", "\u221e", "\\pi",
+    "\\infty", "\\sqrt", "\\frac", "\\dfrac", "\\left(", "\\right)", "\\text{ cm}", "\\text{",
+    "\\mbox{ units}", "\\mathrm{m}", "{", "}", "[", "]", "(", ")", "\\{", "\\}", "|", "<", ">",
+    "\\le", "\\neq", "\\pm", "\\cdot", "\\times", "x", "x=", "a = ", "!", "'", "\"", "0", "1",
+    "7", "00", ".0", ".5", "e3", "1e-16", "_2", "^2", "\\overline{3}", "\\approx", "\\color{red}",
+    " cm", " dollars", " and ", " or ", " to ", "\\\\", "&", "#", "#### ", "\uff15", "\u200b",
+    "\ufeff", "null", "<think>", "</think>", "<think>hm</think>", "[PLAN]", "[PLAN END]",
+    "[/PLAN]", "(stack a b)", "pick up the red block\n", "```", "```json\n", "1. ", "- ",
+    "Answer: ", "\\boxed{", "{}", "{\"solution\":",
 )  # fmt: skip
 WRAPS = (
     "**{}**", "`{}`", "<think>{}</think>", "<think>first</think>{}", "<think>{}", "no </think>{}",
-    "{}\n\nI hope that helps.", "Let me see.\n{}", "${}$", "\\({}\\)", "```\n{}\n```", "> {}", "_{}_",
-    "{0}\n{0}", "Answer: {}", "The final answer is {}",
+    "{}\n\nI hope that helps.", "Let me see.\n{}", "${}$", "\\({}\\)", "```\n{}\n```", "> {}",
+    "_{}_", "{0}\n{0}", "Answer: {}", "The final answer is {}",
 )  # fmt: skip
 
 

@@ -492,7 +492,8 @@ def options_of(kind: str, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 
 def options_in_code(function: Callable[..., Any], skip: int = 0) -> dict[str, Any]:
     parameters = list(inspect.signature(function).parameters.values())[skip:]
-    return {parameter.name: parameter.default for parameter in parameters}
+    needed = inspect.Parameter.empty
+    return {p.name: "needed" if p.default is needed else p.default for p in parameters}
 
 
 @pytest.mark.parametrize("name", list(TASKS))
