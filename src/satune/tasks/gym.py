@@ -88,10 +88,10 @@ class ReasoningGym:
 
     Splits are held out by seed: each has seeds of its own, so that no problem is drawn twice; where
     a data set knows few questions, the same text may come up on both sides
-    (``evaluate.drop_overlap`` drops it). ``instruction`` is put behind every question
-    (None: ``INSTRUCTION``; "": nothing). The answer is read between tags (``answer="tag"``) or is the whole message ("message"),
-    thoughts aside. The score is the scorer's own, some of which give a part for what is nearly
-    right, and .01 to .05 for any text at all.
+    (``evaluate.drop_overlap`` drops it). ``instruction`` is put behind every question (None:
+    ``INSTRUCTION``; "": nothing). The answer is read between tags (``answer="tag"``) or is the
+    whole message ("message"), thoughts aside. The score is the scorer's own, some of which give a
+    part for what is nearly right, and .01 to .05 for any text at all.
 
     Raises UserError for an unknown data set or option, one that is ``REFUSED``, and where
     reasoning-gym is not installed.
