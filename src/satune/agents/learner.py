@@ -171,10 +171,12 @@ class LocalLearner:
             reverse_T[batch.tokens_T] = scores.reverse_kl_T.cpu()
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
             if stop is not None and place < len(batches):
-                so_far = Measurement(*scorer.together(kl_T, reverse_T, logprobs_T), whole=False)
+                found = scorer.together(kl_T, reverse_T, logprobs_T)
+                so_far = Measurement(found[0], found[1], found[2], whole=False)
                 if scorer.decided(stop(so_far)):
                     return so_far
-        return Measurement(*scorer.together(kl_T, reverse_T, logprobs_T))
+        found = scorer.together(kl_T, reverse_T, logprobs_T)
+        return Measurement(found[0], found[1], found[2])
 
     def gauge(self, packed: PackedTurns, anchor: Mapping[str, Tensor]) -> Gauged:
         """What rounding makes of the present weights' distance to an ``anchor``'s (as of

@@ -57,8 +57,11 @@ class Learner(Protocol):
     ``frozen`` learner is never updated.
     """
 
-    frozen: bool
-    steps: int
+    @property
+    def frozen(self) -> bool: ...
+
+    @property
+    def steps(self) -> int: ...
 
     @property
     def critic(self) -> Critic | None:
@@ -102,7 +105,7 @@ class Learner(Protocol):
 
     def drop_gradients(self) -> None: ...
 
-    def gradient(self, packed: PackedTurns, coefficients_T: Tensor) -> Mapping[str, Tensor]: ...
+    def gradient(self, packed: PackedTurns, coefficients_T: Tensor) -> dict[str, Tensor]: ...
 
     def measure(
         self, anchor: Anchor, stop: Callable[[Measurement], bool] | None = None

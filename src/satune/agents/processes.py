@@ -21,16 +21,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from satune.agents.specs import ShardingSettings
+from satune.files.interrupts import Lost
 from satune.types import UserError
 
 _STILL_HERE = "still here"
 _WORDS = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe")
 """What the errors of a lost process have in common, whatever its transport."""
-
-
-class Lost(KeyboardInterrupt):
-    """A process of the run is gone, so that the run cannot go on; says which one noticed. No
-    Exception: whoever waits for a conversation must not take it for the conversation's failure."""
 
 
 def started_by_torchrun() -> bool:
@@ -53,7 +49,7 @@ class Processes:
             if started_by_torchrun():
                 dist.init_process_group(backend, timeout=limit)
             else:
-                store = dist.HashStore()
+                store = dist.HashStore()  # type: ignore[attr-defined]
                 dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -63,7 +59,7 @@ class Processes:
                 "parts; give a divisor of the number of processes"
             )
         # Apart from the group of the weights, so that a thread may speak here.
-        self._line = dist.new_group(backend="gloo", timeout=limit)
+        self._line: Any = dist.new_group(backend="gloo", timeout=limit)
         self.mesh = self._make_mesh()
         self.talking = threading.RLock()
         self._over = threading.Event()
@@ -156,8 +152,13 @@ class Processes:
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def dismiss(self) -> None:
+        """Rank 0: tell the others that it is over."""
+        self._over.set()
+        if self.drives:
+            self.tell(None)
+
     def close(self) -> None:
         """End without a failure: all processes come here."""
-        self._over.set()
         with self.talking:
             dist.destroy_process_group()

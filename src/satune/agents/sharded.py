@@ -13,6 +13,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,8 +140,8 @@ class _Ref:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """``method`` of an agent's part with ``arguments``. What comes out is kept under ``keep``, where
-    that is a number; what is kept under the numbers of ``forget`` is let go before."""
+    """``method`` of an agent's part with ``arguments``. What comes out is kept under the number
+    ``keep``, if any; what is kept under the numbers of ``forget`` is let go before."""
 
     agent: str
     method: str
@@ -187,16 +188,11 @@ class Crew:
         self._forgotten.append(number)
 
     def follow(self) -> None:
-        """Any other process: do what rank 0 says until it says that it is over. Raises Lost."""
+        """Any other process: do what rank 0 says until it dismisses all. Raises Lost."""
         while isinstance(call := self.processes.hear(), _Call):
-            try:
+            # All find the same, and rank 0 goes on from there.
+            with suppress(NonFinite):
                 self._perform(call)
-            except NonFinite:
-                pass  # all found the same; rank 0 goes on from there
-
-    def dismiss(self) -> None:
-        """Rank 0: say that it is over."""
-        self.processes.tell(None)
 
     def _perform(self, call: _Call) -> Any:
         for number in call.forget:
@@ -383,8 +379,8 @@ class ShardedLearner:
 
     def snapshot(self) -> Snapshot:
         held = self._ask("snapshot", keep=True)
-        parts = (Shards(self._agent, held, part) for part in ("weights", "optimizer"))
-        return _SharedSnapshot(*parts, self.steps)
+        weights, optimizer = (Shards(self._agent, held, part) for part in ("weights", "optimizer"))
+        return _SharedSnapshot(weights, optimizer, self.steps)
 
     def restore(self, snapshot: Snapshot) -> None:
         weights, optimizer = map(self._shards, (snapshot.weights, snapshot.optimizer))

@@ -26,6 +26,23 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _METHOD = "satune_states"
 
 
+def check_layers(policy: Policy) -> list[nn.Module]:
+    """The layers that a model is cut at. Raises UserError where it cannot be cut."""
+    what = f"agent {policy.name}: {type(policy.causal_lm).__name__}"
+    if any(getattr(policy.config, name, None) for name in _EXPERTS):
+        raise UserError(
+            f"{what} is a mixture of experts, which is not sharded; leave sharding out, or choose"
+            " another model"
+        )
+    names = set(getattr(policy.causal_lm, "_no_split_modules", None) or ())
+    layers = [module for module in policy.backbone.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UserError(
+            f"{what} does not say what its layers are; leave sharding out, or choose another model"
+        )
+    return layers
+
+
 def shard(
     policies: Mapping[str, Policy], frozen: Mapping[str, bool], processes: Processes
 ) -> dict[str, ShardedPolicy]:
@@ -33,18 +50,7 @@ def shard(
     tells which agents are never trained. Raises UserError for a model that cannot be cut."""
     policy = next(iter(policies.values()))
     causal_lm, backbone = policy.causal_lm, policy.backbone
-    if any(getattr(policy.config, name, None) for name in _EXPERTS):
-        raise UserError(
-            f"agent {policy.name}: {type(causal_lm).__name__} is a mixture of experts, which is not"
-            " sharded; leave sharding out, or choose another model"
-        )
-    names = set(getattr(causal_lm, "_no_split_modules", None) or ())
-    layers = [module for module in backbone.modules() if type(module).__name__ in names]
-    if not layers:
-        raise UserError(
-            f"agent {policy.name}: {type(causal_lm).__name__} does not say what its layers are; "
-            "leave sharding out, or choose another model"
-        )
+    layers = check_layers(policy)
     policy.model.requires_grad_(False)
     for name, each in policies.items():
         for parameter in each.trainable().values():
@@ -118,9 +124,7 @@ class ShardedPolicy(Policy):
     def projection_with(self, weights: Mapping[str, Tensor]) -> Any:
         """As of a policy, from shards; the head is gathered in every process, for as long as what
         comes out is used."""
-        held = {
-            part: self.gathered(name, weights[name]) for part, name in self._head_names.items()
-        }
+        held = {part: self.gathered(name, weights[name]) for part, name in self._head_names.items()}
         if not held:
             return self.project
 

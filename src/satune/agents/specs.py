@@ -50,8 +50,8 @@ class ShardingSettings:
     cut over all processes, or over each of ``replicas`` equal parts of them. A process that is not
     heard of for ``timeout`` seconds counts as lost."""
 
-    replicas: Annotated[Count, MayChange()] = 1
-    timeout: Annotated[Positive, MayChange()] = 600.0
+    replicas: Count = 1
+    timeout: Annotated[float, Range(ge=1)] = 600.0
 
 
 @dataclass(frozen=True, slots=True)
