@@ -173,10 +173,12 @@ class Crew:
         with self.processes.talking:
             forget, self._forgotten = tuple(self._forgotten), []
             number = next(self._numbers) if keep else None
-            call = _Call(agent, method, arguments, number, forget)
+            # The arguments themselves are held until the call is over, and what they stand for.
+            told = tuple(map(_told, arguments))
+            call = _Call(agent, method, told, number, forget)
             self.processes.tell(call)
             if own is not None:
-                call = replace(call, arguments=(*arguments[:-1], own))
+                call = replace(call, arguments=(*told[:-1], own))
             found = self._perform(call)
             return found if number is None else _Held(self, number)
 
@@ -235,7 +237,7 @@ class Shards(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self.held.crew.ask(self.agent, "gathered", self.reference, name)
+        return self.held.crew.ask(self.agent, "gathered", self, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -250,11 +252,6 @@ class _SharedAnchor(Anchor):
 
     held: _Held | None = None
 
-    @property
-    def number(self) -> _Ref:
-        assert self.held is not None
-        return _Ref(self.held.number)
-
 
 class _SharedSnapshot(Snapshot):
     """An agent as it was, a shard a process."""
@@ -263,6 +260,16 @@ class _SharedSnapshot(Snapshot):
         assert isinstance(self.weights, Shards)
         held = self.weights.held
         held.crew.ask(self.weights.agent, "rest_snapshot", _Ref(held.number))
+
+
+def _told(argument: Any) -> Any:
+    """An argument as it is sent."""
+    if isinstance(argument, Shards):
+        return argument.reference
+    if isinstance(argument, _SharedAnchor):
+        assert argument.held is not None
+        return _Ref(argument.held.number)
+    return argument
 
 
 def _never(_: Measurement) -> bool:
@@ -316,21 +323,20 @@ class ShardedLearner:
         reference: bool = False,
     ) -> Anchor:
         given = None if weights is None else self._shards(weights)
-        weights_held = None if given is None else given.reference
-        held = self._ask("hold_anchor", packed, weights_held, reference, keep=True)
+        held = self._ask("hold_anchor", packed, given, reference, keep=True)
         own: Anchor = self._crew.kept(held.number)
         return _SharedAnchor(
             packed, own.states, own.logprobs_T, own.known_T, own.reference, held=held
         )
 
     def complete(self, anchor: Anchor) -> None:
-        self._ask("complete", _number(anchor))
+        self._ask("complete", anchor)
 
     def measure(
         self, anchor: Anchor, stop: Callable[[Measurement], bool] | None = None
     ) -> Measurement:
         told = None if stop is None else _never
-        return self._ask("measure", _number(anchor), told, own=stop)
+        return self._ask("measure", anchor, told, own=stop)
 
     def gauge(self, packed: PackedTurns, anchor: Mapping[str, Tensor]) -> Gauged:
         budget = self._part.settings.micro_batch_tokens
@@ -351,7 +357,7 @@ class ShardedLearner:
         if objective.loss is not None:
             objective = replace(objective, loss=None)
         return self._ask(
-            "accumulate", _number(anchor), list(episodes), advantages_U, weights_U, objective, per
+            "accumulate", anchor, list(episodes), advantages_U, weights_U, objective, per
         )
 
     def distil(self, packed: PackedTurns, episodes: Sequence[int], mixture: MixturePolicy) -> float:
@@ -375,7 +381,7 @@ class ShardedLearner:
         return self._made("export")
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        self._ask("load_weights", self._shards(weights).reference)
+        self._ask("load_weights", self._shards(weights))
 
     def snapshot(self) -> Snapshot:
         held = self._ask("snapshot", keep=True)
@@ -384,22 +390,21 @@ class ShardedLearner:
 
     def restore(self, snapshot: Snapshot) -> None:
         weights, optimizer = map(self._shards, (snapshot.weights, snapshot.optimizer))
-        self._ask("put_back", weights.reference, optimizer.reference, snapshot.steps)
+        self._ask("put_back", weights, optimizer, snapshot.steps)
 
     def interpolate(
         self, anchor: Mapping[str, Tensor], target: Mapping[str, Tensor], scale: float
     ) -> None:
-        both = [self._shards(weights) for weights in (anchor, target)]
-        self._ask("interpolate", *(each.reference for each in both), scale)
+        self._ask("interpolate", self._shards(anchor), self._shards(target), scale)
 
     def optimizer_state(self) -> Shards:
         return self._made("optimizer_state")
 
     def load_optimizer_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        self._ask("load_optimizer_state", self._shards(state).reference, steps)
+        self._ask("load_optimizer_state", self._shards(state), steps)
 
     def keep_reference(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        given = None if weights is None else self._shards(weights).reference
+        given = None if weights is None else self._shards(weights)
         self._reference = self._made("hold_reference", given)
 
     @property
@@ -417,11 +422,6 @@ class ShardedLearner:
         told = {name: t.cpu() if t.dim() == 0 else None for name, t in weights.items()}
         held = self._ask("scattered", told, keep=True, own=dict(weights))
         return Shards(self._agent, held)
-
-
-def _number(anchor: Anchor) -> _Ref:
-    assert isinstance(anchor, _SharedAnchor), "an anchor of another learner"
-    return anchor.number
 
 
 def _not_sharded(what: str) -> str:
