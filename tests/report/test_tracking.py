@@ -323,8 +323,8 @@ def test_a_library_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_names_that_come_from_data_are_ones_that_any_tracker_takes() -> None:
     event = {
-        "event": "eval", "stage": 3, "greedy": False, "reward": 0.5, "interval": [0.25, 0.75], "difference": (0.125, None, 1),
-        "per_problem": [0.5],
+        "event": "eval", "stage": 3, "greedy": False, "reward": 0.5, "per_problem": [0.5],
+        "interval": [0.25, 0.75], "difference": (0.125, None, 1),
         "groups": {"a/b\n": {"reward": 1.0}, "..": {"reward": 0.0}},
         "figures": {"nothing": float("nan"), "text": "nan", "most": float("inf"), "ok": True},
     }  # fmt: skip
