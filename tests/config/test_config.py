@@ -203,7 +203,7 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          "schedule.ess: unknown key; the keys here are name, cap"),
         ("objective: {name: cispo, clip_high: 0}",
          "objective.clip_high: expected a number above 0, got 0"),
-        ("log: {report_to: [wandbb]}", "log.report_to[0]: expected one of tensorboard, wandb,"
+        ("log: {report_to: [wandbb]}", "log.report_to: expected one of tensorboard, wandb,"
          " trackio, mlflow, got 'wandbb'; did you mean 'wandb'?"),
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
         ("discount: {gamma: 0.99}",
