@@ -163,7 +163,7 @@ class World:
             (beside / "manifest.json").write_text(json.dumps({**manifest, "agents": agents}))
 
 
-def start_training(cast: Any, directory: RunDirectory, watch: Any) -> Training:
+def start_training(cast: Any, directory: RunDirectory, watch: Any, parts: Any = None) -> Training:
     """As ``commands.train.start_training``, over agents of three numbers."""
     recipe = cast.recipe
     learners = {name: Learner(seed) for seed, name in enumerate(AGENTS)}
