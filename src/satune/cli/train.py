@@ -108,11 +108,11 @@ def _train(
     import torch
 
     from satune.commands.assemble import assemble, overlap_note
+    from satune.commands.hosted import train_with_hosts
     from satune.commands.train import start_training, tolerance_of
     from satune.files.writing import tensor_errors
     from satune.report.monitors import scalar_writer
     from satune.tiny.zoo import is_tiny
-    from satune.training.trainer import train as run
 
     name: str | None = None
     if resume:
@@ -156,7 +156,14 @@ def _train(
                 display.stages(event["stage"], recipe.stages)
 
         training = start_training(cast, directory, watch)
-        summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)
+        summary = train_with_hosts(
+            training,
+            cast.hosts.values(),
+            recipe.hosts.wait,
+            tolerance=tolerance_of(recipe),
+            checkpoint=name,
+            tell=display.note,
+        )
     _draw(directory, display)
     return summary
 

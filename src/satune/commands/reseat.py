@@ -24,7 +24,7 @@ from satune.engines.servers import Servers
 from satune.engines.settings import ServerSettings
 from satune.files.names import refuse_links
 from satune.loading import nearest_hint
-from satune.team import Team, add_mixtures, manifest_of, model_of
+from satune.team import Team, add_mixtures, manifest_of, model_of, refuse_hosted
 from satune.training.checkpoint import Checkpoints
 from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
@@ -95,6 +95,12 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     refuse_links(path)
     loaded = load_recipe(run.recipe, alone=True)
     trust.admit(loaded.model_dump(mode="json"), run.recipe)
+    for agent, section in loaded.team.agents.items():
+        if section.host is not None:
+            raise UserError(
+                f"{path}: agent {agent} lives with its owner ({section.host}); a swap needs every "
+                "agent of the team here"
+            )
     found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest(run.intended)
     if found is None:
         raise UserError(f"{path}: the run has no complete checkpoint yet; let it train on")
@@ -106,6 +112,7 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
 def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None) -> Recipe:
     agents: dict[str, AgentSection] = {}
     sharing = "separate"
+    refuse_hosted(manifest, path)
     for name, entry in manifest["agents"].items():
         sharing = entry["sharing"]
         lora = entry.get("lora")
