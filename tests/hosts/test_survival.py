@@ -117,8 +117,8 @@ def test_everybody_dies_and_all_stand_at_the_checkpoint(
             there.train(out, watch=at(2, "update", lambda: [there.stop(a) for a in AGENTS], step=1))
         for agent in AGENTS:
             there.start(agent)
-        kept = [p.name for p in sorted((tmp_path / "owners/bob/checkpoints").iterdir())]
-        assert {"stage-0001", "stage-0002-step-1", "run.json"} >= {*kept[-2:]}
+        kept = {p.name for p in (tmp_path / "owners/bob/checkpoints").iterdir() if p.is_dir()}
+        assert kept == {"stage-0001-step-1", "stage-0001"}
         there.train(out, checkpoint=latest(out))
         assert_same(whole, there, out)
 

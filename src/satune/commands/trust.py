@@ -20,7 +20,7 @@ from typing import Any
 
 from satune.config.load import load_recipe
 from satune.config.schema import Recipe
-from satune.loading import KEY_VARIABLE, address_in, missing_file, reference_in
+from satune.loading import HOST_VARIABLE, KEY_VARIABLE, address_in, missing_file, reference_in
 from satune.types import UserError
 
 STATE = "SATUNE_STATE"
@@ -109,8 +109,8 @@ def _variable_of(key: str, beside: Any) -> str:
     """The environment variable whose value is sent to the address at ``key``; ``beside`` is the
     section that the key is in."""
     section = beside if isinstance(beside, Mapping) else {}
-    if key.endswith(".host") and "host_token_env" in section:
-        return str(section["host_token_env"])
+    if key.endswith(".host") and ".agents." in f".{key}":
+        return str(section.get("host_token_env") or HOST_VARIABLE)
     server = section.get("server")
     return str((server if isinstance(server, Mapping) else {}).get("api_key_env") or KEY_VARIABLE)
 

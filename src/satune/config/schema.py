@@ -23,7 +23,7 @@ from satune.core.trust_region import TrustRegionSettings
 from satune.engines.base import ENGINES
 from satune.engines.settings import ServerSettings
 from satune.hosts.settings import HostSettings
-from satune.loading import model_in
+from satune.loading import HOST_VARIABLE, model_in
 from satune.ranges import MayChange, Range, Text, Whole
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
@@ -77,7 +77,7 @@ class AgentSection(Section):
     attention: Literal["sdpa", "eager"] | None = None
     server: Annotated[Annotated[ServerSettings, Derived()] | None, MayChange()] = None
     host: Annotated[Text | None, MayChange(still_hosted)] = None
-    host_token_env: Annotated[Variable, MayChange()] = "SATUNE_HOST_TOKEN"
+    host_token_env: Annotated[Variable, MayChange()] = HOST_VARIABLE
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ class HostedAgent:
     def _ask(self, verb: str, **message: Any) -> Plain:
         """Ask as this run; what is no longer named here is forgotten there."""
         if not self._begun:
-            self._begun = True
             self.client.ask("begin", {"run": self._run})
+            self._begun = True
         gone = self._gone[:]
         del self._gone[: len(gone)]
         answer = self.client.ask(verb, {"run": self._run, "forget": gone, **message})

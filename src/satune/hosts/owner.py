@@ -234,6 +234,8 @@ class Owner:
         sampling = sampling_from(asked["sampling"])
         if key.seat not in self.engine.seats:
             raise UserError(f"has no seat {key.seat}")
+        if sampling.max_new_tokens > self.settings.max_new_tokens:
+            raise UserError(f"writes at most {self.settings.max_new_tokens} tokens a message")
         place = (*conversation_id(key), key.seat)
         if asked["at"] == 0:
             self._seen[place] = _Seen(self.renderer.view(key.seat), [])
