@@ -81,8 +81,9 @@ def test_no_weight_id_or_log_probability_of_a_token_crosses(
     secrets += [text.encode() for text in logprobs if text not in ("0.0", "-0.0")]
     assert crossed(secrets, wire) == []
     # It would have been found.
-    assert crossed(secrets, to_bytes({"weights": first["model.norm.weight"].tolist()}))
-    assert crossed(secrets, first["model.embed_tokens.weight"].numpy().tobytes())
+    embedding = first["model.embed_tokens.weight"]
+    assert crossed(secrets, to_bytes({"weights": embedding[0].tolist()}))
+    assert crossed(secrets, embedding.numpy().tobytes())
     # No list of numbers is as long as the tokens are many: sums a turn or an episode at most.
     episodes = 3 * 4
     assert longest_list(bodies) <= 3 * episodes

@@ -134,7 +134,8 @@ def _train(
             directory.begin_anew()
         what = "no checkpoint of the run; it begins anew" if held else "no run; a new one begins"
         display.note(f"{directory.path}: nothing to resume: {what}")
-    local = [a.model for a in recipe.team.agents.values() if isinstance(a.model, str)]
+    agents = recipe.team.agents.values()
+    local = [a.model for a in agents if isinstance(a.model, str) and a.host is None]
     if all(map(is_tiny, local)):
         # Their matrices are too small to share: two threads were slower than one.
         torch.set_num_threads(1)

@@ -82,6 +82,7 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     """
     if (path / "manifest.json").is_file():
         manifest = manifest_of(path)
+        refuse_hosted(manifest, path)
         used = ("agents",) if recipe else ("agents", "task", "protocol")
         trust.admit({part: manifest[part] for part in used}, path / "manifest.json")
         said = recipe is not None or manifest.get("max_new_tokens") is not None
@@ -112,7 +113,6 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
 def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None) -> Recipe:
     agents: dict[str, AgentSection] = {}
     sharing = "separate"
-    refuse_hosted(manifest, path)
     for name, entry in manifest["agents"].items():
         sharing = entry["sharing"]
         lora = entry.get("lora")

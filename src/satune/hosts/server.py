@@ -45,7 +45,7 @@ class HostServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             name, port = address
             raise UserError(
-                f"{name}:{port}: cannot be listened at ({error}); give others"
+                f"{name}:{port}: cannot listen there ({error}); give another --address or --port"
             ) from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
