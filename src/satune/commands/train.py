@@ -36,7 +36,7 @@ from satune.training.checkpoint import Checkpoints
 from satune.training.credit import load_credit
 from satune.training.ledger import Ledger
 from satune.training.ordering import load_order
-from satune.training.ports import Host, Watcher
+from satune.training.ports import Agents, Host, Watcher
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import load_schedule
@@ -73,7 +73,7 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
         certify=recipe.certify,
         deltas={name: a.delta for name, a in agents.items() if a.delta is not None},
         evaluate_every=recipe.evaluate.every,
-        checkpoint_steps=recipe.checkpoint.every == "step",
+        checkpoint=recipe.checkpoint,
     )
 
 
@@ -149,26 +149,37 @@ class LocalWorld:
         self.cast.team.save(self.directory.team, critics=critics, digests=digests)
 
 
-def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Training:
-    """A training run over a cast, in a directory that was started."""
-    recipe = cast.recipe
-    settings = training_settings(recipe)
-    critics = make_critics(
-        recipe, cast.team, cast.protocol, directory.path / "optimizers", cast.progress
-    )
-    world = LocalWorld(cast, directory, critics)
-    if settings.certify.problems:
-        # A task without problems for certificates is told now, not after the first step.
-        check_held_out(cast.task)
-    resolved = recipe.team.resolved()
-    scratch = directory.path / "optimizers"
+def local_parts(
+    cast: Cast, directory: RunDirectory
+) -> tuple[dict[str, Learner | Host], LocalWorld]:
+    """Learners over the models that the engine has, the hosts of agents that live elsewhere, and
+    the world that they are played in."""
+    recipe, policies, scratch = cast.recipe, cast.team.policies, directory.path / "optimizers"
+    critics = make_critics(recipe, cast.team, cast.protocol, scratch, cast.progress)
     learners: dict[str, Learner | Host] = {
         name: cast.hosts[name]
         if name in cast.hosts
-        else learner_of(recipe, cast.team.policies[name], name, scratch, critics.get(name))
-        for name in resolved.agents
-        if name in cast.hosts or name in cast.team.policies
+        else learner_of(recipe, policies[name], name, scratch, critics.get(name))
+        for name in recipe.team.resolved().agents
+        if name in cast.hosts or name in policies
     }
+    return learners, LocalWorld(cast, directory, critics)
+
+
+Parts = Callable[[Cast, RunDirectory], tuple[Agents, LocalWorld]]
+
+
+def start_training(
+    cast: Cast, directory: RunDirectory, watch: Watcher, parts: Parts = local_parts
+) -> Training:
+    """A training run over a cast, in a directory that was started; ``parts`` makes its learners and
+    its world."""
+    recipe = cast.recipe
+    settings = training_settings(recipe)
+    if settings.certify.problems:
+        # A task without problems for certificates is told now, not after the first step.
+        check_held_out(cast.task)
+    learners, world = parts(cast, directory)
     remember(recipe.model_dump(mode="json"))
     return Training(
         settings=settings,
