@@ -108,7 +108,7 @@ def test_a_host_that_does_not_answer_in_time() -> None:
     [
         (["certify.problems=8", "certify.accept=certified", "certify.evidence=balance"],
          "certify.evidence: balance rests on ratios that the hosts of bob report"),
-        (["sharding={}"], "sharding: a team with agents that live elsewhere (bob)"),
+        (["sharding={}"], "sharding: one process drives agents that live elsewhere (bob)"),
         (["engine.order=throughput"], "engine.order: throughput is not for agents"),
         (["team.agents.bob.host=bob.example.org"], "expected http://ADDRESS"),
         (["team.agents.bob.trust_remote_code=true"], "no code of it runs here"),

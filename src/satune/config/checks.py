@@ -112,6 +112,8 @@ def _hosts_are_sound(recipe: Recipe) -> Iterator[Fault]:
             f"{recipe.certify.evidence} rests on ratios that the hosts of {names} report; a gate"
             " needs fresh, which looks at the rewards of texts alone",
         )
+    if recipe.sharding is not None:
+        yield "sharding", f"one process drives agents that live elsewhere ({names}); remove the key"
     if recipe.engine.name != "local":
         yield (
             "engine.name",
