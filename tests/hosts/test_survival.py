@@ -66,7 +66,9 @@ def test_a_host_that_dies_before_its_step(
 ) -> None:
     out = tmp_path / "run"
     with owners(whole[0], tmp_path / "owners", AGENTS, OVERRIDES) as there:
-        with pytest.raises(HostLost, match=r"agent bob: its host http://127.0.0.1:\d+ is lost"):
+        with pytest.raises(
+            HostLost, match=r"agent bob: its host http://127.0.0.1:\d+ is lost.*--resume"
+        ):
             there.train(out, watch=at(2, "update", lambda: there.stop("bob"), step=1))
         there.start("bob")
         there.train(out, checkpoint=latest(out))

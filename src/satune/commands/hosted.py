@@ -37,7 +37,7 @@ def train_with_hosts(
             store = Checkpoints(training.directory.checkpoints, keep=1)  # only to look
             found = store.latest() if wait else None
             if found is None:
-                raise
+                raise HostLost(f"{lost}; then go on with --resume") from lost
             checkpoint = found[0]
             tell(f"{lost}; waiting up to {wait:g} s to go on from {checkpoint}")
             _await(hosts, wait)

@@ -106,8 +106,8 @@ class Client:
         else:
             why = f"{verb}: {str(error) or type(error).__name__}"
         return HostLost(
-            f"agent {self.agent}: its host {self.url} is lost ({why}); start it again, then go on "
-            "with --resume"
+            f"agent {self.agent}: its host {self.url} is lost ({why}); see that it runs and can be "
+            "reached"
         )
 
     def cut(self) -> None:
