@@ -50,7 +50,7 @@ class HostedSnapshot(Snapshot):
     """The name of a snapshot that a host holds."""
 
     def __init__(self, weights: HostedWeights, steps: int) -> None:
-        super().__init__(weights, {}, steps)  # type: ignore[arg-type]
+        super().__init__(weights, {}, steps)
 
     def rest(self) -> None:
         """The owner has moved it to the CPU."""

@@ -112,7 +112,7 @@ class Owner:
         self._asked: dict[int, _Asked] = {}
         self._shown: list[Request] = []
         self._ended: list[tuple[int, Key, Completion]] = []
-        self._kept: dict[str, Snapshot | dict[str, Tensor]] = {}
+        self._kept: dict[str, Snapshot | Mapping[str, Tensor]] = {}
         self._forget_all()
 
     def answer(self, verb: str, message: Mapping[str, Any]) -> Plain:
@@ -139,7 +139,7 @@ class Owner:
         for held in (self._seen, self._asked, self._shown, self._ended, self._kept):
             held.clear()
 
-    def _name(self, kept: Snapshot | dict[str, Tensor]) -> str:
+    def _name(self, kept: Snapshot | Mapping[str, Tensor]) -> str:
         self._count += 1
         name = f"{self._epoch}-{self._count}"
         self._kept[name] = kept
