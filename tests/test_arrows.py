@@ -38,8 +38,8 @@ ARROWS: dict[str, set[str] | None] = {
     "training": TRAINING,
     "swap": TRAINING | {"training", "play"},
     "hosts": TRAINING | {"training", "engines"},
-    "report": {"types", "files"},
-    "config": TRAINING | {"engines", "hosts", "tiny", "training"},
+    "report": {"types", "files", "ranges"},
+    "config": TRAINING | {"engines", "hosts", "report", "tiny", "training"},
     "commands": TRAINING
     | {"config", "engines", "hosts", "play", "protocols", "report", "swap", "tasks", "tiny"}
     | {"training"},
@@ -58,7 +58,7 @@ OUTSIDE: dict[str, set[str]] = {
     "protocols": set(),
     "files": {"numpy", "safetensors"},
     "play": set(),
-    "report": {"matplotlib", "tokenizers", "torch", "yaml"},
+    "report": {"inspect_ai", "matplotlib", "tokenizers", "torch", "yaml"},
 }
 
 

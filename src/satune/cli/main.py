@@ -12,10 +12,12 @@ from satune.cli.bench import bench
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
 from satune.cli.eval import evaluate
+from satune.cli.export import export
 from satune.cli.grade import grade
 from satune.cli.host import host
 from satune.cli.lab import lab
 from satune.cli.launch import launch
+from satune.cli.push import push
 from satune.cli.quickstart import quickstart
 from satune.cli.report import report
 from satune.cli.swap import swap
@@ -31,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, launch, host, swap, report, describe, grade, lab, bench):
+for command in (
+    quickstart, train, launch, host, swap, report, push, export, describe, grade, lab, bench
+):  # fmt: skip
     app.command()(command)
 app.command(name="eval")(evaluate)
 

@@ -25,6 +25,7 @@ from satune.engines.settings import ServerSettings
 from satune.hosts.settings import HostSettings
 from satune.loading import HOST_VARIABLE, model_in
 from satune.ranges import MayChange, Range, Text, Whole
+from satune.report.settings import LogSettings
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS
@@ -139,12 +140,6 @@ class ProtocolSection(OpenSection):
     name: Text
 
 
-class LogSection(Section):
-    """What is written beside the events."""
-
-    tensorboard: Annotated[bool, MayChange()] = False
-
-
 EngineChoice = Annotated[Named, Choice(ENGINES, "local")]
 TERMS = Choice(OBJECTIVES, "sat", 0, ObjectiveSettings, ("reference_kl", "entropy"))
 
@@ -172,5 +167,5 @@ class Recipe(Section):
     hosts: Annotated[HostSettings, Derived()] = HostSettings()
     checkpoint: Annotated[CheckpointSettings, Derived()] = CheckpointSettings()
     sharding: Annotated[Annotated[ShardingSettings, Derived()] | None, MayChange()] = None
-    log: LogSection = LogSection()
+    log: Annotated[LogSettings, Derived()] = LogSettings()
     tiny: Annotated[TinySettings, Derived()] = TinySettings()

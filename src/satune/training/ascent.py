@@ -6,7 +6,7 @@ THEORY §6. The learner is left holding the proposal; ``update`` measures it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,9 +159,12 @@ class Ascent:
         mean = float(found.targets.before_N.mean())
         return {"explained_variance": found.explained_variance, "value": mean, "loss": loss}
 
-    def climb(self, lesson: Lesson, beta: float, key: Key) -> dict[str, Any]:
+    def climb(
+        self, lesson: Lesson, beta: float, key: Key, tell: Callable[[int], None]
+    ) -> dict[str, Any]:
         """The epochs and mini-batches; returns what the event says of them. A mini-batch in which
-        no episode teaches anything takes no step: momentum and decay alone would move it.
+        no episode teaches anything takes no step: momentum and decay alone would move it. ``tell``
+        is given how many are over.
 
         Raises NonFinite and NothingLearnt."""
         learner, anchor, settings = self.learner, self.anchor, self.settings
@@ -174,7 +177,8 @@ class Ascent:
         for epoch in range(settings.epochs):
             order = list(range(anchor.packed.episodes))
             key.rng("mini-batches", epoch).shuffle(order)
-            for mini in mini_batches(order, settings.mini_batches):
+            for number, mini in enumerate(mini_batches(order, settings.mini_batches)):
+                tell(epoch * settings.mini_batches + number)
                 if not bool(teaches_E[mini].any()):
                     continue
                 metrics = learner.accumulate(

@@ -22,7 +22,7 @@ from satune.training.schedules import needs_rollout
 from satune.training.settings import TrainingSettings
 from satune.training.state import Batch, State
 from satune.training.supply import Supply
-from satune.types import Episode
+from satune.types import Episode, Progress, no_progress
 
 
 @dataclass(slots=True)
@@ -43,6 +43,7 @@ class Training:
     recipe: Mapping[str, Any]
     save_recipe: Callable[[], None]
     evaluates_greedy: bool = True
+    progress: Progress = no_progress
     _rollout_seconds: float = 0.0
     _stage_started: float = field(default_factory=time.perf_counter)
 

@@ -34,7 +34,7 @@ from satune.training.credit import GaeCredit
 from satune.training.gauge import MEND, figures_of, findings
 from satune.training.ports import Host, Outcome
 from satune.training.settings import UpdateSettings
-from satune.types import Episode, Experience, Key, UserError
+from satune.types import Episode, Experience, Key, Progress, UserError, no_progress
 
 __all__ = ["Outcome", "advantages_by_token", "groups", "improve", "own_turns"]
 
@@ -48,15 +48,22 @@ def improve(
     beta: float,
     cap: float | None,
     key: Key,
+    progress: Progress = no_progress,
 ) -> Outcome:
     """Make a proposal for ``agent`` from ``experience``, measure it, keep what the trust region
     allows. ``beta`` weighs KL(proposal‖anchor) in the objective; the outcome has its next value.
+    ``progress`` is told of each mini-batch, and of the measurement as one more.
 
     Episodes that the world ended take no part in anything here; their log r is 0. An agent that
     lives elsewhere takes its step there."""
     if isinstance(learner, Host):
         return learner.improve(experience, beta=beta, cap=cap, key=key)
     started = time.perf_counter()
+    passes = settings.epochs * settings.mini_batches
+
+    def tell(done: int) -> None:
+        progress(done, passes + 1, f"update of {agent}")
+
     heard = Heard.of(agent, experience, cap)
     event = _opening(heard, settings, beta)
     if heard.packed.tokens == 0:
@@ -74,7 +81,7 @@ def improve(
             lesson = ascent.ask_critic(settings.credit, key)
             event["critic"] = ascent.critic
         assert lesson is not None
-        climbed = ascent.climb(lesson, beta, key)
+        climbed = ascent.climb(lesson, beta, key, tell)
     except (NonFinite, NothingLearnt) as error:
         learner.drop_gradients()
         learner.restore(before)
@@ -85,13 +92,16 @@ def improve(
         event["seconds"] = {"update": time.perf_counter() - started}
         return outcome
 
+    tell(passes)
     if settings.gauge.due(key.stage):
         event["rounding"] = _gauged(learner, agent, heard.episodes, before, settings, lesson.per)
     event["mismatch"] = _mismatch(ascent.anchor)
     seconds = ascent.seconds
     event["seconds"] = {**seconds, "update": time.perf_counter() - started - sum(seconds.values())}
     event |= climbed
-    return _measured(learner, ascent.anchor, before, heard, event, beta, settings)
+    outcome = _measured(learner, ascent.anchor, before, heard, event, beta, settings)
+    tell(passes + 1)
+    return outcome
 
 
 def _opening(heard: Heard, settings: UpdateSettings, beta: float) -> dict[str, Any]:
