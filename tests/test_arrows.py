@@ -37,10 +37,12 @@ ARROWS: dict[str, set[str] | None] = {
     "tiny": GROUND | {"files", "agents", "play"},
     "training": TRAINING,
     "swap": TRAINING | {"training", "play"},
+    "hosts": TRAINING | {"training", "engines"},
     "report": {"types", "files", "ranges"},
-    "config": TRAINING | {"engines", "report", "tiny", "training"},
+    "config": TRAINING | {"engines", "hosts", "report", "tiny", "training"},
     "commands": TRAINING
-    | {"config", "engines", "play", "protocols", "report", "swap", "tasks", "tiny", "training"},
+    | {"config", "engines", "hosts", "play", "protocols", "report", "swap", "tasks", "tiny"}
+    | {"training"},
     "cli": None,
     "__main__": None,
 }

@@ -25,6 +25,8 @@ from satune.types import ServedModel, UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """The environment variable that holds a server's key where no other is named."""
+HOST_VARIABLE = "SATUNE_HOST_TOKEN"
+"""The environment variable that holds the token of an agent's host where no other is named."""
 
 
 def model_in(text: str) -> str | ServedModel:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from satune.agents.messages import MessageRenderer, TemplateSettings
+from satune.agents.messages import EntryRenderer, MessageRenderer, TemplateSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision, load_policies
@@ -25,7 +25,7 @@ from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.files.manifest import FORMAT, MANIFEST, read_manifest
 from satune.files.names import is_plain
 from satune.files.writing import written_beside
-from satune.loading import model_in
+from satune.loading import address_in, model_in
 from satune.types import Renderer, Sampling, Seat, ServedModel, UserError
 
 _TEMPLATE = {each.name for each in fields(TemplateSettings)}
@@ -35,7 +35,7 @@ _TEMPLATE = {each.name for each in fields(TemplateSettings)}
 class Team:
     """Agents by name, and the agent of each seat in speaking order.
 
-    An agent whose model is served elsewhere has a spec and no policy.
+    An agent whose model is served elsewhere, or that lives with its owner, has a spec alone.
     ``protocol``, ``task`` and ``max_new_tokens`` (a message) are the recipe's, kept so that a saved
     team says how it plays.
     """
@@ -54,13 +54,20 @@ class Team:
             name: ChatRenderer(policy.tokenizer, spec.template, policy.context_limit)
             if (policy := self.policies.get(name)) is not None
             else MessageRenderer(spec.template)
+            if spec.host is None
+            else EntryRenderer()
             for name, spec in self.specs.items()
         }
 
     @property
     def served(self) -> dict[str, AgentSpec]:
         """The agents whose models are served elsewhere."""
-        return {name: spec for name, spec in self.specs.items() if name not in self.policies}
+        return {name: spec for name, spec in self.specs.items() if spec.served is not None}
+
+    @property
+    def hosted(self) -> dict[str, str]:
+        """The agents that live with their owners, and the addresses of their hosts."""
+        return {name: spec.host for name, spec in self.specs.items() if spec.host is not None}
 
     def seats_for(self, max_new_tokens: int, **sampling: Any) -> list[Seat]:
         """The seats as rollout takes them, each at its agent's temperature unless overridden."""
@@ -86,28 +93,33 @@ class Team:
         *,
         final: Path | None = None,
         critics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         """Write the team: manifest.json and a Hugging Face (or PEFT) directory an agent.
 
         Written beside, safely on the disk, and renamed, so that ``directory`` is always whole.
         ``final``: where it will lie in the end, if elsewhere. ``critics`` has the parameters of
         agents' critics, which go to ``NAME.critic.safetensors``: no part of what is loaded again.
+        ``digests`` are those of the weights of agents that live with their owners.
         Raises UserError where the disk refuses.
         """
         with written_beside(directory) as beside:
-            self._write(beside, final or directory)
+            self._write(beside, final or directory, digests or {})
             for name, tensors in (critics or {}).items():
                 held = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
                 save_file(held, beside / f"{name}.critic.safetensors")
 
-    def _write(self, beside: Path, final: Path) -> None:
+    def _write(self, beside: Path, final: Path, digests: Mapping[str, str]) -> None:
         bases: dict[str, str] = {}
         for name in self.policies:
             self.save_agent(name, beside, final, bases)
         manifest = {
             "format": FORMAT,
             "seats": self.seats,
-            "agents": {name: self.entry(name) for name in self.specs},
+            "agents": {
+                name: self.entry(name) | ({"digest": digests[name]} if name in digests else {})
+                for name in self.specs
+            },
             "protocol": dict(self.protocol),
             "task": dict(self.task),
             "max_new_tokens": self.max_new_tokens,
@@ -117,7 +129,9 @@ class Team:
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an agent."""
         spec, policy = self.specs[name], self.policies.get(name)
-        entry: dict[str, Any] = {"dir": name} if policy else {"served": str(spec.model)}
+        entry: dict[str, Any] = {"dir": name}
+        if policy is None:
+            entry = {"host": spec.host} if spec.host else {"served": str(spec.model)}
         entry |= {
             "temperature": spec.temperature,
             "template": asdict(spec.template),
@@ -126,7 +140,7 @@ class Team:
             "lora": asdict(spec.lora) if spec.lora else None,
             "attention": spec.attention,
         }
-        if policy is None:
+        if "served" in entry:
             entry["server"] = dict(spec.server)
         if isinstance(policy, MixturePolicy):
             entry["mixture"] = {"dir": f"{name}-newcomer", "delta": policy.delta}
@@ -234,6 +248,8 @@ def _fault_of_agent(name: str, entry: Any, directory: Path) -> str | None:
         return "its template.chat is no Jinja text"
     if entry.get("attention") not in (None, "sdpa", "eager"):
         return "its attention is neither sdpa nor eager"  # transformers would fetch others' code
+    if "host" in entry:
+        return None if address_in(entry["host"]) else "its host is no http or https address"
     if "served" in entry:
         try:
             model = model_of(entry, directory)
@@ -264,11 +280,23 @@ def model_of(entry: Mapping[str, Any], directory: Path) -> str | ServedModel:
     return model_in(entry["served"]) if "served" in entry else str(directory / entry["dir"])
 
 
+def refuse_hosted(manifest: Mapping[str, Any], directory: Path) -> None:
+    """Raise UserError where an agent of a saved team lives with its owner."""
+    for name, entry in manifest["agents"].items():
+        if "host" in entry:
+            raise UserError(
+                f"{directory}: agent {name} lives with its owner ({entry['host']}), and this holds "
+                "a reference only; ask the owner for the agent"
+            )
+
+
 def load_team(
     directory: Path, *, dtype: str = "float32", device: str = "auto", seed: int = 0
 ) -> Team:
-    """The team in a directory written by ``Team.save``."""
+    """The team in a directory written by ``Team.save``. Raises UserError where one of its agents
+    lives with its owner."""
     manifest = manifest_of(directory)
+    refuse_hosted(manifest, directory)
     specs: list[AgentSpec] = []
     sharing = "separate"
     for name, entry in manifest["agents"].items():
@@ -337,7 +365,7 @@ def build_team(
 ) -> Team:
     """Load every local agent's model. Raises UserError as ``load_policies`` does."""
     policies = load_policies(
-        [spec for spec in specs if spec.served is None],
+        [spec for spec in specs if spec.here],
         shared_base=sharing == "lora",
         precision=Precision.of(dtype, autocast),
         device=device,

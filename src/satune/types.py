@@ -94,8 +94,7 @@ class Key:
     """Names one stream of randomness; two draws with equal keys are equal whatever the batching.
 
     ``stage`` and ``step`` count from 1 (0: before training). ``draw`` counts rollouts inside a
-    step. ``seat`` and ``own_index`` are filled in when a seat speaks.
-    """
+    step. ``seat`` and ``own_index`` are filled in when a seat speaks."""
 
     seed: int
     purpose: str
@@ -136,8 +135,7 @@ class Prompt:
 
     ``dropped`` counts foreign messages left out because the context was full. ``opening`` is the
     thought that the template opens at the prompt's end ("<think>" and what follows it), which the
-    message's text then begins with; empty where it opens none, or where nobody here knows.
-    """
+    message's text then begins with; empty where it opens none, or where nobody here knows."""
 
     messages: tuple[Message, ...]
     ids: Ids | None = None
@@ -149,9 +147,9 @@ class Prompt:
 class Completion:
     """What an engine returns. ``ids`` include EOS if it was sampled, ``text`` no special tokens.
 
-    ``logprobs`` (one a token) are natural logs at the sampling temperature. Without ids the turn
-    cannot be trained on. ``version`` is that of the agent's weights that wrote it.
-    """
+    ``logprobs`` (one a token) are natural logs at the sampling temperature. A turn without ids, or
+    a ``handle`` of those that lie elsewhere, cannot be trained on. ``version`` is that of the
+    weights that wrote it; ``dropped`` that of a prompt that was rendered elsewhere."""
 
     text: str
     finish_reason: FinishReason
@@ -160,6 +158,8 @@ class Completion:
     logprobs: LogProbs | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    dropped: int = 0
+    handle: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +167,7 @@ class Turn:
     """One message of one seat. Turns that are active together share ``moment``.
 
     ``own_index`` counts the seat's own turns from 0. ``prompt_ids`` are exactly what was fed.
-    ``text`` is the completion's, after the thought that the prompt opened for it, if any.
-    """
+    ``text`` is the completion's, after the thought that the prompt opened for it, if any."""
 
     seat: str
     agent: str
@@ -183,6 +182,7 @@ class Turn:
     dropped: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    handle: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

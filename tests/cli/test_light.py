@@ -15,6 +15,7 @@ CASES = [
     ("train --help", "--resume-from", 0),
     ("eval --help", "--benchmark", 0),
     ("swap --help", "--tolerance", 0),
+    ("host --help", "--agent", 0),
     ("train relay objective.clp=0.1", "did you mean objective.clip?", 2),
     ("train relay rollout.samples=1", "use at least 2", 2),
     ("describe relay schedule=frech", "did you mean 'fresh'?", 2),

@@ -322,6 +322,20 @@ def test_an_address_in_a_runs_recipe_is_asked_for(state: Path, tmp_path: Path):
     assert "no address" in refusal(Trust.of, allowed=["collector.example"])
 
 
+def test_the_host_of_an_agent_is_asked_about_with_its_token(state: Path, tmp_path: Path):
+    agents = {"a": {"model": "somebody/model"}, "b": {"model": "x", "host": SERVER}}
+    run = run_of(tmp_path / "run", RECIPE | {"team": {"agents": agents}})
+    line = refusal(given_recipe, run / "recipe.yaml", [], Trust())
+    assert "team.agents.b.host would send" in line and "$SATUNE_HOST_TOKEN" in line
+    agents["b"]["host_token_env"] = SECRET
+    run = run_of(tmp_path / "other", RECIPE | {"team": {"agents": agents}})
+    assert f"${SECRET}" in refusal(given_recipe, run / "recipe.yaml", [], Trust())
+    # The owner's address on the command line is the user's word for it, and for its own token.
+    over = {"team": {"agents": {"b": {"host": SERVER}}}}
+    assert SECRET in refusal(given_recipe, run / "recipe.yaml", [], Trust.of(said=over))
+    assert given_recipe(tmp_path / "run" / "recipe.yaml", [], Trust.of(said=over))
+
+
 # -- names, sizes and paths -----------------------------------------------------------------------
 
 AGENTS = {

@@ -203,6 +203,21 @@ def test_certificates(source: Source, events: Events) -> None:
     assert [at for at, mark in table.marks.items() if mark == "weak"] == vacuous
 
 
+@pytest.mark.parametrize("evidence", ["fresh", "balance"])
+def test_what_an_owner_reports_is_marked(source: Source, evidence: str) -> None:
+    """Bounds of theory always, statistics but for fresh evidence, which looks at texts alone."""
+    changed: list[Any] = [json.loads(json.dumps(event)) for event in source.events]
+    for event in changed:
+        if "certificate" in event:
+            event["certificate"]["statistical"]["evidence"] = evidence
+            event["host"] = {"as_reported": [event["agent"]]}
+    plain = claims.certificate_table(source).rows
+    told = claims.certificate_table(Source(source.path, "run", events=changed)).rows
+    for before, after_ in zip(plain, told, strict=True):
+        fresh = str(before[1]).startswith("statistical") and evidence == "fresh"
+        assert after_[5] == f"{before[5]}{'' if fresh else '; as reported'}"
+
+
 def test_tokens_memory_and_time(source: Source, events: Events) -> None:
     drawn = by_name(timeline.token_chart(source))
     for name in ("prompt", "sampled"):

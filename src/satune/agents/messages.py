@@ -117,6 +117,30 @@ class MessageView:
     def wrote(self, completion: Completion) -> None: ...
 
 
+class EntryRenderer:
+    """Renders nothing, for an agent that lives elsewhere (types.Renderer): a prompt is what the
+    seat has seen since its last one, as one message ``{"at", "entries"}``. ``at`` counts the
+    entries before them; 0 begins a conversation anew. The agent's host renders it."""
+
+    def view(self, seat: str) -> EntryView:
+        """A fresh view of one conversation for ``seat``."""
+        return EntryView()
+
+
+class EntryView:
+    """One seat's view of one conversation (types.View), as its host is told of it."""
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def prompt(self, entries: Sequence[Entry], max_new_tokens: int) -> Prompt:
+        """The entries that are new, oldest first."""
+        at, self._told = self._told, len(entries)
+        return Prompt(({"at": at, "entries": tuple(entries[at:])},))
+
+    def wrote(self, completion: Completion) -> None: ...
+
+
 def user_message(content: Any) -> Message:
     return {"role": "user", "content": content}
 

@@ -37,7 +37,8 @@ _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safeten
 class AgentSpec:
     """What an agent is made from. ``model`` is a directory, a file or a hub id, or a served model;
     ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe. ``attention`` names
-    an implementation of transformers', None what the model says is best for it."""
+    an implementation of transformers', None what the model says is best for it. With a ``host``,
+    the address at which its owner keeps it, nothing of the model is here."""
 
     name: str
     model: str | ServedModel
@@ -48,6 +49,12 @@ class AgentSpec:
     trust_remote_code: bool = False
     attention: str | None = None
     server: Mapping[str, Any] = field(default_factory=dict)
+    host: str | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether the model is loaded in this process."""
+        return self.host is None and self.served is None
 
     @property
     def served(self) -> ServedModel | None:

@@ -14,6 +14,7 @@ from satune.cli.describe import describe
 from satune.cli.eval import evaluate
 from satune.cli.export import export
 from satune.cli.grade import grade
+from satune.cli.host import host
 from satune.cli.lab import lab
 from satune.cli.launch import launch
 from satune.cli.push import push
@@ -33,7 +34,7 @@ app = typer.Typer(
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
 for command in (
-    quickstart, train, launch, swap, report, push, export, describe, grade, lab, bench
+    quickstart, train, launch, host, swap, report, push, export, describe, grade, lab, bench
 ):  # fmt: skip
     app.command()(command)
 app.command(name="eval")(evaluate)

@@ -162,11 +162,11 @@ def _train(
     import torch
 
     from satune.commands.assemble import assemble, overlap_note
+    from satune.commands.hosted import train_with_hosts
     from satune.commands.train import local_parts, start_training, tolerance_of
     from satune.files.writing import tensor_errors
     from satune.report.tracking import tracking
     from satune.tiny.zoo import is_tiny
-    from satune.training.trainer import train as run
 
     name: str | None = None
     if resume:
@@ -188,7 +188,8 @@ def _train(
             directory.begin_anew()
         what = "no checkpoint of the run; it begins anew" if held else "no run; a new one begins"
         display.note(f"{directory.path}: nothing to resume: {what}")
-    local = [a.model for a in recipe.team.agents.values() if isinstance(a.model, str)]
+    agents = recipe.team.agents.values()
+    local = [a.model for a in agents if isinstance(a.model, str) and a.host is None]
     if all(map(is_tiny, local)):
         # Their matrices are too small to share: two threads were slower than one.
         torch.set_num_threads(1)
@@ -209,7 +210,14 @@ def _train(
                 display.stages(event["stage"], recipe.stages, event["reward"])
 
         training = start_training(cast, directory, watch, parts or local_parts)
-        summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)
+        summary = train_with_hosts(
+            training,
+            cast.hosts.values(),
+            recipe.hosts.wait,
+            tolerance=tolerance_of(recipe),
+            checkpoint=name,
+            tell=display.note,
+        )
     _draw(directory, display)
     return summary
 

@@ -11,11 +11,15 @@ from typing import Any, cast
 
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision
+from satune.commands.recipe_digest import facts_of
 from satune.config.schema import AgentSection, Recipe
-from satune.engines.base import EngineSettings, engine_settings
+from satune.engines.base import EngineSettings, LocalSettings, engine_settings
+from satune.engines.hosted import HostedEngine
 from satune.engines.roles import with_roles
 from satune.engines.servers import Servers, with_served
 from satune.files.writing import tensor_errors
+from satune.hosts.agent import HostedAgent
+from satune.hosts.client import Client, token_in
 from satune.play.evaluation import Evaluation, evaluate
 from satune.play.match import Match
 from satune.protocols.named import load_protocol
@@ -54,6 +58,7 @@ class Cast:
     engine: Engine
     progress: Progress = no_progress
     servers: Servers = field(default_factory=Servers)
+    hosts: Mapping[str, HostedAgent] = field(default_factory=dict)
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
         return take(self.task, "train", count, offset)
@@ -121,13 +126,38 @@ def assemble(
     protocol = load_protocol(
         recipe.protocol.name, list(resolved.seats), None, **recipe.protocol.options
     )
-    specs = [
-        agent_spec(name, agent, model_path(agent, recipe, protocol, resolved.seats, progress))
-        for name, agent in resolved.agents.items()
-    ]
-    team = build_team(
-        specs,
-        resolved.seats,
+    team = load_agents(recipe, resolved.agents, resolved.seats, protocol, progress)
+    hosts = open_hosts(recipe)
+    engine = with_roles(
+        team_engine(team, recipe, servers, hosts),
+        role_player_of(task) if roles else None,
+        precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
+        device=recipe.team.device,
+        open_server=servers.model,
+    )
+    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers, hosts)
+
+
+def load_agents(
+    recipe: Recipe,
+    agents: Mapping[str, AgentSection],
+    seats: Mapping[str, str],
+    protocol: TeamProtocol,
+    progress: Progress = no_progress,
+    *,
+    all_seats: Mapping[str, str] | None = None,
+) -> Team:
+    """The team of these agents, who fill ``seats`` of the recipe's ``all_seats`` (None: they fill
+    all). Raises UserError for a model that cannot be had."""
+
+    def model(agent: AgentSection) -> str | ServedModel:
+        if agent.host is not None:
+            return agent.model  # which is its owner's to load
+        return model_path(agent, recipe, protocol, all_seats or seats, progress)
+
+    return build_team(
+        [agent_spec(name, agent, model(agent)) for name, agent in agents.items()],
+        seats,
         sharing=recipe.team.sharing,
         dtype=recipe.team.dtype,
         autocast=recipe.optimizer.autocast,
@@ -137,19 +167,37 @@ def assemble(
         task=recipe.task.model_dump(),
         max_new_tokens=recipe.rollout.max_new_tokens,
     )
-    engine = with_roles(
-        team_engine(team, recipe, servers),
-        role_player_of(task) if roles else None,
-        precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
-        device=recipe.team.device,
-        open_server=servers.model,
-    )
-    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers)
 
 
-def team_engine(team: Team, recipe: Recipe, servers: Servers) -> Engine:
-    """What draws a team's completions: its own models here, those of served agents there."""
-    local = engine_of(recipe).make(team.policies, team.seats)
+def open_hosts(recipe: Recipe) -> dict[str, HostedAgent]:
+    """The agents of the recipe that live with their owners, whose hosts are asked who they are.
+    Raises UserError for a token that is missing, a host that cannot be reached, and one that does
+    not fit."""
+    facts = facts_of(recipe)
+    return {
+        name: HostedAgent(
+            name,
+            Client(name, agent.host, token_in(agent.host_token_env, name), recipe.hosts.timeout),
+            facts,
+        )
+        for name, agent in recipe.team.resolved().agents.items()
+        if agent.host is not None
+    }
+
+
+def team_engine(
+    team: Team, recipe: Recipe, servers: Servers, hosts: Mapping[str, HostedAgent] | None = None
+) -> Engine:
+    """What draws a team's completions: its own models here, those of served agents there, those
+    that live with their owners at their ``hosts``."""
+    settings = engine_of(recipe)
+    if hosts:
+        options = asdict(settings) if isinstance(settings, LocalSettings) else {}
+        local: Engine = HostedEngine(
+            team.policies, team.seats, hosts, **{k: v for k, v in options.items() if v is not None}
+        )
+    else:
+        local = settings.make(team.policies, team.seats)
     return with_served(local, team.served, team.seats, servers)
 
 
@@ -170,6 +218,7 @@ def agent_spec(name: str, section: AgentSection, model: str | ServedModel) -> Ag
         trust_remote_code=section.trust_remote_code,
         attention=section.attention,
         server=asdict(section.server) if section.server else {},
+        host=section.host,
     )
 
 

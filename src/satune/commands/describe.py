@@ -56,7 +56,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "delta": recipe.trust_region.of(section.delta).delta,
             "trained": not section.frozen and recipe.stages > 0,
         }
-        if isinstance(section.model, ServedModel):
+        if section.host is not None or isinstance(section.model, ServedModel):
             # Elsewhere it may take what it takes.
             entry["memory"] = dict.fromkeys(_PARTS, 0)
         elif (sizes := _sizes(section.model, section.lora, recipe)) is not None:

@@ -79,7 +79,11 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     values of its tensors.
     """
     team = recipe.team.resolved()
-    models = {n: a.model for n, a in team.agents.items() if not isinstance(a.model, ServedModel)}
+    models = {
+        name: agent.model
+        for name, agent in team.agents.items()
+        if agent.host is None and not isinstance(agent.model, ServedModel)
+    }
     found_prompts = [_prompts(recipe, team.agents[name], model) for name, model in models.items()]
     prompts = [lengths for lengths in found_prompts if lengths is not None]
     if not prompts or len(prompts) < len(models):

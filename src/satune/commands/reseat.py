@@ -24,7 +24,7 @@ from satune.engines.servers import Servers
 from satune.engines.settings import ServerSettings
 from satune.files.names import refuse_links
 from satune.loading import nearest_hint
-from satune.team import Team, add_mixtures, manifest_of, model_of
+from satune.team import Team, add_mixtures, manifest_of, model_of, refuse_hosted
 from satune.training.checkpoint import Checkpoints
 from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
@@ -82,6 +82,7 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     """
     if (path / "manifest.json").is_file():
         manifest = manifest_of(path)
+        refuse_hosted(manifest, path)
         used = ("agents",) if recipe else ("agents", "task", "protocol")
         trust.admit({part: manifest[part] for part in used}, path / "manifest.json")
         said = recipe is not None or manifest.get("max_new_tokens") is not None
@@ -95,6 +96,12 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     refuse_links(path)
     loaded = load_recipe(run.recipe, alone=True)
     trust.admit(loaded.model_dump(mode="json"), run.recipe)
+    for agent, section in loaded.team.agents.items():
+        if section.host is not None:
+            raise UserError(
+                f"{path}: agent {agent} lives with its owner ({section.host}); a swap needs every "
+                "agent of the team here"
+            )
     found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest(run.intended)
     if found is None:
         raise UserError(f"{path}: the run has no complete checkpoint yet; let it train on")

@@ -17,9 +17,10 @@ from satune.agents.ports import Learner
 from satune.agents.pretrained import Precision, load_policies
 from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast, model_path
+from satune.commands.recipe_digest import RESUMABLE
 from satune.commands.trust import remember
 from satune.config.checks import decisions
-from satune.config.derive import Named, may_change
+from satune.config.derive import Named
 from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
@@ -30,11 +31,12 @@ from satune.play.rollout import rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.task_parts import is_fresh
 from satune.tasks.catalog import draw, take
+from satune.team import Team
 from satune.training.checkpoint import Checkpoints
 from satune.training.credit import load_credit
 from satune.training.ledger import Ledger
 from satune.training.ordering import load_order
-from satune.training.ports import Watcher
+from satune.training.ports import Agents, Host, Watcher
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import load_schedule
@@ -42,7 +44,7 @@ from satune.training.self_check import Tolerance
 from satune.training.settings import TrainingSettings, UpdateSettings
 from satune.training.state import State
 from satune.training.supply import Supply
-from satune.types import Episode, Key, Problem, Task, UserError
+from satune.types import Episode, Key, Problem, Progress, Task, TeamProtocol, UserError
 
 
 def training_settings(recipe: Recipe) -> TrainingSettings:
@@ -143,28 +145,28 @@ class LocalWorld:
 
     def save_team(self) -> None:
         critics = {name: critic.weights() for name, critic in self.critics.items()}
-        self.cast.team.save(self.directory.team, critics=critics)
+        digests = {name: agent.save() for name, agent in self.cast.hosts.items()}
+        self.cast.team.save(self.directory.team, critics=critics, digests=digests)
 
 
-def local_parts(cast: Cast, directory: RunDirectory) -> tuple[dict[str, Learner], LocalWorld]:
-    """Learners over the models that the engine has, and the world that they are played in."""
-    recipe, scratch = cast.recipe, directory.path / "optimizers"
-    critics = make_critics(cast, scratch)
-    resolved = recipe.team.resolved()
-    learners: dict[str, Learner] = {
-        name: LocalLearner(
-            policy,
-            optimizer_settings(recipe, resolved.agents[name]),
-            frozen=resolved.agents[name].frozen,
-            scratch=scratch,
-            critic=critics.get(name),
-        )
-        for name, policy in cast.team.policies.items()
+def local_parts(
+    cast: Cast, directory: RunDirectory
+) -> tuple[dict[str, Learner | Host], LocalWorld]:
+    """Learners over the models that the engine has, the hosts of agents that live elsewhere, and
+    the world that they are played in."""
+    recipe, policies, scratch = cast.recipe, cast.team.policies, directory.path / "optimizers"
+    critics = make_critics(recipe, cast.team, cast.protocol, scratch, cast.progress)
+    learners: dict[str, Learner | Host] = {
+        name: cast.hosts[name]
+        if name in cast.hosts
+        else learner_of(recipe, policies[name], name, scratch, critics.get(name))
+        for name in recipe.team.resolved().agents
+        if name in cast.hosts or name in policies
     }
     return learners, LocalWorld(cast, directory, critics)
 
 
-Parts = Callable[[Cast, RunDirectory], tuple[Mapping[str, Learner], LocalWorld]]
+Parts = Callable[[Cast, RunDirectory], tuple[Agents, LocalWorld]]
 
 
 def start_training(
@@ -201,37 +203,58 @@ def start_training(
     )
 
 
-def make_critics(cast: Cast, scratch: Path) -> dict[str, LocalCritic]:
+def learner_of(
+    recipe: Recipe, policy: Policy, agent: str, scratch: Path, critic: LocalCritic | None
+) -> LocalLearner:
+    """The learner of an agent over its policy, whose moments rest in ``scratch`` where they rest on
+    the disk."""
+    section = recipe.team.resolved().agents[agent]
+    return LocalLearner(
+        policy,
+        optimizer_settings(recipe, section),
+        frozen=section.frozen,
+        scratch=scratch,
+        critic=critic,
+    )
+
+
+def make_critics(
+    recipe: Recipe, team: Team, protocol: TeamProtocol, scratch: Path, progress: Progress
+) -> dict[str, LocalCritic]:
     """The critic of each agent that learns, where the recipe has critics. Their moments rest in
     ``scratch`` where the agents' do. Raises UserError for a model that cannot be loaded, or that
     reads other tokens than the agent."""
-    recipe, settings = cast.recipe, cast.recipe.critic
+    settings = recipe.critic
     sections = recipe.team.resolved().agents
     critics = {}
-    for name, policy in cast.team.policies.items():
+    for name, policy in team.policies.items():
         if settings.kind == "none" or sections[name].frozen:
             continue
-        states = policy if settings.kind == "head" else _value_model(cast, name)
+        states = policy
+        if settings.kind == "model":
+            states = _value_model(recipe, team, protocol, name, progress)
         optimizer = optimizer_settings(recipe, sections[name])
         file = scratch / f"{name}.critic.safetensors"
         critics[name] = LocalCritic(states, settings, optimizer, file)
     return critics
 
 
-def _value_model(cast: Cast, agent: str) -> Policy:
+def _value_model(
+    recipe: Recipe, team: Team, protocol: TeamProtocol, agent: str, progress: Progress
+) -> Policy:
     """The model that an agent's critic has to itself, all of it to be trained."""
-    recipe, spec = cast.recipe, cast.team.specs[agent]
+    spec = team.specs[agent]
     model = spec.model
     if recipe.critic.model is not None:
-        section = recipe.team.resolved().agents[agent]
-        section = section.model_copy(update={"model": recipe.critic.model})
-        model = model_path(section, recipe, cast.protocol, cast.team.seats, cast.progress)
+        resolved = recipe.team.resolved()
+        section = resolved.agents[agent].model_copy(update={"model": recipe.critic.model})
+        model = model_path(section, recipe, protocol, resolved.seats, progress)
     precision = Precision.of(recipe.team.dtype, recipe.optimizer.autocast)
     spec = replace(spec, name=f"critic of {agent}", model=model, lora=None)
     found = load_policies(
         [spec], shared_base=False, precision=precision, device=recipe.team.device, seed=recipe.seed
     )[spec.name]
-    if found.tokenizer.get_vocab() != cast.team.policies[agent].tokenizer.get_vocab():
+    if found.tokenizer.get_vocab() != team.policies[agent].tokenizer.get_vocab():
         raise UserError(
             f"critic.model: {recipe.critic.model} and agent {agent} have different tokenizers; a"
             " critic reads the agent's tokens: give a model of its family"
@@ -259,10 +282,6 @@ def check_held_out(task: Task) -> None:
             f"task {task.name}: its problems for certificates are those it trains on; "
             "give problems(split) other ones for 'certify' than for 'train'"
         )
-
-
-RESUMABLE = dict(may_change(Recipe))
-"""The keys that may be changed when a run is resumed, each with what allows it."""
 
 
 def check_recipe_unchanged(

@@ -20,7 +20,7 @@ from typing import Any
 
 from satune.config.load import load_recipe
 from satune.config.schema import Recipe
-from satune.loading import KEY_VARIABLE, address_in, missing_file, reference_in
+from satune.loading import HOST_VARIABLE, KEY_VARIABLE, address_in, missing_file, reference_in
 from satune.types import UserError
 
 STATE = "SATUNE_STATE"
@@ -89,22 +89,30 @@ def claims(document: Any) -> Iterator[Claim]:
     """
     left: list[tuple[str, Any, Any]] = [("", document, None)]
     while left:
-        key, value, server = left.pop()
+        key, value, asked = left.pop()
         if isinstance(value, Mapping):
             if value.get("trust_remote_code"):
                 yield Code(f"{key}.trust_remote_code", str(value.get("model")), model=True)
-            asked = value.get("server")
-            inner = [(f"{key}.{n}" if key else str(n), v, asked) for n, v in value.items()]
+            inner = [(f"{key}.{n}" if key else str(n), v, value) for n, v in value.items()]
             left += reversed(inner)
         elif isinstance(value, (list, tuple)):
-            left += reversed([(f"{key}[{at}]", each, server) for at, each in enumerate(value)])
+            left += reversed([(f"{key}[{at}]", each, asked) for at, each in enumerate(value)])
         elif isinstance(value, str) and not key.endswith(".template.chat"):
             address = address_in(value)
             if address is not None:
-                asked = server if isinstance(server, Mapping) else {}
-                yield Address(key, address, str(asked.get("api_key_env") or KEY_VARIABLE))
+                yield Address(key, address, _variable_of(key, asked))
             elif reference_in(value) and not (key == "task.host" and value[:6] == "model:"):
                 yield Code(key, value)
+
+
+def _variable_of(key: str, beside: Any) -> str:
+    """The environment variable whose value is sent to the address at ``key``; ``beside`` is the
+    section that the key is in."""
+    section = beside if isinstance(beside, Mapping) else {}
+    if key.endswith(".host") and ".agents." in f".{key}":
+        return str(section.get("host_token_env") or HOST_VARIABLE)
+    server = section.get("server")
+    return str((server if isinstance(server, Mapping) else {}).get("api_key_env") or KEY_VARIABLE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.settings import ServerSettings
-from satune.loading import nearest
+from satune.loading import address_in, nearest
 from satune.training.credit import CREDIT
 from satune.training.schedules import SCHEDULES, Schedule
 from satune.types import ServedModel
@@ -91,6 +91,40 @@ def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
             yield f"{path}.attention", "its server computes a served model; remove the key"
         elif not agent.frozen:
             yield f"{path}.frozen", "a served model cannot be trained; set frozen to true"
+
+
+def _hosts_are_sound(recipe: Recipe) -> Iterator[Fault]:
+    hosted = {n: a.host for n, a in recipe.team.agents.items() if a.host is not None}
+    for name, host in hosted.items():
+        path = f"team.agents.{name}"
+        if address_in(host) is None:
+            yield f"{path}.host", f"expected http://ADDRESS or https://ADDRESS, got '{host}'"
+        if isinstance(recipe.team.agents[name].model, ServedModel):
+            yield f"{path}.host", "is for an agent that its owner trains; a served model has none"
+        if recipe.team.agents[name].trust_remote_code:
+            yield f"{path}.trust_remote_code", "no code of it runs here; set it at the host alone"
+    if not hosted:
+        return
+    names = ", ".join(hosted)
+    if recipe.certify.accept == "certified" and recipe.certify.evidence != "fresh":
+        yield (
+            "certify.evidence",
+            f"{recipe.certify.evidence} rests on ratios that the hosts of {names} report; a gate"
+            " needs fresh, which looks at the rewards of texts alone",
+        )
+    if recipe.sharding is not None:
+        yield "sharding", f"one process drives agents that live elsewhere ({names}); remove the key"
+    if recipe.engine.name != "local":
+        yield (
+            "engine.name",
+            f"'{recipe.engine.name}' serves no agent that lives elsewhere ({names})",
+        )
+    elif recipe.engine.options.get("order") == "throughput":
+        yield (
+            "engine.order",
+            f"throughput is not for agents that live elsewhere ({names}), who decode in the order"
+            " exact; set that or remove the key",
+        )
 
 
 def _servers_are_asked_one_way(recipe: Recipe) -> Iterator[Fault]:
@@ -273,6 +307,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _shared_agents_agree,
     _served_agents_are_still,
     _servers_are_asked_one_way,
+    _hosts_are_sound,
     _somebody_learns,
     _groups_can_be_compared,
     _values_have_a_critic,

@@ -22,7 +22,8 @@ from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
 from satune.engines.base import ENGINES
 from satune.engines.settings import ServerSettings
-from satune.loading import model_in
+from satune.hosts.settings import HostSettings
+from satune.loading import HOST_VARIABLE, model_in
 from satune.ranges import MayChange, Range, Text, Whole
 from satune.report.settings import LogSettings
 from satune.tiny.settings import TinySettings
@@ -43,6 +44,9 @@ from satune.types import ServedModel
 Name = Annotated[str, Range(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
+Variable = Annotated[str, Range(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -52,6 +56,11 @@ def served_elsewhere(before: str | ServedModel, after: str | ServedModel) -> boo
     if not isinstance(before, ServedModel) or not isinstance(after, ServedModel):
         return False
     return before.name == after.name
+
+
+def still_hosted(before: str | None, after: str | None) -> bool:
+    """Whether an agent lives with its owner before and after, wherever its host is."""
+    return before is not None and after is not None
 
 
 class AgentSection(Section):
@@ -68,6 +77,8 @@ class AgentSection(Section):
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager"] | None = None
     server: Annotated[Annotated[ServerSettings, Derived()] | None, MayChange()] = None
+    host: Annotated[Text | None, MayChange(still_hosted)] = None
+    host_token_env: Annotated[Variable, MayChange()] = HOST_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,7 @@ class Recipe(Section):
     evaluate: Annotated[EvaluateSettings, Derived()] = EvaluateSettings()
     certify: Annotated[CertifySettings, Derived()] = CertifySettings()
     engine: EngineChoice = Field("local", validate_default=True)  # type: ignore[assignment]
+    hosts: Annotated[HostSettings, Derived()] = HostSettings()
     checkpoint: Annotated[CheckpointSettings, Derived()] = CheckpointSettings()
     sharding: Annotated[Annotated[ShardingSettings, Derived()] | None, MayChange()] = None
     log: Annotated[LogSettings, Derived()] = LogSettings()

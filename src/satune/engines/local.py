@@ -10,7 +10,7 @@ of each agent in turn, so that batches depend on how fast servers and graders we
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -64,6 +64,7 @@ class LocalEngine:
         self._changes = 0
         self._changed: asyncio.Event | None = None
         self._decoding: list[Request] = []
+        self._called: dict[str, Rows] = {}
         self._token_bytes = {name: token_bytes(name, p) for name, p in self.policies.items()}
         device = next(iter(self.policies.values())).device if policies else torch.device("cpu")
         waiting = self._waiting if self.order == "throughput" else {}
@@ -98,10 +99,13 @@ class LocalEngine:
             raise UserError(f"no seat {seat!r}; there are: {', '.join(self.seats)}")
         if not prompt.ids:
             raise UserError(f"seat {seat}: the local engine needs token ids, the prompt has none")
-        agent = self.seats[seat]
-        loop = asyncio.get_running_loop()
-        request = Request(key, prompt.ids, sampling, loop.create_future())
-        conversation = request.conversation
+        future = asyncio.get_running_loop().create_future()
+        return await self._written(self.seats[seat], Request(key, prompt.ids, sampling, future))
+
+    async def _written(self, agent: str, request: Request) -> Completion:
+        """What is written in answer to a request of this event loop."""
+        conversation, loop = request.conversation, asyncio.get_running_loop()
+        assert isinstance(request.future, asyncio.Future)
         self._waiting[agent].append(request)
         self._pending[conversation] = self._pending.get(conversation, 0) + 1
         self._note()
@@ -130,6 +134,32 @@ class LocalEngine:
         if self._changed is not None:
             self._changed.set()
 
+    def decode(self, agent: str, requests: Sequence[Request]) -> None:
+        """Let these requests wait as well, and decode until some of the agent's have their result:
+        for a caller who keeps the order of agents himself and has no event loop. Nothing happens
+        where none waits. What the engine was told of the end of a conversation counts from the next
+        call on."""
+        waiting = self._waiting[agent]
+        waiting += requests
+        if not waiting and agent not in self._called:
+            return
+        rows = self._called.get(agent) or self._called.setdefault(agent, self._rows(agent))
+        while waiting or rows.requests:
+            if self._advance(agent, rows, self.max_rows):
+                break
+        if not waiting and not rows.requests:
+            del self._called[agent]
+
+    def drop(self) -> None:
+        """Forget every conversation and what is being decoded."""
+        for waiting in self._waiting.values():
+            waiting.clear()
+        for store in self._stores.values():
+            store.clear()
+        for remembered in (self._called, self._open, self._pending, self._decoding):
+            remembered.clear()
+        self._room.clear()
+
     # -- the driver ------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
@@ -149,17 +179,25 @@ class LocalEngine:
     async def _in_lock_step(self) -> None:
         while True:
             await self._quiet()
-            if not any(self._waiting.values()):
+            agent = await self._next()
+            if agent is None:
                 return
-            agent = max(sorted(self._waiting), key=lambda name: len(self._waiting[name]))
-            rows = self._rows(agent)
-            while self._waiting[agent] or rows.requests:
-                if self._advance(agent, rows, self.max_rows):
-                    await self._quiet()
-                else:
-                    # Grades come in meanwhile. No request can: all conversations wait for this
-                    # engine.
-                    await asyncio.sleep(0)
+            await self._serve(agent)
+
+    async def _next(self) -> str | None:
+        """The agent for which most requests wait; None where none does."""
+        agent = max(sorted(self._waiting), key=lambda name: len(self._waiting[name]))
+        return agent if self._waiting[agent] else None
+
+    async def _serve(self, agent: str) -> None:
+        """Decode an agent's rows until nobody waits for it."""
+        rows = self._rows(agent)
+        while self._waiting[agent] or rows.requests:
+            if self._advance(agent, rows, self.max_rows):
+                await self._quiet()
+            else:
+                # Grades come in meanwhile. No request can: all conversations wait for this engine.
+                await asyncio.sleep(0)
 
     async def _side_by_side(self) -> None:
         batches = {agent: self._rows(agent) for agent in self.policies}

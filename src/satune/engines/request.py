@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import random
 from dataclasses import dataclass, field
 
@@ -17,12 +18,13 @@ ROOM_AHEAD = 256
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A completion that is waited for, and what of it is written."""
+    """A completion that is waited for, and what of it is written. ``future`` is an event loop's, or
+    that of a caller who has none."""
 
     key: Key
     ids: Ids
     sampling: Sampling
-    future: asyncio.Future[Completion]
+    future: asyncio.Future[Completion] | concurrent.futures.Future[Completion]
     rng: random.Random = field(init=False)
     written: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

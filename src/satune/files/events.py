@@ -36,8 +36,7 @@ def count_failures(episodes: Iterable[Episode]) -> Failures:
 
 
 class RunEvent(TypedDict):
-    """A run begins. ``agents``: each agent's seats; ``self_check``: what engine and learner differ
-    by, an agent; ``host``: torch, python, device and threads."""
+    """``agents``: each agent's seats; ``self_check``: what engine and learner differ by."""
 
     event: Literal["run"]
     time: NotRequired[str]
@@ -103,11 +102,11 @@ class Certificate(TypedDict):
 class UpdateEvent(TypedDict):
     """One agent's step. What only a measured proposal has is absent where none was made.
 
-    ``version`` is the number of the agent's weights after it, ``failures`` are those in the batch
-    in use, ``scale`` is how much of the proposal was taken; ``seconds`` has rollout, update and
-    measure at least. ``rounding`` is what training.gauge found, ``masked`` counts episodes that the
-    world ended, ``at_least`` has the scales of ``candidates`` whose statistic is a lower bound,
-    ``critic`` what the agent's values explained, their mean, and the loss of their fit."""
+    ``version`` is the number of the agent's weights after it, ``failures`` are those in the batch,
+    ``scale`` is how much of the proposal was taken; ``seconds`` has rollout, update and measure at
+    least. ``rounding`` is what training.gauge found, ``masked`` counts episodes that the world
+    ended, ``at_least`` has scales whose statistic is a lower bound, ``critic`` what the agent's
+    values explained, their mean and loss; ``host`` whose owners alone know that it is so."""
 
     event: Literal["update"]
     time: NotRequired[str]
@@ -142,6 +141,7 @@ class UpdateEvent(TypedDict):
     critic: NotRequired[dict[str, float | None]]
     certificate: NotRequired[Certificate]
     gate: NotRequired[Gate]
+    host: NotRequired[dict[str, list[str]]]
 
 
 class StageEvent(TypedDict):

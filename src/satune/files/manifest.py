@@ -1,6 +1,6 @@
 """manifest.json of a team directory: read, and held against its form and against what lies there.
 
-{format, seats: {seat: agent}, agents: {agent: {dir or served, temperature, template, sharing,
+{format, seats: {seat: agent}, agents: {agent: {dir, served or host, temperature, template, sharing,
 delta, ...}}, protocol, task, max_new_tokens}
 """
 
@@ -53,7 +53,9 @@ def _fault(manifest: Any) -> str | None:
             return f"damaged manifest (no {part})"
     agents = manifest["agents"]
     for name, entry in agents.items():
-        places = [entry[k] for k in ("dir", "served") if k in entry] if _is_object(entry) else []
+        places = (
+            [entry[k] for k in ("dir", "served", "host") if k in entry] if _is_object(entry) else []
+        )
         if len(places) != 1 or not isinstance(places[0], str):
             return f"damaged manifest (agents.{name}: has no dir)"
         for key, kinds in _KINDS.items():

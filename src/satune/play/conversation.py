@@ -168,9 +168,10 @@ class Conversation:
             prompt_ids=prompt.ids if self._keep_ids else None,
             completion_ids=completion.ids if self._keep_ids else None,
             sampled_logprobs=completion.logprobs if self._keep_ids else None,
-            dropped=prompt.dropped,
+            dropped=prompt.dropped + completion.dropped,
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
+            handle=completion.handle if self._keep_ids else None,
         )
 
     def _check(self, names: Iterable[str], among: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ def episode_to_row(episode: Episode) -> Row:
     row["problem"] = _as_row(episode.problem)
     row["problem"]["prompt"] = [dict(part) for part in episode.problem.prompt]
     row["problem"]["metadata"] = dict(episode.problem.metadata)
-    row["turns"] = [_as_row(turn) for turn in episode.turns]
+    row["turns"] = [_turn_row(turn) for turn in episode.turns]
     row["grade"] = _as_row(episode.grade)
     row["grade"]["components"] = dict(episode.grade.components)
     row["grade"]["seats"] = None if episode.grade.seats is None else dict(episode.grade.seats)
@@ -39,7 +39,7 @@ def episode_from_row(row: Mapping[str, Any]) -> Episode:
     _check_fields(problem, Problem)
     _check_fields(grade, Grade)
     for turn in row["turns"]:
-        _check_fields(turn, Turn)
+        _check_fields({"handle": None, **turn}, Turn)
     changes = {
         "problem": Problem(**{**problem, "prompt": tuple(problem["prompt"])}),
         "turns": tuple(Turn(**turn) for turn in row["turns"]),
@@ -48,6 +48,13 @@ def episode_from_row(row: Mapping[str, Any]) -> Episode:
         "observations": tuple((int(count), text) for count, text in row["observations"]),
     }
     return Episode(**{**row, **changes})
+
+
+def _turn_row(turn: Turn) -> Row:
+    row = _as_row(turn)
+    if turn.handle is None:  # its ids lie here
+        del row["handle"]
+    return row
 
 
 def _as_row(item: Any) -> Row:

@@ -82,12 +82,16 @@ def certificate_table(source: Source) -> Table:
         certificate = event.get("certificate") or {"statistical": {}}
         one = certificate["statistical"]
         gate = event["gate"]["verdict"] if "gate" in event else ""
+        # Ratios and divergences of an agent that lives elsewhere are its owner's word.
+        reported = "; as reported" if "host" in event else ""
+        says = "" if one.get("evidence") == "fresh" else reported
         lower = number(one.get("lower"))
         if lower is not None and lower > 0:
             marks[len(rows)] = "good"
         rows.append(
             [step, f"statistical, {one.get('method', '?')}", number(one.get("mean")), None, lower,
-             f"α {number(one.get('alpha')) or 0:.3g}; {one.get('problems', '?')} problems", gate]
+             f"α {number(one.get('alpha')) or 0:.3g}; {one.get('problems', '?')} problems{says}",
+             gate]
         )  # fmt: skip
         for bound in certificate.get("theory", []):
             status = str(bound.get("status", "?"))
@@ -95,7 +99,7 @@ def certificate_table(source: Source) -> Table:
                 marks[len(rows)] = "weak"
             rows.append(
                 [step, f"theory, {bound.get('name', '?')}", number(bound.get("gain")),
-                 number(bound.get("penalty")), number(bound.get("lower")), status, ""]
+                 number(bound.get("penalty")), number(bound.get("lower")), status + reported, ""]
             )  # fmt: skip
     cut = f" The last {LONGEST} of {len(tested)} tests." if len(tested) > LONGEST else ""
     return Table(

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from satune.agents.ports import Learner
 from satune.agents.weights import Weights
 from satune.core.certificates import (
     StatisticalCertificate,
@@ -26,13 +25,12 @@ from satune.core.certificates import (
     pessimistic_evidence,
 )
 from satune.core.confidence import Spending
-from satune.training.change import Change, log_ratios
+from satune.training.change import Change, log_ratios, region_of
 from satune.training.ledger import Ledger, Test
 from satune.training.own_steps import measure_own_steps, theory_rows
-from satune.training.ports import World
+from satune.training.ports import Agents, Outcome, World
 from satune.training.settings import CertifySettings, TrainingSettings
 from satune.training.state import CertifyState, Held, State
-from satune.training.update import Outcome
 from satune.types import Episode, Key
 
 SHRINK = 0.25
@@ -103,7 +101,7 @@ def judge(
     *,
     state: State,
     settings: TrainingSettings,
-    learners: Mapping[str, Learner],
+    learners: Agents,
     world: World,
     ledger: Ledger,
 ) -> Verdict:
@@ -310,7 +308,7 @@ def _test(
     )
     trial.certificate = {"statistical": certificate.to_dict()}
     if steps is not None:
-        regions = [settings.region(name) for name in change.held]
+        regions = [region_of(change.learners[name], name, settings) for name in change.held]
         # A region is a claim about one step; of several together it says nothing.
         enforced = regions[0] if change.steps == 1 and regions[0].enabled else None
         trial.certificate["theory"] = theory_rows(heard, steps, enforced)

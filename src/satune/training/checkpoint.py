@@ -36,12 +36,13 @@ from satune.files.writing import (
     remove_tree,
     written_beside,
 )
-from satune.training.ports import Saved, World
+from satune.training.ports import Agents, Host, Saved, World
 from satune.training.state import State
 from satune.training.state_file import (
     EXPERIENCE,
     STATE,
     agent_file,
+    flat_snapshot,
     from_json,
     pair,
     read_state,
@@ -87,6 +88,7 @@ class Checkpoints:
         self._last: _Written | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._hosts: Mapping[str, Host] = {}
 
     def names(self) -> list[str]:
         """Complete checkpoints, oldest first."""
@@ -97,13 +99,13 @@ class Checkpoints:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def write(self, name: str, saved: Saved, learners: Mapping[str, Learner], world: World) -> None:
+    def write(self, name: str, saved: Saved, learners: Agents, world: World) -> None:
         """Write a checkpoint of the run as it is now, in the background.
 
         Raises UserError where the disk refused the checkpoint before this one; ``finish`` raises
         it for this one. Checkpoints that are complete stay.
         """
-        self.finish()
+        self.commit()
         state, last = saved.state, self._last
         steps = {agent: learner.steps for agent, learner in learners.items()}
         now = _Written.of(self.directory / name, state, steps)
@@ -118,20 +120,30 @@ class Checkpoints:
             elif found := find():
                 tensors[relative] = {n: t.detach().cpu().contiguous() for n, t in found.items()}
 
+        hosts = _elsewhere(learners)
+        references: dict[str, str] = {}
+        for agent, host in hosts.items():
+            held = state.certify.held.get(agent)
+            references[agent] = host.keep(name, None if held is None else held.snapshot)
         for agent, learner in learners.items():
+            if isinstance(learner, Host):
+                continue
             same = last is not None and last.agents.get(agent) == now.agents[agent]
             for part, find in _PARTS.items():
                 keep(agent_file(agent, part), same or part == "reference", partial(find, learner))
         for agent, held in state.certify.held.items():
+            if agent in hosts:
+                continue
             same = last is not None and last.windows.get(agent) == held.since
-            keep(agent_file(agent, "held"), same, partial(_flat, held.snapshot))
+            keep(agent_file(agent, "held"), same, partial(flat_snapshot, held.snapshot))
         episodes: Sequence[Episode] | None = None
         if state.batch is not None and last is not None and last.batch == now.batch:
             linked += [path.name for path in files_of_rows(last.path / EXPERIENCE)]
         elif state.batch is not None:
             episodes = state.batch.episodes
         # The run goes on and changes its state while this is written.
-        text = copy.deepcopy(to_json(saved, steps))
+        text = copy.deepcopy(to_json(saved, steps, references))
+        self._hosts = hosts
         self._writing = self._writer.submit(
             self._write, now, last, linked, tensors, episodes, text, world
         )
@@ -142,6 +154,12 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def commit(self) -> None:
+        """Tell the hosts which checkpoints are complete."""
+        self.finish()
+        for host in self._hosts.values():
+            host.commit(self.names())
 
     def _write(
         self,
@@ -236,11 +254,27 @@ class Checkpoints:
         """The recipe that an undamaged checkpoint was made under, as plain values."""
         return read_state(self.directory / name)["recipe"]
 
-    def load(self, name: str, learners: Mapping[str, Learner]) -> None:
-        """Put weights, moments and references back bit for bit. Nothing is written."""
+    def load(self, name: str, learners: Agents) -> dict[str, Snapshot]:
+        """Put weights, moments and references back bit for bit; agents that live elsewhere stand
+        where their hosts kept them, before anything is done here. Gives what those held at the last
+        certificate. Nothing is written. Raises UserError where a host cannot stand there."""
         path = self.directory / name
         text = read_state(path)
+        held: dict[str, Snapshot] = {}
+        for agent, host in _elsewhere(learners).items():
+            reference = text.get("hosts", {}).get(agent)
+            if reference is None:
+                raise UserError(
+                    f"{path}: agent {agent} was trained here; take its host out of the recipe"
+                )
+            stood = host.stand(name, reference)
+            if stood is not None:
+                held[agent] = stood
         for agent, learner in learners.items():
+            if isinstance(learner, Host):
+                continue
+            if agent in text.get("hosts", {}):
+                raise UserError(f"{path}: agent {agent} lives elsewhere; name its host")
             learner.load_weights(load_file(path / agent_file(agent, "weights")))
             moments = path / agent_file(agent, "optimizer")
             learner.load_optimizer_state(
@@ -261,6 +295,7 @@ class Checkpoints:
             None if batch is None else (state["stage"], batch["drawn_before"]),
             text["files"],
         )
+        return held
 
     def drop_after(self, name: str) -> None:
         """Remove the checkpoints that come after ``name``, the newest first, and what a killed run
@@ -269,6 +304,10 @@ class Checkpoints:
             if _place(other) > _place(name):
                 remove_tree(self.directory / other)
         self._prune()
+
+
+def _elsewhere(learners: Agents) -> dict[str, Host]:
+    return {name: learner for name, learner in learners.items() if isinstance(learner, Host)}
 
 
 _PARTS: dict[str, Callable[[Learner], Mapping[str, Tensor] | None]] = {
@@ -296,12 +335,3 @@ def _place(name: str) -> tuple[int, float]:
     """stage-0003-step-1 comes before stage-0003, which closes its stage."""
     parts = name.split("-")
     return int(parts[1]), float(parts[3]) if len(parts) > 3 else float("inf")
-
-
-def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
-    parts = {
-        "weights": snapshot.weights,
-        "optimizer": snapshot.optimizer,
-        "critic": snapshot.critic,
-    }
-    return {f"{part}|{name}": t for part, tensors in parts.items() for name, t in tensors.items()}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from satune.agents.anchor import Snapshot
+from satune.agents.ports import Learner
 from satune.core.advantages import group_advantages
 from satune.core.horizon_bounds import (
     largest_gain,
@@ -25,8 +27,10 @@ from satune.core.horizon_bounds import (
 from satune.core.theory import PAPER, PAPER_REGION, SUP_FREE, penalty_paper, theory_row
 from satune.core.trust_region import TrustRegionSettings
 from satune.core.variation import tv_from_kl
-from satune.training.change import Change
-from satune.training.update import groups, own_turns
+from satune.training.advantages import groups
+from satune.training.ascent import own_turns
+from satune.training.change import Change, undone
+from satune.training.ports import Host, TurnSums
 from satune.types import Episode
 
 ONE_TURN, TURNS = "one own turn", "turns"
@@ -59,22 +63,37 @@ def measure_own_steps(change: Change, episodes: Sequence[Episode]) -> OwnSteps:
     shape = (len(episodes), longest)
     log_ratio_EH = torch.zeros(shape, dtype=torch.float64)
     kl_EH = torch.zeros(shape, dtype=torch.float64)
-    largest = torch.zeros((), dtype=torch.float64)
+    largest = 0.0
     for name, learner in change.learners.items():
-        packed = own_turns(name, episodes)
-        if packed.tokens == 0:
-            continue
-        with change.undone(name):
-            anchor = learner.anchor(packed, change.held[name].snapshot.weights)
-            learner.complete(anchor)
-        measured = learner.measure(anchor)
-        place_T = _places(name, episodes, moments, longest)[packed.turn_T]
-        difference_T = measured.logprobs_T.double() - anchor.logprobs_T.double()
-        log_ratio_EH.view(-1).index_add_(0, place_T, difference_T)
-        kl_T = measured.reverse_kl_T.double().clamp(min=0)
-        kl_EH.view(-1).index_add_(0, place_T, kl_T)
-        largest = torch.maximum(largest, kl_T.max())
-    return OwnSteps(log_ratio_EH, kl_EH, float(largest))
+        sums = turn_sums(learner, change.held[name].snapshot, name, episodes)
+        if sums.log_ratio_K.numel():
+            place_K = _places(name, episodes, moments, longest)
+            log_ratio_EH.view(-1).index_add_(0, place_K, sums.log_ratio_K)
+            kl_EH.view(-1).index_add_(0, place_K, sums.kl_K)
+            largest = max(largest, sums.largest_token_kl)
+    return OwnSteps(log_ratio_EH, kl_EH, largest)
+
+
+def turn_sums(
+    learner: Learner | Host, before: Snapshot, agent: str, episodes: Sequence[Episode]
+) -> TurnSums:
+    """What the change from ``before`` to the present weights did to each of the agent's own turns,
+    by exact KL over the vocabulary. The present weights are in place before and after."""
+    if isinstance(learner, Host):
+        return learner.turn_sums(before, episodes)
+    packed = own_turns(agent, episodes)
+    log_ratio_K, kl_K = (torch.zeros(packed.turns, dtype=torch.float64) for _ in range(2))
+    if packed.tokens == 0:
+        return TurnSums(log_ratio_K, kl_K, 0.0)
+    with undone(learner, before):
+        anchor = learner.anchor(packed, before.weights)
+        learner.complete(anchor)
+    measured = learner.measure(anchor)
+    difference_T = measured.logprobs_T.double() - anchor.logprobs_T.double()
+    kl_T = measured.reverse_kl_T.double().clamp(min=0)
+    log_ratio_K.index_add_(0, packed.turn_T, difference_T)
+    kl_K.index_add_(0, packed.turn_T, kl_T)
+    return TurnSums(log_ratio_K, kl_K, float(kl_T.max()))
 
 
 def _own_moments(episode: Episode, agents: Mapping[str, object]) -> dict[int, int]:

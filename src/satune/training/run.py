@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import torch
 
-from satune.agents.ports import Learner
 from satune.agents.weights import Weights
 from satune.files.events import Event, count_failures
 from satune.files.interrupts import uninterrupted
 from satune.training.certification import Verdict
 from satune.training.ledger import Ledger
-from satune.training.ports import Saved, Store, Watcher, World
+from satune.training.ports import Agents, Host, Saved, Store, Watcher, World
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import needs_rollout
 from satune.training.settings import TrainingSettings
@@ -32,7 +31,7 @@ class Training:
     checkpoints; ``save_recipe`` writes it where a person finds it."""
 
     settings: TrainingSettings
-    learners: Mapping[str, Learner]
+    learners: Agents
     seats: Mapping[str, list[str]]
     supply: Supply
     world: World
@@ -133,6 +132,11 @@ class Training:
         assert self.state.batch is not None
         if self.state.batch.drawn_before == step:
             known["tokens"] = {**known["tokens"], **_tokens_played(self.supply.fresh_episodes)}
+        moved = dict.fromkeys([agent, *known.get("gate", {}).get("agents", ())])
+        reported = [name for name in moved if isinstance(self.learners[name], Host)]
+        if reported:
+            # Nobody here can look whether it is so.
+            known["host"] = {"as_reported": reported}
         fields = {
             "event": "update",
             "stage": stage,
@@ -219,14 +223,21 @@ class Training:
         with uninterrupted():
             self.store.finish()
 
+    def commit(self) -> None:
+        """``finish_saving``, and tell the hosts of agents that live elsewhere."""
+        with uninterrupted():
+            self.store.commit()
+
     def restore(self, name: str, saved: Saved) -> None:
         """Go back to a checkpoint: learners, state, stream of problems, events and episodes. The
         engine is given all weights anew, whatever it has.
 
         What is meant stands in the directory before anything is removed: a resume after a cut
         finds it there and carries it out."""
-        self.store.load(name, self.learners)
+        hosted = self.store.load(name, self.learners)
         self.state, self.supply.offset = saved.state, saved.offset
+        held = self.state.certify.held
+        held |= {agent: replace(held[agent], snapshot=found) for agent, found in hosted.items()}
         with uninterrupted(), self.directory.going_back(name):
             self.save_recipe()
             self.store.drop_after(name)

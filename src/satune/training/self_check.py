@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from satune.agents.ports import Learner
-from satune.training.update import own_turns
+from satune.training.ascent import own_turns
+from satune.training.ports import Agents, Host
 from satune.types import Episode, UserError
 
 
@@ -23,7 +24,7 @@ class Tolerance:
 
 
 def self_check(
-    learners: Mapping[str, Learner], episodes: Sequence[Episode], tolerance: Tolerance
+    learners: Agents, episodes: Sequence[Episode], tolerance: Tolerance
 ) -> dict[str, dict[str, float]]:
     """Hold learner against engine on episodes that the present weights wrote.
 
@@ -33,25 +34,9 @@ def self_check(
     """
     report: dict[str, dict[str, float]] = {}
     for name, learner in learners.items():
-        packed = own_turns(name, episodes)
-        if packed.tokens == 0:
+        figures = held_against(learner, name, episodes)
+        if figures is None:
             continue
-        anchor = learner.anchor(packed)
-        learner.complete(anchor)
-        again = learner.measure(anchor)
-        if packed.sampled_T is None:
-            raise UserError(
-                f"self-check: agent {name}: the engine gives no log-probabilities of what it "
-                "samples; take another engine"
-            )
-        difference_T = packed.sampled_T.double() - anchor.logprobs_T.double()
-        figures: dict[str, float] = {
-            "ratio": float((again.logprobs_T - anchor.logprobs_T).abs().max()),
-            "kl": float(torch.maximum(again.kl_T, again.reverse_kl_T).max()),
-            "mismatch_mean": float(difference_T.mean()),
-            "mismatch_size": float(difference_T.abs().mean()),
-            "mismatch_max": float(difference_T.abs().max()),
-        }
         report[name] = figures
         limits = {
             "ratio": tolerance.largest,
@@ -63,6 +48,34 @@ def self_check(
             if not figures[what] <= limit:
                 raise UserError(_explanation(name, what, figures[what], limit))
     return report
+
+
+def held_against(
+    learner: Learner | Host, agent: str, episodes: Sequence[Episode]
+) -> dict[str, float] | None:
+    """The figures of one agent, as ``self_check`` reports them; None where it wrote nothing. Raises
+    UserError where the engine gave no log-probabilities."""
+    if isinstance(learner, Host):
+        return learner.check(episodes)
+    packed = own_turns(agent, episodes)
+    if packed.tokens == 0:
+        return None
+    anchor = learner.anchor(packed)
+    learner.complete(anchor)
+    again = learner.measure(anchor)
+    if packed.sampled_T is None:
+        raise UserError(
+            f"self-check: agent {agent}: the engine gives no log-probabilities of what it "
+            "samples; take another engine"
+        )
+    difference_T = packed.sampled_T.double() - anchor.logprobs_T.double()
+    return {
+        "ratio": float((again.logprobs_T - anchor.logprobs_T).abs().max()),
+        "kl": float(torch.maximum(again.kl_T, again.reverse_kl_T).max()),
+        "mismatch_mean": float(difference_T.mean()),
+        "mismatch_size": float(difference_T.abs().mean()),
+        "mismatch_max": float(difference_T.abs().max()),
+    }
 
 
 def _explanation(agent: str, what: str, value: float, tolerance: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from satune.agents.anchor import Snapshot
 from satune.core.confidence import Spending
@@ -80,8 +81,11 @@ def pair(numbers: Sequence[int]) -> tuple[int, int]:
     return first, second
 
 
-def to_json(saved: Saved, steps: Mapping[str, int]) -> dict[str, Any]:
-    """All of state.json but the list of files."""
+def to_json(
+    saved: Saved, steps: Mapping[str, int], hosts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """All of state.json but the list of files. ``hosts`` has what the agents that live elsewhere
+    call their part of the checkpoint."""
     state, certify = saved.state, saved.state.certify
     fields: dict[str, Any] = {name: getattr(state, name) for name in _PLAIN}
     fields["certify"] = {
@@ -115,6 +119,7 @@ def to_json(saved: Saved, steps: Mapping[str, int]) -> dict[str, Any]:
         "offset": saved.offset,
         "learner_steps": dict(steps),
         "sizes": saved.sizes,
+        **({"hosts": dict(hosts)} if hosts else {}),
     }
 
 
@@ -124,7 +129,7 @@ def from_json(fields: Mapping[str, Any], directory: Path, world: World) -> Saved
     certify, batch = plain["certify"], plain.get("batch")
     held = {
         name: Held(
-            _snapshot(directory / agent_file(name, "held"), held["steps"]),
+            _held(directory / agent_file(name, "held"), held["steps"]),
             held["version"],
             pair(held["since"]),
             held["changes"],
@@ -148,9 +153,25 @@ def from_json(fields: Mapping[str, Any], directory: Path, world: World) -> Saved
     return Saved(state, fields["offset"], fields["sizes"], fields["recipe"])
 
 
-def _snapshot(path: Path, steps: int) -> Snapshot:
+def flat_snapshot(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The tensors of a snapshot as one file holds them."""
+    parts = {
+        "weights": snapshot.weights,
+        "optimizer": snapshot.optimizer,
+        "critic": snapshot.critic,
+    }
+    return {f"{part}|{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def snapshot_of(tensors: Mapping[str, Tensor], steps: int) -> Snapshot:
+    """The snapshot, after so many steps, that ``flat_snapshot`` was given."""
     parts: dict[str, dict[str, Any]] = {"weights": {}, "optimizer": {}, "critic": {}}
-    for name, tensor in load_file(path).items():
+    for name, tensor in tensors.items():
         part, inner = name.split("|", 1)
         parts[part][inner] = tensor
     return Snapshot(parts["weights"], parts["optimizer"], steps, parts["critic"])
+
+
+def _held(path: Path, steps: int) -> Snapshot:
+    """The snapshot in a file; where there is none its agent lives elsewhere, and so does it."""
+    return snapshot_of(load_file(path) if path.is_file() else {}, steps)

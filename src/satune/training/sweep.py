@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from satune.agents.ports import Learner
+from satune.training.ascent import advantages_by_token, own_turns
 from satune.training.gain import predicted_gain
 from satune.training.ordering import Sweep
-from satune.training.settings import TrainingSettings
+from satune.training.ports import Agents, Host
+from satune.training.settings import TrainingSettings, UpdateSettings
 from satune.training.state import State
-from satune.training.update import advantages_by_token, own_turns
-from satune.types import Key, UserError
+from satune.types import Episode, Key, UserError
 
 
 def sweep_order(
     settings: TrainingSettings,
-    learners: Mapping[str, Learner],
+    learners: Agents,
     state: State,
     stage: int,
 ) -> tuple[list[str], dict[str, float]]:
@@ -35,13 +36,10 @@ def sweep_order(
     heard = [episode for episode in episodes if not episode.masked]
 
     def gains() -> Mapping[str, float]:
-        update = settings.update
         for name in names:
             if name not in scores:
-                packed = own_turns(name, heard)
-                advantages_T = advantages_by_token(learners[name], name, heard, packed, update)
-                delta = settings.region(name).delta
-                scores[name] = predicted_gain(learners[name], packed, advantages_T, delta, key)
+                update = settings.update_of(name)
+                scores[name] = gain_of(learners[name], name, heard, update, key)
         return scores
 
     last, accepted = tuple(state.order), dict(state.accepted)
@@ -54,3 +52,19 @@ def sweep_order(
             f"{', '.join(names)}, each once"
         )
     return order, scores
+
+
+def gain_of(
+    learner: Learner | Host,
+    agent: str,
+    heard: Sequence[Episode],
+    settings: UpdateSettings,
+    key: Key,
+) -> float:
+    """What a step of the agent can be expected to gain on episodes right after their rollout, which
+    the world ended none of."""
+    if isinstance(learner, Host):
+        return learner.gain(heard, key)
+    packed = own_turns(agent, heard)
+    advantages_T = advantages_by_token(learner, agent, heard, packed, settings)
+    return predicted_gain(learner, packed, advantages_T, settings.trust_region.delta, key)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from satune.training.certification import decisions_missing, decisions_spent_ahead
+from satune.training.ports import Host
 from satune.training.run import Training
 from satune.training.self_check import Tolerance, self_check
 from satune.training.stage import run_stage
@@ -105,7 +106,7 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
     if training.settings.stages:
         training.save("stage-0000")
         # A run that has learned something always has a checkpoint to go on from.
-        training.finish_saving()
+        training.commit()
 
 
 def _finish(training: Training) -> dict[str, Any]:
@@ -141,12 +142,15 @@ def _finish(training: Training) -> dict[str, Any]:
             "tokens": state.totals["certify_tokens"],
             "seconds": state.totals["certify_seconds"],
         }
+    wire = {n: h.wire for n, h in training.learners.items() if isinstance(h, Host)}
+    if wire:
+        summary["host"] = {"wire": {name: dict(counts) for name, counts in wire.items()}}
     if "difference" in sampled[-1]:
         summary["difference"] = sampled[-1]["difference"]
     if greedy:
         summary["greedy_before"] = greedy[0]["reward"]
         summary["greedy_after"] = greedy[-1]["reward"]
     # A run is finished when its summary is there, and a finished run has its last checkpoint.
-    training.finish_saving()
+    training.commit()
     training.directory.write_summary(summary)
     return summary

@@ -8,50 +8,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from satune.agents.anchor import Anchor, Measurement, Snapshot
-from satune.agents.packing import PackedTurns, mini_batches, pack
-from satune.agents.ports import Critic, Learner, NonFinite
+from satune.agents.ports import Learner, NonFinite
 from satune.core.divergence import DivergenceStatistics, divergence_statistics
-from satune.core.ratios import capped_weights, effective_sample_size, sequence_log_ratio
-from satune.core.settings import ObjectiveSettings, Per
+from satune.core.ratios import effective_sample_size
+from satune.core.settings import Per
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
-from satune.training.advantages import advantages, groups
+from satune.training.advantages import groups
+from satune.training.ascent import (
+    Ascent,
+    Heard,
+    NothingLearnt,
+    advantages_by_token,
+    group_lesson,
+    own_turns,
+    teaching,
+)
 from satune.training.credit import GaeCredit
-from satune.training.gae import Estimate, Lesson, estimate
 from satune.training.gauge import MEND, figures_of, findings
+from satune.training.ports import Host, Outcome
 from satune.training.settings import UpdateSettings
 from satune.types import Episode, Experience, Key, Progress, UserError, no_progress
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step did. ``log_ratio_E`` is log r of the accepted update on each episode, 0 after a
-    revert; ``event`` the fields of the update event that are known here; ``before`` the agent
-    before the step (None where no step was tried). ``log_ratio_H`` has log r of each own turn of
-    all episodes where the credit rule wants traces and the update was accepted."""
-
-    accepted: bool
-    beta: float
-    log_ratio_E: Tensor
-    event: dict[str, Any]
-    before: Snapshot | None = None
-    log_ratio_H: Tensor | None = None
-
-
-def own_turns(agent: str, episodes: Sequence[Episode]) -> PackedTurns:
-    """The agent's turns of every episode, packed for its learner."""
-    return pack([[turn for turn in e.turns if turn.agent == agent] for e in episodes])
+__all__ = ["Outcome", "advantages_by_token", "groups", "improve", "own_turns"]
 
 
 def improve(
-    learner: Learner,
+    learner: Learner | Host,
     agent: str,
     experience: Experience,
     settings: UpdateSettings,
@@ -65,90 +54,103 @@ def improve(
     allows. ``beta`` weighs KL(proposal‖anchor) in the objective; the outcome has its next value.
     ``progress`` is told of each mini-batch, and of the measurement as one more.
 
-    Episodes that the world ended take no part in anything here; their log r is 0."""
+    Episodes that the world ended take no part in anything here; their log r is 0. An agent that
+    lives elsewhere takes its step there."""
+    if isinstance(learner, Host):
+        return learner.improve(experience, beta=beta, cap=cap, key=key)
     started = time.perf_counter()
     passes = settings.epochs * settings.mini_batches
 
     def tell(done: int) -> None:
         progress(done, passes + 1, f"update of {agent}")
 
-    heard = [index for index, e in enumerate(experience.episodes) if not e.masked]
-    episodes = [experience.episodes[index] for index in heard]
-    nothing_E = torch.zeros(len(experience.episodes), dtype=torch.float64)
-    packed = own_turns(agent, episodes)
-    log_weights_E = torch.tensor([experience.log_weights[i] for i in heard], dtype=torch.float64)
-    weights_E, capped_mass = capped_weights(log_weights_E, cap)
-    event: dict[str, Any] = {
-        "episodes": len(episodes),
-        "ess": effective_sample_size(log_weights_E),
-        "delta": settings.trust_region.delta,
-        "beta": beta,
-        "tokens": {"own": packed.tokens},
-    }
-    if len(heard) < len(nothing_E):
-        event["masked"] = len(nothing_E) - len(heard)
-    if cap is not None:
-        event["capped_mass"] = capped_mass
-    if packed.tokens == 0:
-        event |= {"accepted": False, "scale": 0.0, "reason": "the agent wrote nothing"}
-        return Outcome(False, beta, nothing_E, event)
+    heard = Heard.of(agent, experience, cap)
+    event = _opening(heard, settings, beta)
+    if heard.packed.tokens == 0:
+        return _untried("the agent wrote nothing", heard, event, beta)
+    lesson = group_lesson(heard, settings)
+    if lesson is not None and not bool(teaching(heard.packed, lesson, settings).any()):
+        # A zero gradient would still move the weights: by old momentum and weight decay.
+        return _untried("no group's rewards differ", heard, event, beta)
 
-    rule, lesson = settings.credit, None
-    if not isinstance(rule, GaeCredit):
-        advantages_E = advantages(rule, episodes, agent, settings.max_new_tokens)
-        lesson = Lesson("episode", advantages_E, weights_E)
-        if not bool(_teaching(packed, lesson, settings).any()):
-            # A zero gradient would still move the weights: by old momentum and weight decay.
-            event |= {"accepted": False, "scale": 0.0, "reason": "no group's rewards differ"}
-            return Outcome(False, beta, nothing_E, event)
     learner.wake()
     before = learner.snapshot()
-    anchor = learner.anchor(packed, before.weights, reference=settings.objective.reference_kl > 0)
-    objective = replace(settings.objective, beta=beta)
-    seconds = {"score": 0.0}
+    ascent = Ascent.begin(learner, heard, before, settings)
     try:
-        if isinstance(rule, GaeCredit):
-            by_turn = experience.log_ratios
-            ratios = None if by_turn is None else [by_turn[index] for index in heard]
-            values_T = _values(learner, anchor, seconds)
-            critic = _critic(learner).settings
-            found = estimate(
-                rule, agent, episodes, packed, values_T, critic, log_weights_E, ratios, cap
-            )
-            event["critic"] = _fit(learner, anchor, found, key, seconds)
-            lesson = found.lesson
+        if isinstance(settings.credit, GaeCredit):
+            lesson = ascent.ask_critic(settings.credit, key)
+            event["critic"] = ascent.critic
         assert lesson is not None
-        learning = _ascend(learner, anchor, lesson, settings, objective, key, tell)
-    except (NonFinite, _NothingLearnt) as error:
+        climbed = ascent.climb(lesson, beta, key, tell)
+    except (NonFinite, NothingLearnt) as error:
         learner.drop_gradients()
         learner.restore(before)
         learner.rest()
-        event |= {"accepted": False, "scale": 0.0, "reason": str(error)}
-        event["seconds"] = {"update": time.perf_counter() - started}
         if isinstance(error, NonFinite):
             beta = _next_beta(beta, math.inf, settings.trust_region)
-        return Outcome(False, beta, nothing_E, event)
+        outcome = _untried(str(error), heard, event, beta)
+        event["seconds"] = {"update": time.perf_counter() - started}
+        return outcome
+
     tell(passes)
     if settings.gauge.due(key.stage):
-        event["rounding"] = _gauged(learner, agent, episodes, before, settings, lesson.per)
-    event["mismatch"] = _mismatch(anchor)
-    seconds["score"] += learning.pop("scoring")
+        event["rounding"] = _gauged(learner, agent, heard.episodes, before, settings, lesson.per)
+    event["mismatch"] = _mismatch(ascent.anchor)
+    seconds = ascent.seconds
     event["seconds"] = {**seconds, "update": time.perf_counter() - started - sum(seconds.values())}
-
-    event |= learning
-    started = time.perf_counter()
-    search, measured, statistics = _enforce(learner, anchor, before, weights_E, episodes, settings)
-    learner.rest()
+    event |= climbed
+    outcome = _measured(learner, ascent.anchor, before, heard, event, beta, settings)
     tell(passes + 1)
+    return outcome
+
+
+def _opening(heard: Heard, settings: UpdateSettings, beta: float) -> dict[str, Any]:
+    """What the event says before anything is tried."""
+    event: dict[str, Any] = {
+        "episodes": len(heard.episodes),
+        "ess": effective_sample_size(heard.log_weights_E),
+        "delta": settings.trust_region.delta,
+        "beta": beta,
+        "tokens": {"own": heard.packed.tokens},
+    }
+    if heard.masked:
+        event["masked"] = heard.masked
+    if heard.cap is not None:
+        event["capped_mass"] = heard.capped_mass
+    return event
+
+
+def _untried(reason: str, heard: Heard, event: dict[str, Any], beta: float) -> Outcome:
+    """The outcome where there is no proposal."""
+    event |= {"accepted": False, "scale": 0.0, "reason": reason}
+    nothing_E = torch.zeros(len(heard.experience.episodes), dtype=torch.float64)
+    return Outcome(False, beta, nothing_E, event)
+
+
+def _measured(
+    learner: Learner,
+    anchor: Anchor,
+    before: Snapshot,
+    heard: Heard,
+    event: dict[str, Any],
+    beta: float,
+    settings: UpdateSettings,
+) -> Outcome:
+    """What the trust region makes of the proposal that the learner holds."""
+    started = time.perf_counter()
+    search, measured, statistics = _enforce(
+        learner, anchor, before, heard.weights_E, heard.episodes, settings
+    )
+    learner.rest()
     event["seconds"]["measure"] = time.perf_counter() - started
-    accepted = search.decision == "accept"
-    log_ratio_E, log_ratio_H = nothing_E, None
+    accepted, rule = search.decision == "accept", settings.credit
+    log_ratio_E = torch.zeros(len(heard.experience.episodes), dtype=torch.float64)
+    log_ratio_H = None
     if accepted:
         new_T, old_T = measured.logprobs_T.double(), anchor.logprobs_T.double()
-        log_ratio_E[heard] = sequence_log_ratio(new_T, old_T, packed.episode_T, len(episodes))
+        log_ratio_E = heard.by_episode(new_T, old_T)
         if isinstance(rule, GaeCredit) and rule.traces:
-            heard_H = sequence_log_ratio(new_T, old_T, packed.turn_T, packed.turns)
-            log_ratio_H = _with_masked(agent, experience.episodes, heard_H)
+            log_ratio_H = heard.by_turn(new_T, old_T)
     event |= {
         "kl": statistics.to_dict(),
         "unit": settings.trust_region.unit,
@@ -165,129 +167,10 @@ def improve(
     return Outcome(accepted, beta, log_ratio_E, event, before, log_ratio_H)
 
 
-def advantages_by_token(
-    learner: Learner,
-    agent: str,
-    episodes: Sequence[Episode],
-    packed: PackedTurns,
-    settings: UpdateSettings,
-) -> Tensor:
-    """The advantage [T] of each own token of an experience right after its rollout, which the world
-    ended nothing of."""
-    rule = settings.credit
-    if not isinstance(rule, GaeCredit):
-        advantages_E = advantages(rule, episodes, agent, settings.max_new_tokens)
-        return advantages_E[packed.episode_T]
-    values_T = _values(learner, learner.anchor(packed), {"score": 0.0})
-    critic, fresh_E = _critic(learner).settings, torch.zeros(len(episodes), dtype=torch.float64)
-    lesson = estimate(rule, agent, episodes, packed, values_T, critic, fresh_E).lesson
-    return lesson.advantages_U[packed.units(lesson.per)]
-
-
-def _with_masked(agent: str, episodes: Sequence[Episode], heard_H: Tensor) -> Tensor:
-    """Numbers of the own turns that were heard, among those of all episodes: 0 for the others."""
-    masked_H = torch.tensor([e.masked for e in episodes for t in e.turns if t.agent == agent])
-    found_H = torch.zeros(len(masked_H), dtype=heard_H.dtype)
-    found_H[~masked_H] = heard_H
-    return found_H
-
-
-class _NothingLearnt(Exception):
-    """No advantage is left that differs from 0."""
-
-
-def _critic(learner: Learner) -> Critic:
-    critic = learner.critic
-    assert critic is not None, "an agent without a critic has no values"
-    return critic
-
-
-def _values(learner: Learner, anchor: Anchor, seconds: dict[str, float]) -> Tensor:
-    """The critic's values [T] of the anchor's own tokens; completes the anchor."""
-    started = time.perf_counter()
-    learner.complete(anchor)
-    seconds["score"] += time.perf_counter() - started
-    started = time.perf_counter()
-    values_T = _critic(learner).values(anchor)
-    seconds["critic"] = time.perf_counter() - started
-    return values_T
-
-
-def _fit(
-    learner: Learner, anchor: Anchor, found: Estimate, key: Key, seconds: dict[str, float]
-) -> dict[str, float | None]:
-    """Have the critic learn what came; what the event says of it. How much it explained was
-    measured before, on an experience that it had not seen."""
-    started = time.perf_counter()
-    loss = _critic(learner).fit(anchor, found.targets, key)
-    seconds["critic"] += time.perf_counter() - started
-    mean = float(found.targets.before_N.mean())
-    return {"explained_variance": found.explained_variance, "value": mean, "loss": loss}
-
-
 def _next_beta(beta: float, first_statistic: float, region: TrustRegionSettings) -> float:
     if not region.adapt or region.beta == 0:
         return beta
     return adapt_beta(beta, region.beta, first_statistic, region.delta)
-
-
-def _teaching(packed: PackedTurns, lesson: Lesson, settings: UpdateSettings) -> Tensor:
-    """True [E] for the episodes that have a gradient of their own: own tokens with a weight, and an
-    advantage or else a regulariser. KL(proposal‖anchor) alone gives no step a direction."""
-    teaches_U = lesson.weights_U != 0
-    if not (settings.objective.entropy or settings.objective.reference_kl):
-        teaches_U &= lesson.advantages_U != 0
-    teaches_T = teaches_U[packed.units(lesson.per)]
-    teaches_E = torch.zeros(packed.episodes, dtype=torch.bool)
-    teaches_E[packed.episode_T[teaches_T]] = True
-    return teaches_E
-
-
-def _ascend(
-    learner: Learner,
-    anchor: Anchor,
-    lesson: Lesson,
-    settings: UpdateSettings,
-    objective: ObjectiveSettings,
-    key: Key,
-    tell: Callable[[int], None],
-) -> dict[str, Any]:
-    """The epochs and mini-batches of one step; returns what the event says of them. A mini-batch in
-    which no episode teaches anything takes no step: momentum and decay alone would move it.
-    ``tell`` is given how many are over."""
-    teaches_E = _teaching(anchor.packed, lesson, settings)
-    if not bool(teaches_E.any()):
-        raise _NothingLearnt("no advantage differs from 0")
-    totals: dict[str, float] = {}
-    norms: list[float] = []
-    scoring = 0.0
-    count = anchor.packed.episodes
-    for epoch in range(settings.epochs):
-        order = list(range(count))
-        key.rng("mini-batches", epoch).shuffle(order)
-        for number, mini in enumerate(mini_batches(order, settings.mini_batches)):
-            tell(epoch * settings.mini_batches + number)
-            if not bool(teaches_E[mini].any()):
-                continue
-            metrics = learner.accumulate(
-                anchor, mini, lesson.advantages_U, lesson.weights_U, objective, lesson.per
-            )
-            before = time.perf_counter()
-            learner.complete(anchor)
-            scoring += time.perf_counter() - before
-            norms.append(learner.step())
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value
-    clipped = {}
-    if "clippable" in totals:  # an objective of the user's own need not say
-        clipped["clip_fraction"] = totals["clipped"] / max(totals["clippable"], 1.0)
-    return {
-        "objective": -totals["policy_loss"] / len(norms),
-        **clipped,
-        "grad_norm": max(norms),
-        "optimizer_steps": len(norms),
-        "scoring": scoring,
-    }
 
 
 def _enforce(

@@ -1,0 +1,58 @@
+"""A run some of whose agents live with their owners, when one of their hosts is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from satune.hosts.agent import HostedAgent
+from satune.hosts.client import HostLost
+from satune.training.checkpoint import Checkpoints
+from satune.training.run import Training
+from satune.training.self_check import Tolerance
+from satune.training.trainer import train
+
+_PAUSE = 1.0
+"""Seconds between two questions whether a host is there again."""
+
+
+def train_with_hosts(
+    training: Training,
+    hosts: Iterable[HostedAgent],
+    wait: float,
+    *,
+    tolerance: Tolerance,
+    checkpoint: str | None,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """``training.trainer.train``; a host that is lost is waited for, up to ``wait`` seconds, and
+    the run goes on from its newest checkpoint: the step that was lost is as if it had never been
+    proposed. Raises HostLost where it stays away, or where there is no checkpoint yet."""
+    hosts = list(hosts)
+    while True:
+        try:
+            return train(training, tolerance=tolerance, checkpoint=checkpoint)
+        except HostLost as lost:
+            store = Checkpoints(training.directory.checkpoints, keep=1)  # only to look
+            found = store.latest() if wait else None
+            if found is None:
+                raise HostLost(f"{lost}; then go on with --resume") from lost
+            checkpoint = found[0]
+            tell(f"{lost}; waiting up to {wait:g} s to go on from {checkpoint}")
+            _await(hosts, wait)
+            tell(f"all hosts are there; going on from {checkpoint}")
+
+
+def _await(hosts: Iterable[HostedAgent], wait: float) -> None:
+    """Return once every host has said who it is. Raises HostLost when the time is up."""
+    end = time.monotonic() + wait
+    for host in hosts:
+        while True:
+            try:
+                host.meet()
+                break
+            except HostLost:
+                if time.monotonic() + _PAUSE > end:
+                    raise
+            time.sleep(_PAUSE)

@@ -1,0 +1,221 @@
+"""What hosts and runs refuse, each in one line, and what a host answers to whoever asks."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_world
+from owners import TOKEN, Owners, owners
+from satune.commands.assemble import assemble
+from satune.commands.host import assemble_owner
+from satune.commands.recipe_digest import facts_of
+from satune.commands.reseat import find_team
+from satune.commands.trust import Trust
+from satune.config.load import load_recipe
+from satune.hosts.client import Client, HostLost
+from satune.hosts.server import LARGEST, HostServer
+from satune.team import load_team
+from satune.types import UserError
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_world.build(tmp_path_factory.mktemp("refusals"))
+
+
+@pytest.fixture(scope="module")
+def there(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owners]:
+    with owners(recipe, tmp_path_factory.mktemp("owners"), ["bob"]) as found:
+        yield found
+
+
+def port_of(there: Owners) -> int:
+    return there.servers["bob"].server_address[1]
+
+
+def refusal(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        assemble(load_recipe(recipe, overrides))
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# -- the run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rollout.samples=3", "was started with another recipe"),
+        ("objective.clip=0.1", "was started with another recipe"),
+        ("team.agents.bob.temperature=0.5", "was started with another recipe"),
+        ("team.agents.bob.host_token_env=NO_SUCH", "$NO_SUCH holds no token"),
+    ],
+)
+def test_a_host_that_does_not_fit(there: Owners, recipe: Path, override: str, said: str) -> None:
+    line = refusal(recipe, *there.hosts, override)
+    assert "bob" in line and said in line
+
+
+def test_a_host_that_is_another(
+    there: Owners, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{port_of(there)}"
+    assert "has agent 'bob', this run 'ann'" in refusal(recipe, f"team.agents.ann.host={url}")
+    monkeypatch.setenv("SATUNE_HOST_TOKEN", "guessed")
+    assert "the token is not the owner's" in refusal(recipe, *there.hosts)
+
+
+def test_what_is_no_host(recipe: Path, there: Owners) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        assert "is no satune host (status 501" in refusal(recipe, f"team.agents.bob.host={url}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    line = refusal(recipe, f"team.agents.bob.host={url}")
+    assert "is lost" in line and "see that it runs" in line
+
+
+def test_a_host_that_does_not_answer_in_time() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client("bob", f"http://127.0.0.1:{silent.getsockname()[1]}", "t", 0.05)
+        with pytest.raises(HostLost, match=r"no answer to improve in 0\.05 s"):
+            client.ask("improve")
+        # Nobody waits for it a second time but to see whether it is there again.
+        silent.close()
+        with pytest.raises(HostLost, match=r"no answer to improve"):
+            client.ask("commit")
+        with pytest.raises(HostLost, match="hello"):
+            client.ask("hello")
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["certify.problems=8", "certify.accept=certified", "certify.evidence=balance"],
+         "certify.evidence: balance rests on ratios that the hosts of bob report"),
+        (["sharding={}"], "sharding: one process drives agents that live elsewhere (bob)"),
+        (["engine.order=throughput"], "engine.order: throughput is not for agents"),
+        (["team.agents.bob.host=bob.example.org"], "expected http://ADDRESS"),
+        (["team.agents.bob.trust_remote_code=true"], "no code of it runs here"),
+    ],
+)  # fmt: skip
+def test_recipes_that_hosts_have_no_part_in(recipe: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, ["team.agents.bob.host=http://127.0.0.1:1", *overrides])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_each_side_may_have_of_its_own(recipe: Path) -> None:
+    ours = facts_of(load_recipe(recipe))
+    for own in (
+        "team.agents.bob.model=/elsewhere", "team.agents.bob.delta=0.1", "team.device=cuda",
+        "team.agents.bob.host=https://x.example", "task.data=/other.jsonl", "stages=9",
+        "engine.max_rows=7", "hosts.wait=3",
+    ):  # fmt: skip
+        assert facts_of(load_recipe(recipe, [own])) == ours, own
+    for common in ("seed=1", "team.dtype=float64", "optimizer.lr=1e-4", "protocol=debate"):
+        assert facts_of(load_recipe(recipe, [common])) != ours, common
+
+
+def test_a_saved_team_with_a_reference_cannot_be_loaded(
+    there: Owners, recipe: Path, tmp_path: Path
+) -> None:
+    cast = assemble(load_recipe(recipe, there.hosts))
+    cast.team.save(tmp_path / "team", digests={"bob": "d1"})
+    entry = json.loads((tmp_path / "team" / "manifest.json").read_text())["agents"]["bob"]
+    assert entry["host"].startswith("http://127.0.0.1") and entry["digest"] == "d1"
+    assert "dir" not in entry and not (tmp_path / "team" / "bob").exists()
+    with pytest.raises(UserError, match="agent bob lives with its owner"):
+        load_team(tmp_path / "team")
+    with pytest.raises(UserError, match="agent bob lives with its owner"):
+        find_team(tmp_path / "team", None, Trust(code=True))
+
+
+# -- the owner -----------------------------------------------------------------------------------
+
+
+def test_an_owner_of_nobody(recipe: Path, tmp_path: Path, there: Owners) -> None:
+    with pytest.raises(
+        UserError, match=r"--agent: the team has no agent 'bop'; did you mean 'bob'"
+    ):
+        assemble_owner(load_recipe(recipe), "bop", tmp_path)
+    with pytest.raises(UserError, match="cannot listen there"):
+        HostServer(("127.0.0.1", port_of(there)), there.owner("bob"), TOKEN)
+
+
+def post(there: Owners, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port_of(there), timeout=30)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("POST", path, body, {"Authorization": f"Bearer {TOKEN}", **named})
+    response = connection.getresponse()
+    found = response.status, json.loads(response.read())
+    connection.close()
+    return found
+
+
+def test_who_has_no_token_is_told_nothing(there: Owners) -> None:
+    for token in ("", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff"):
+        status, said = post(there, "/hello", b"{}", Authorization=token)
+        assert (status, said) == (401, {"error": "the token is not the owner's"})
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("/hello", b"[]", 400, "no JSON object"),
+        ("/hello", b"\xff{", 400, "no JSON object"),
+        ("/nothing", b"{}", 400, "no verb 'nothing'"),
+        ("/__init__", b"{}", 400, "no verb '__init__'"),
+        ("/begin", b"{}", 400, "of another form"),
+        ("/publish", b"{}", 409, "stands nowhere"),
+        ("/publish", b'{"run": "x", "forget": [], "version": 1}', 409, "stands nowhere"),
+        ("/stand", b'{"run": "x", "name": "../../etc", "digest": ""}', 400, "has no checkpoint"),
+        ("/prefix/hello", b"{}", 200, None),
+    ],
+)
+def test_what_an_owner_answers(
+    there: Owners, path: str, body: bytes, status: int, said: str | None
+) -> None:
+    found, answer = post(there, path, body)
+    assert found == status
+    assert said in answer["error"] if said else answer["agent"] == "bob"
+
+
+def test_a_message_has_to_say_how_long_it_is(there: Owners) -> None:
+    status, answer = post(there, "/hello", b"", Content_Length=str(LARGEST + 1))
+    assert status == 413 and "at most" in answer["error"]
+    status, answer = post(there, "/hello", b"", Content_Length="-1")
+    assert status == 411
+
+
+def test_a_run_cannot_ask_for_more_than_the_recipe_has(there: Owners, recipe: Path) -> None:
+    assert post(there, "/begin", b'{"run": "r1"}')[0] == 200
+    key = {"seed": 0, "purpose": "train", "problem": "p", "seat": "bob"}
+    asked = {"number": 1, "key": key, "sampling": {"max_new_tokens": 7}, "at": 0, "entries": []}
+    for change, said in (
+        ({}, "at most 6 tokens"),
+        ({"sampling": {"max_new_tokens": 6}, "key": {**key, "seat": "ann"}}, "no seat ann"),
+        ({"sampling": {"max_new_tokens": 6}, "at": 3}, "does not know the conversation"),
+    ):
+        message = {"run": "r1", "forget": [], "news": [], "decode": True}
+        body = json.dumps({**message, "requests": [{**asked, **change}]}).encode()
+        status, answer = post(there, "/decode", body)
+        assert status == 400 and said in answer["error"]
+    unknown = json.dumps({"run": "r1", "forget": [], "name": "0-1"}).encode()
+    for verb in ("place", "revert", "digest"):
+        assert post(there, f"/{verb}", unknown)[0] == 400
