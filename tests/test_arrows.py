@@ -38,9 +38,11 @@ ARROWS: dict[str, set[str] | None] = {
     "training": TRAINING,
     "swap": TRAINING | {"training", "play"},
     "report": {"types", "files"},
+    "serve": GROUND | {"engines", "play", "protocols", "tasks"},
     "config": TRAINING | {"engines", "tiny", "training"},
     "commands": TRAINING
-    | {"config", "engines", "play", "protocols", "report", "swap", "tasks", "tiny", "training"},
+    | {"config", "engines", "play", "protocols", "report", "serve", "swap", "tasks", "tiny"}
+    | {"training"},
     "cli": None,
     "__main__": None,
 }
@@ -57,6 +59,7 @@ OUTSIDE: dict[str, set[str]] = {
     "files": {"numpy", "safetensors"},
     "play": set(),
     "report": {"matplotlib", "tokenizers", "torch", "yaml"},
+    "serve": {"pydantic", "starlette", "uvicorn"},
 }
 
 

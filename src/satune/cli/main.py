@@ -9,6 +9,7 @@ from typing import NoReturn, cast
 import typer
 
 from satune.cli.bench import bench
+from satune.cli.chat import chat
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
 from satune.cli.eval import evaluate
@@ -16,6 +17,7 @@ from satune.cli.grade import grade
 from satune.cli.lab import lab
 from satune.cli.quickstart import quickstart
 from satune.cli.report import report
+from satune.cli.serve import serve
 from satune.cli.swap import swap
 from satune.cli.train import train
 from satune.types import UserError
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, swap, report, describe, grade, lab, bench):
+for command in (quickstart, train, swap, report, serve, chat, describe, grade, lab, bench):
     app.command()(command)
 app.command(name="eval")(evaluate)
 

@@ -3,13 +3,15 @@
 In ``exact`` order it decodes one agent's rows at a time, and only when no conversation can go on
 without it, takes requests in the order of their keys and replaces finished rows by waiting ones, so
 that what a batch is made of depends on the conversations alone and an interrupted run can be
-repeated exactly. In ``throughput`` order it waits for nobody: it decodes whatever is there, a step
-of each agent in turn, so that batches depend on how fast servers and graders were.
+repeated exactly. In ``throughput`` order it waits for nobody: it decodes whatever is there, first
+come, first served, a step of each agent in turn, so that batches depend on how fast servers and
+graders were. A request that nobody waits for any more loses its row before the next step.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -62,6 +64,7 @@ class LocalEngine:
         self._open: set[ConversationId] = set()
         self._driver: asyncio.Task[None] | None = None
         self._changes = 0
+        self._came = itertools.count()
         self._changed: asyncio.Event | None = None
         self._decoding: list[Request] = []
         self._token_bytes = {name: token_bytes(name, p) for name, p in self.policies.items()}
@@ -100,7 +103,8 @@ class LocalEngine:
             raise UserError(f"seat {seat}: the local engine needs token ids, the prompt has none")
         agent = self.seats[seat]
         loop = asyncio.get_running_loop()
-        request = Request(key, prompt.ids, sampling, loop.create_future())
+        place = key if self.order == "exact" else next(self._came)
+        request = Request(key, prompt.ids, sampling, loop.create_future(), place)
         conversation = request.conversation
         self._waiting[agent].append(request)
         self._pending[conversation] = self._pending.get(conversation, 0) + 1
@@ -215,12 +219,14 @@ class LocalEngine:
         """Let waiting requests in where up to ``limit`` rows leave room, or decode a token of each
         row; tells whether a request was finished."""
         waiting = self._waiting[agent]
+        for request in rows.abandon():
+            self._decoding.remove(request)
         free = limit - len(rows.requests)
         # A prompt forward for one row costs almost what it costs for many.
         enough = min(len(waiting), max(1, self.max_rows // 8))
         taken: list[Request] = []
         if waiting and (not rows.requests or free >= enough):
-            waiting.sort(key=lambda request: request.key)
+            waiting.sort(key=lambda request: request.place)
             taken = rows.choose(waiting, free)
         if taken:
             chosen = set(map(id, taken))
