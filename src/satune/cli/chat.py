@@ -8,9 +8,10 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
-from satune.cli.common import AllowAddress, Overrides, PlainConsole, TrustCode, open_console, say
+from satune.cli.common import AllowAddress, Overrides, TrustCode, open_console, say
 from satune.cli.served import (
     MaxNewTokens,
     Protocol,
@@ -81,7 +82,7 @@ def chat(
 class _Window:
     """The chat on a console, whose width and colours are a terminal's or none."""
 
-    def __init__(self, chat: Chat, console: PlainConsole, seats: bool) -> None:
+    def __init__(self, chat: Chat, console: Console, seats: bool) -> None:
         self.chat = chat
         self.seats = seats
         self._console = console

@@ -257,8 +257,8 @@ def evaluate(
     directory = out or Path("runs") / f"eval-{Path(benchmark or 'own').stem}-{stamp}"
     command = ["satune", *sys.argv[1:], *([] if out else ["--out", str(directory)])]
 
-    keys = {"--api-key-env": api_key_env, "--environment-key-env": environment_key_env}
-    for option, variable in keys.items():
+    variables = {"--api-key-env": api_key_env, "--environment-key-env": environment_key_env}
+    for option, variable in variables.items():
         if variable is not None and not os.environ.get(variable):
             raise UserError(f"{option}: ${variable} is not set; export it")
     if base_url is None and api_key_env is not None:

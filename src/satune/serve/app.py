@@ -246,7 +246,7 @@ async def _body(request: HttpRequest, most: int, seconds: float) -> bytes:
         413, f"the body has more than {most} bytes", code="too_large", headers=closed
     )
     length = request.headers.get("content-length", "")
-    if length.isdigit() and (len(length) > 18 or int(length) > most):
+    if length.isdecimal() and (len(length) > 18 or int(length) > most):
         raise too_large
     body = bytearray()
     try:

@@ -257,6 +257,8 @@ def _content(content: Any, role: str, place: str) -> str:
 
 def _refuse(error: ValidationError) -> NoReturn:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if not first["loc"]:
+        raise Refusal(400, "the body has a name that is no text", code="bad_body")
     # A union's branches have their types' names behind the field's.
     path = first["loc"][:3] if first["loc"][0] == "messages" else first["loc"][:1]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
