@@ -52,6 +52,24 @@ def tiny(run: Path, *overrides: str, **more: Any) -> ServedTeam:
     return load_served(str(run), list(overrides), wanted, more, False, None)
 
 
+class Stuck(ScriptedEngine):
+    """Writes nothing until it is let go; tells how many wait."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda *_: "a")
+        self.waiting = 0
+        self.go = False
+
+    async def generate(self, seat, prompt, sampling, key):
+        self.waiting += 1
+        try:
+            while not self.go:
+                await asyncio.sleep(0.001)
+        finally:
+            self.waiting -= 1
+        return await super().generate(seat, prompt, sampling, key)
+
+
 def asked(text: str = "3+4", model: str = "team", **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": text}], **more}
 

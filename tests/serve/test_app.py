@@ -12,7 +12,7 @@ import pytest
 from satune.serve.served import ServedTeam
 from satune.types import EpisodeFailure, UserError
 from scripted import ScriptedEngine, by_seat
-from serving import CHAT, Client, asked, client, events, scripted
+from serving import CHAT, Client, Stuck, asked, client, events, scripted
 
 
 def run(served: ServedTeam, script: Any, **more: Any) -> Any:
@@ -184,24 +184,6 @@ def test_a_conversation_that_a_server_broke_off_is_told_of_anew() -> None:
 
 
 # Limits and gates
-
-
-class Stuck(ScriptedEngine):
-    """Writes nothing until it is let go; tells how many wait."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda *_: "a")
-        self.waiting = 0
-        self.go = False
-
-    async def generate(self, seat, prompt, sampling, key):
-        self.waiting += 1
-        try:
-            while not self.go:
-                await asyncio.sleep(0.001)
-        finally:
-            self.waiting -= 1
-        return await super().generate(seat, prompt, sampling, key)
 
 
 async def until(true: Any) -> None:
