@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from satune.play.match import Match
 from satune.protocols.named import load_protocol
 from satune.serve.app import endpoint
 from satune.serve.served import Reading, ServedTeam
+from satune.serve.server import Server, address_of, listening
 from satune.serve.settings import ServeSettings
 from satune.types import Engine
 from scripted import EntriesRenderer, Letters, ScriptedEngine, Writer, team
@@ -160,3 +162,18 @@ def events(body: bytes) -> list[dict[str, Any]]:
 
 def client(served: ServedTeam, **more: Any) -> Client:
     return Client(endpoint(served, **more))
+
+
+@contextmanager
+def on_a_port(served: ServedTeam, **more: Any) -> Iterator[str]:
+    """The address of ``served``, which is running."""
+    with listening("127.0.0.1", 0) as place:
+        address = address_of(place)
+        server = Server(endpoint(served, **more))
+        thread = threading.Thread(target=asyncio.run, args=(server.serve([place]),))
+        thread.start()
+        try:
+            yield address
+        finally:
+            server.drain()
+            thread.join()

@@ -80,15 +80,15 @@ def serve(
     allow_address: AllowAddress = None,
 ) -> None:
     """A team behind an OpenAI-compatible endpoint, until ctrl-C."""
+    key = None if api_key_env is None else os.environ.get(api_key_env)
+    if api_key_env is not None and not key:
+        raise UserError(f"--api-key-env: ${api_key_env} is not set; export it")
     try:
         from satune.serve.app import endpoint
         from satune.serve.server import address_of, listening, serve_until_told
     except ModuleNotFoundError as error:
         raise UserError(f"serve: needs {error.name}; pip install 'satune[serve]'") from None
 
-    key = None if api_key_env is None else os.environ.get(api_key_env)
-    if api_key_env is not None and not key:
-        raise UserError(f"--api-key-env: ${api_key_env} is not set; export it")
     limits = {"waiting": waiting, "body": max_body * _MIB}
     limits |= {} if concurrency is None else {"concurrency": concurrency}
     wanted = {
