@@ -37,7 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(run: Path) -> Iterator[ServedTeam]:
-    found = tiny(run, EXACT, concurrency=64, waiting=10_000)
+    # Each seat speaks twice, and so goes on with what the engine has kept of its first turn.
+    wanted = {"protocol_options": ["rounds=2"]}
+    found = tiny(run, EXACT, wanted=wanted, concurrency=64, waiting=10_000)
     with found.running():
         yield found
 
@@ -65,7 +67,7 @@ def test_answers_are_those_of_an_evaluation_with_keys_of_texts(
     satune: Run, run: Path, served: ServedTeam, tmp_path: Path, seat: str | None
 ) -> None:
     out = tmp_path / "eval"
-    alone = ["--seat", seat] if seat else []
+    alone = ["--seat", seat] if seat else ["--protocol-option", "rounds=2"]
     words = [run, EXACT, "--keys", "text", "-k", "3", "--seed", SEED, "--out", out, *alone]
     assert satune("eval", *words, "--json")[0] == 0
     expected: dict[str, dict[int, tuple[str, str]]] = {}
