@@ -21,10 +21,10 @@ class Snapshot:
     written to.
     """
 
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     steps: int
-    critic: dict[str, Tensor] = field(default_factory=dict)
+    critic: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rest(self) -> None:
         """Move to the CPU, bit for bit: whoever else has this snapshot lets the device go too."""
@@ -78,15 +78,21 @@ class States:
         """Compute and hold what there is room for."""
         with scorer.policy.holding(self.weights):
             for batch in scorer.batches(packed):
-                if not self.keep(scorer, batch.tokens_T, scorer.states(batch)):
+                kept = self.keep(scorer, batch.tokens_T, scorer.states(batch))
+                if not scorer.everywhere(kept):
                     return
 
     @torch.no_grad()
     def at(self, scorer: Scorer, batch: MicroBatch) -> Reference:
         """The states of a batch's own tokens on the policy's device, held or computed again."""
         place_T = self._place_T[batch.tokens_T]
-        if self._held_NH is not None and bool((place_T >= 0).all()):
-            return Reference(self._held_NH[place_T].to(scorer.policy.device), self.project)
+        held_NH = self._held_NH
+        if held_NH is None and scorer.splits_episodes:
+            held_NH = torch.empty(0, 0)  # this process may have had no token yet
+        held = held_NH is not None and bool((place_T >= 0).all())
+        if scorer.everywhere(held):
+            assert held_NH is not None
+            return Reference(held_NH[place_T].to(scorer.policy.device), self.project)
         with scorer.policy.holding(self.weights):
             return Reference(scorer.states(batch), self.project)
 
@@ -113,6 +119,10 @@ class Anchor:
     def keep(self, scorer: Scorer, tokens_T: Tensor, hidden_TH: Tensor, logprobs_T: Tensor) -> None:
         """Take what was scored at the anchor."""
         self.states.keep(scorer, tokens_T, hidden_TH)
+        self.note(tokens_T, logprobs_T)
+
+    def note(self, tokens_T: Tensor, logprobs_T: Tensor) -> None:
+        """Take the log-probabilities [T] of these tokens at the anchor."""
         self.logprobs_T[tokens_T] = logprobs_T.detach().cpu().to(self.logprobs_T.dtype)
         self.known_T[tokens_T] = True
 

@@ -6,6 +6,8 @@ entropy), so the gradient of its loss is Σ_t (∂loss/∂value_t) ∇value_t: a
 values without gradient, autograd on these alone gives the coefficients ∂loss/∂value_t, and a second
 pass back-propagates the sum one micro-batch after the other. Any cut gives the same sum. A turn
 itself cannot be cut: the gradient of a token flows through the keys of all tokens before it.
+Where several processes share an experience, all episodes are cut like that: each process has some
+of their turns, and what all of them found is summed before the coefficients are formed.
 """
 
 from __future__ import annotations
@@ -65,8 +67,10 @@ class MiniBatch:
         long = self.anchor.packed.longer_than(micro_batch_tokens, self.episodes)
         if self.objective.whole:
             long = set(self.episodes)
+        elif self.scorer.splits_episodes:
+            long = set(self.anchor.packed.episode_T[self._of(self.episodes)].tolist())
         whole = [episode for episode in self.episodes if episode not in long]
-        if whole:
+        if whole and not self.scorer.splits_episodes:
             self._at_once(whole)
         if long:
             self._in_two_passes(sorted(long))
@@ -104,8 +108,9 @@ class MiniBatch:
     ) -> Values:
         """The values of these episodes' tokens, which are the flat ones ``tokens_T``; their sum
         times ``coefficients`` is back-propagated where these are given."""
-        empty_T = torch.empty(len(tokens_T), dtype=self.scorer.dtype)
-        values = {name: empty_T.clone() for name in self._names}
+        nothing_T = torch.zeros(len(tokens_T), dtype=self.scorer.dtype)
+        values = {name: nothing_T.clone() for name in self._names}
+        new_T = ~self.anchor.known_T[tokens_T]
         for batch in self.scorer.batches(self.anchor.packed, episodes):
             place_T = torch.searchsorted(tokens_T, batch.tokens_T)
             scores = self._scored(batch)
@@ -113,6 +118,9 @@ class MiniBatch:
                 back_propagate(scores, {name: c_T[place_T] for name, c_T in coefficients.items()})
             for name, scores_T in scores.items():
                 values[name][place_T] = scores_T.detach().cpu()
+        values = dict(zip(values, self.scorer.together(*values.values()), strict=True))
+        if self.at_anchor:
+            self.anchor.note(tokens_T[new_T], values["logprobs_T"][new_T])
         return values
 
     @property
@@ -167,7 +175,7 @@ class MiniBatch:
         return objective_loss(batch, self.objective)
 
     def _count(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        if not math.isfinite(float(loss.detach())):
+        if not math.isfinite(self.scorer.decided(float(loss.detach()))):
             raise NonFinite("the loss is not finite")
         for name, value in metrics.items():
             self._totals[name] = self._totals.get(name, 0.0) + float(value)

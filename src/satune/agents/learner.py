@@ -54,12 +54,7 @@ class LocalLearner:
         self._parameters = policy.trainable()
         for parameter in self._parameters.values():
             parameter.requires_grad_(not self.frozen)
-        # Checkpointed layers keep no keys and values to share.
-        self._scorer = Scorer(
-            policy,
-            padded_budget(settings.micro_batch_tokens, policy.device),
-            share_prompts=not settings.gradient_checkpointing,
-        )
+        self._scorer = self._make_scorer(padded_budget(settings.micro_batch_tokens, policy.device))
         file = self.scratch and self.scratch / f"{policy.name}.optimizer.safetensors"
         self.moments = Moments(self._parameters, settings, file)
 
@@ -69,7 +64,22 @@ class LocalLearner:
 
     @property
     def _scale(self) -> float:
+        """How many times as large as the gradient is what the parameters hold of it."""
         return HALF_SCALE if self.policy.autocast == torch.float16 else 1.0
+
+    @property
+    def _loss_scale(self) -> float:
+        """What losses are multiplied with for it."""
+        return self._scale
+
+    def _make_scorer(self, budget: int) -> Scorer:
+        # Checkpointed layers keep no keys and values to share.
+        share_prompts = not self.settings.gradient_checkpointing
+        return Scorer(self.policy, budget, share_prompts=share_prompts)
+
+    def _anchor_room(self) -> int:
+        """How many bytes of hidden states an anchor may hold."""
+        return allowed_bytes(self.settings.anchor_memory, torch.device("cpu"))
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -77,11 +87,11 @@ class LocalLearner:
     def score(self, packed: PackedTurns) -> Tensor:
         """Log-probabilities [T] (CPU) of the own tokens at the agent's temperature."""
         scorer = self._scorer
-        logprobs_T = torch.empty(packed.tokens, dtype=scorer.dtype)
+        logprobs_T = torch.zeros(packed.tokens, dtype=scorer.dtype)
         for batch in scorer.batches(packed):
             scores = scorer.score(scorer.states(batch), packed, batch)
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
-        return logprobs_T
+        return scorer.together(logprobs_T)[0]
 
     def anchor(
         self,
@@ -96,8 +106,7 @@ class LocalLearner:
         the first mini-batch and by ``complete``. ``reference`` also holds states under the weights
         that the run began with (for a reference KL); each then has half of the memory.
         """
-        room = allowed_bytes(self.settings.anchor_memory, torch.device("cpu"))
-        room //= 1 + reference
+        room = self._anchor_room() // (1 + reference)
         anchor = Anchor(
             packed,
             self._states_of(self.export() if weights is None else weights, packed, room),
@@ -120,16 +129,24 @@ class LocalLearner:
         In a type of less than float32 all is scored again, in the cut in which a proposal will be
         measured: what rounding makes of a cut then stands on both sides of the KL."""
         scorer, packed = self._scorer, anchor.packed
-        missing = torch.unique(packed.episode_T[~anchor.known_T]).tolist()
-        if missing and self.policy.autocast is not None:
+        missing_E = torch.unique(packed.episode_T[~anchor.known_T])
+        if not len(missing_E):
+            return
+        missing = missing_E.tolist()
+        if self.policy.autocast is not None:
             anchor.states.forget()
             missing = None
-        if missing == []:
-            return
+        logprobs_T = torch.zeros_like(anchor.logprobs_T)
         for batch in scorer.batches(packed, missing):
             hidden_TH = scorer.states(batch)
+            anchor.states.keep(scorer, batch.tokens_T, hidden_TH)
             scores = scorer.score(hidden_TH, packed, batch)
-            anchor.keep(scorer, batch.tokens_T, hidden_TH, scores.logprobs_T)
+            logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
+        (logprobs_T,) = scorer.together(logprobs_T)
+        scored_T = torch.ones_like(anchor.known_T)
+        if missing is not None:
+            scored_T = torch.isin(packed.episode_T, missing_E)
+        anchor.note(scored_T.nonzero().squeeze(-1), logprobs_T[scored_T])
 
     @torch.no_grad()
     def measure(
@@ -143,25 +160,23 @@ class LocalLearner:
         kl_T, reverse_T, logprobs_T = (
             torch.zeros(packed.tokens, dtype=scorer.dtype) for _ in range(3)
         )
-        left = packed.tokens
-        for batch in scorer.batches(packed):
-            scores = scorer.score(
-                scorer.states(batch),
-                packed,
-                batch,
-                anchor=anchor.states.at(scorer, batch),
-                reverse=True,
-            )
+        batches = list(scorer.batches(packed))
+        for place, batch in enumerate(batches, 1):
+            # The other weights first: the head is the present ones' after their states.
+            before = anchor.states.at(scorer, batch)
+            states_TH = scorer.states(batch)
+            scores = scorer.score(states_TH, packed, batch, anchor=before, reverse=True)
             assert scores.kl_T is not None and scores.reverse_kl_T is not None
             kl_T[batch.tokens_T] = scores.kl_T.cpu()
             reverse_T[batch.tokens_T] = scores.reverse_kl_T.cpu()
             logprobs_T[batch.tokens_T] = scores.logprobs_T.cpu()
-            left -= len(batch.tokens_T)
-            if left and stop is not None:
-                so_far = Measurement(kl_T, reverse_T, logprobs_T, whole=False)
-                if stop(so_far):
+            if stop is not None and place < len(batches):
+                found = scorer.together(kl_T, reverse_T, logprobs_T)
+                so_far = Measurement(found[0], found[1], found[2], whole=False)
+                if scorer.decided(stop(so_far)):
                     return so_far
-        return Measurement(kl_T, reverse_T, logprobs_T)
+        found = scorer.together(kl_T, reverse_T, logprobs_T)
+        return Measurement(found[0], found[1], found[2])
 
     def gauge(self, packed: PackedTurns, anchor: Mapping[str, Tensor]) -> Gauged:
         """What rounding makes of the present weights' distance to an ``anchor``'s (as of
@@ -189,7 +204,14 @@ class LocalLearner:
         Returns the objective's metrics as sums. Raises NonFinite.
         """
         mini_batch = MiniBatch(
-            self._scorer, anchor, episodes, advantages_U, weights_U, objective, per, self._scale
+            self._scorer,
+            anchor,
+            episodes,
+            advantages_U,
+            weights_U,
+            objective,
+            per,
+            self._loss_scale,
         )
         with self.policy.checkpointing(self.settings.gradient_checkpointing):
             return mini_batch.accumulate(self.settings.micro_batch_tokens)
@@ -206,7 +228,7 @@ class LocalLearner:
                 episodes,
                 self._scorer.budget,
                 share_prompts=not checkpointed,
-                scale=self._scale,
+                scale=self._loss_scale,
             )
 
     def distances(self, packed: PackedTurns, mixture: MixturePolicy) -> Distances:
@@ -225,7 +247,7 @@ class LocalLearner:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         for gradient in gradients if self._scale != 1.0 else ():
             gradient.div_(self._scale)
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm = self._norm(gradients)
         if not math.isfinite(norm):
             self.drop_gradients()
             raise NonFinite("the gradient is not finite")
@@ -240,28 +262,34 @@ class LocalLearner:
         self.drop_gradients()
         return norm
 
+    def _norm(self, gradients: Sequence[Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
     def drop_gradients(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def gradient(self, packed: PackedTurns, coefficients_T: Tensor) -> dict[str, Tensor]:
         """Gradient of Σ_t c_t log π(token t) by parameter; leaves weights and gradients alone."""
-        accumulated = {name: p.grad for name, p in self._parameters.items()}
-        self.drop_gradients()
+        accumulated = self._take_gradients()
         scorer = self._scorer
         with self.policy.checkpointing(self.settings.gradient_checkpointing):
             for batch in scorer.batches(packed):
                 scores = scorer.score(scorer.states(batch), packed, batch)
                 back_propagate(
                     {"logprobs_T": scores.logprobs_T},
-                    {"logprobs_T": self._scale * coefficients_T[batch.tokens_T]},
+                    {"logprobs_T": self._loss_scale * coefficients_T[batch.tokens_T]},
                 )
-        gradients = {
-            n: p.grad / self._scale for n, p in self._parameters.items() if p.grad is not None
-        }
-        for name, parameter in self._parameters.items():
-            parameter.grad = accumulated[name]
-        return gradients
+        gradients = self._take_gradients()
+        for name, gradient in accumulated.items():
+            self._parameters[name].grad = gradient
+        return {name: gradient / self._scale for name, gradient in gradients.items()}
+
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """What there is of gradients by parameter, of which nothing is left there."""
+        found = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        self.drop_gradients()
+        return found
 
     # -- weights ---------------------------------------------------------------------------------
 

@@ -155,7 +155,10 @@ class Policy:
         if self.config._attn_implementation == "eager" and "attention_mask" in kwargs:
             kwargs["attention_mask"] = _added(kwargs["attention_mask"], self.causal_lm.dtype)
         with self.computing():
-            return self.backbone(input_ids=input_ids, **kwargs).last_hidden_state
+            return self._states(input_ids=input_ids, **kwargs)
+
+    def _states(self, **kwargs: Any) -> Tensor:
+        return self.backbone(**kwargs).last_hidden_state
 
     def masks(self, positions_RS: Tensor, used: int) -> Any:
         """``attention_mask`` of ``hidden`` for new tokens at these positions [R, S] of a cache of

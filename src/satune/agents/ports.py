@@ -57,8 +57,11 @@ class Learner(Protocol):
     ``frozen`` learner is never updated.
     """
 
-    frozen: bool
-    steps: int
+    @property
+    def frozen(self) -> bool: ...
+
+    @property
+    def steps(self) -> int: ...
 
     @property
     def critic(self) -> Critic | None:
@@ -118,13 +121,13 @@ class Learner(Protocol):
         self, anchor: Mapping[str, Tensor], target: Mapping[str, Tensor], scale: float
     ) -> None: ...
 
-    def export(self) -> dict[str, Tensor]:
+    def export(self) -> Mapping[str, Tensor]:
         """The agent's own parameters by name, copied."""
         ...
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
 
-    def optimizer_state(self) -> dict[str, Tensor]: ...
+    def optimizer_state(self) -> Mapping[str, Tensor]: ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor], steps: int) -> None: ...
 

@@ -40,6 +40,24 @@ class Scorer:
     ) -> Iterator[MicroBatch]:
         return micro_batches(packed, self.budget, episodes, whole_episodes=whole_episodes)
 
+    @property
+    def splits_episodes(self) -> bool:
+        """Whether what is scored here is a part of an experience whose other parts are scored in
+        other processes."""
+        return False
+
+    def together(self, *found: Tensor) -> tuple[Tensor, ...]:
+        """What all processes found, summed; each has 0 where it did not score."""
+        return found
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether something holds in every process."""
+        return holds
+
+    def decided(self, value: float) -> float:
+        """A number that all processes go by."""
+        return value
+
     def states(self, batch: MicroBatch) -> Tensor:
         """Hidden states [T, H] that predict the batch's own tokens."""
         here = batch.to(self.policy.device)

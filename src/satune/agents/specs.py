@@ -45,6 +45,16 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardingSettings:
+    """How the processes that torchrun started share each agent's weights and work. The weights are
+    cut over all processes, or over each of ``replicas`` equal parts of them. A process that is not
+    heard of for ``timeout`` seconds counts as lost."""
+
+    replicas: Count = 1
+    timeout: Annotated[float, Range(ge=1)] = 600.0
+
+
+@dataclass(frozen=True, slots=True)
 class CriticSettings:
     """A value function an agent, which ``credit: gae`` estimates advantages with.
 

@@ -15,6 +15,7 @@ from satune.cli.describe import describe
 from satune.cli.eval import evaluate
 from satune.cli.grade import grade
 from satune.cli.lab import lab
+from satune.cli.launch import launch
 from satune.cli.quickstart import quickstart
 from satune.cli.report import report
 from satune.cli.serve import serve
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, swap, report, serve, chat, describe, grade, lab, bench):
+for command in (quickstart, train, launch, swap, report, serve, chat, describe, grade, lab, bench):
     app.command()(command)
 app.command(name="eval")(evaluate)
 

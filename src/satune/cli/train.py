@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +31,8 @@ from satune.cli.common import (
     trust_of,
 )
 from satune.files.events import Event, Note
+from satune.files.interrupts import Lost
+from satune.types import UserError
 
 
 def train(
@@ -55,11 +60,13 @@ def train(
     loaded = given_recipe(path, overrides or [], spoken)
     resume = resume or resume_from is not None
     directory = out or (resume and _own_run(path)) or Path("runs") / path.stem
-    command = ["satune", "train", recipe, *(overrides or []), "--out", str(directory), "--resume"]
+    command = [*_started(), "train", recipe, *(overrides or []), "--out", str(directory)]
+    command += ["--resume"]
     command += ["--unsafe-checks"] if unsafe_checks else []
     command += ["--trust"] if trust else []
     command += [part for url in allow_address or [] for part in ("--allow-address", url)]
-    summary = run_training(
+    run = partial(
+        run_training,
         loaded,
         directory,
         resume=resume,
@@ -67,7 +74,42 @@ def train(
         command=shlex.join(command),
         break_lock=break_lock,
     )
-    show_result(summary, as_json, show_summary)
+    alone = loaded.sharding is None and os.environ.get("WORLD_SIZE", "1") == "1"
+    summary = run() if alone else _together(loaded, run, shlex.join(command))
+    if summary is not None:
+        show_result(summary, as_json, show_summary)
+
+
+def _started() -> list[str]:
+    """How this process was started, up to the words for satune itself."""
+    everywhere, here = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if everywhere == 1:
+        return ["satune"]
+    nodes = ["--nnodes", str(everywhere // here)] if everywhere > here else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "satune"]
+
+
+def _together(
+    recipe: Any, run: Callable[..., dict[str, Any]], command: str
+) -> dict[str, Any] | None:
+    """Train with the other processes of the run: the summary in the first one, which drives, None
+    in the others. Raises UserError with the command to go on where one of them is lost."""
+    from satune.commands.sharded import follow, processes_of, sharded_parts
+
+    try:
+        with processes_of(recipe) as processes:
+            if processes.drives:
+                return run(parts=sharded_parts(processes))
+            quiet_libraries()
+            try:
+                follow(processes, recipe)
+            except KeyboardInterrupt as interrupt:
+                if isinstance(interrupt, Lost):
+                    raise
+                sys.exit(130)  # the first process says so
+            return None
+    except Lost as lost:
+        raise UserError(f"{lost}; go on with: {command}") from None
 
 
 def _own_run(recipe: Path) -> Path | None:
@@ -84,8 +126,10 @@ def run_training(
     checkpoint: str | None,
     command: str,
     break_lock: bool = False,
+    parts: Any = None,
 ) -> dict[str, Any]:
-    """Train into ``out`` and return the summary. Raises Interrupted with the command to go on."""
+    """Train into ``out`` and return the summary; ``parts`` makes learners and world (None: in this
+    process). Raises Interrupted with the command to go on."""
     from satune.cli.progress import Display
     from satune.training.run_directory import RunDirectory
 
@@ -96,19 +140,29 @@ def run_training(
             directory.held(break_lock=break_lock),
             Display(open_console(stderr=True)) as display,
         ):
-            return _train(recipe, directory, display, resume=resume, checkpoint=checkpoint)
+            return _train(
+                recipe, directory, display, resume=resume, checkpoint=checkpoint, parts=parts
+            )
+    except Lost:
+        raise
     except KeyboardInterrupt:
         raise Interrupted(command if directory.holds_run else "") from None
 
 
 def _train(
-    recipe: Any, directory: Any, display: Any, *, resume: bool, checkpoint: str | None
+    recipe: Any,
+    directory: Any,
+    display: Any,
+    *,
+    resume: bool,
+    checkpoint: str | None,
+    parts: Any,
 ) -> dict[str, Any]:
     quiet_libraries()
     import torch
 
     from satune.commands.assemble import assemble, overlap_note
-    from satune.commands.train import start_training, tolerance_of
+    from satune.commands.train import local_parts, start_training, tolerance_of
     from satune.files.writing import tensor_errors
     from satune.report.monitors import scalar_writer
     from satune.tiny.zoo import is_tiny
@@ -155,7 +209,7 @@ def _train(
             if event["event"] == "stage":
                 display.stages(event["stage"], recipe.stages)
 
-        training = start_training(cast, directory, watch)
+        training = start_training(cast, directory, watch, parts or local_parts)
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)
     _draw(directory, display)
     return summary
@@ -185,7 +239,6 @@ def _checkpoint(recipe: Any, directory: Any, display: Any, asked_for: str | None
 def _draw(directory: Any, display: Any) -> None:
     """The run's figures. What is in the way of them costs nothing else."""
     from satune.report.plots import plot_training
-    from satune.types import UserError
 
     try:
         figure = plot_training(directory.path, directory.path / "training.png")

@@ -13,6 +13,7 @@ from torch import Tensor
 from satune.agents.critic import LocalCritic
 from satune.agents.learner import LocalLearner
 from satune.agents.policy import Policy
+from satune.agents.ports import Learner
 from satune.agents.pretrained import Precision, load_policies
 from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast, model_path
@@ -70,7 +71,7 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
         certify=recipe.certify,
         deltas={name: a.delta for name, a in agents.items() if a.delta is not None},
         evaluate_every=recipe.evaluate.every,
-        checkpoint_steps=recipe.checkpoint.every == "step",
+        checkpoint=recipe.checkpoint,
     )
 
 
@@ -145,26 +146,38 @@ class LocalWorld:
         self.cast.team.save(self.directory.team, critics=critics)
 
 
-def start_training(cast: Cast, directory: RunDirectory, watch: Watcher) -> Training:
-    """A training run over a cast, in a directory that was started."""
-    recipe = cast.recipe
-    settings = training_settings(recipe)
-    critics = make_critics(cast, directory.path / "optimizers")
-    world = LocalWorld(cast, directory, critics)
-    if settings.certify.problems:
-        # A task without problems for certificates is told now, not after the first step.
-        check_held_out(cast.task)
+def local_parts(cast: Cast, directory: RunDirectory) -> tuple[dict[str, Learner], LocalWorld]:
+    """Learners over the models that the engine has, and the world that they are played in."""
+    recipe, scratch = cast.recipe, directory.path / "optimizers"
+    critics = make_critics(cast, scratch)
     resolved = recipe.team.resolved()
-    learners = {
+    learners: dict[str, Learner] = {
         name: LocalLearner(
             policy,
             optimizer_settings(recipe, resolved.agents[name]),
             frozen=resolved.agents[name].frozen,
-            scratch=directory.path / "optimizers",
+            scratch=scratch,
             critic=critics.get(name),
         )
         for name, policy in cast.team.policies.items()
     }
+    return learners, LocalWorld(cast, directory, critics)
+
+
+Parts = Callable[[Cast, RunDirectory], tuple[Mapping[str, Learner], LocalWorld]]
+
+
+def start_training(
+    cast: Cast, directory: RunDirectory, watch: Watcher, parts: Parts = local_parts
+) -> Training:
+    """A training run over a cast, in a directory that was started; ``parts`` makes its learners and
+    its world."""
+    recipe = cast.recipe
+    settings = training_settings(recipe)
+    if settings.certify.problems:
+        # A task without problems for certificates is told now, not after the first step.
+        check_held_out(cast.task)
+    learners, world = parts(cast, directory)
     remember(recipe.model_dump(mode="json"))
     return Training(
         settings=settings,

@@ -252,6 +252,19 @@ def _overlap_has_two_sides(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _shards_are_learners(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.sharding is None:
+        return
+    if recipe.critic.kind != "none":
+        yield "sharding", "a critic is not sharded; use another credit than gae, or remove the key"
+    if recipe.team.device not in ("auto", "cpu", "cuda"):
+        yield (
+            "team.device",
+            f"must be auto, cpu or cuda with sharding, got {recipe.team.device}: every process"
+            " takes the device of its number",
+        )
+
+
 CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _seats_name_agents,
     _every_agent_sits,
@@ -268,4 +281,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _overlong_buffer_fits,
     _certificates_are_sound,
     _overlap_has_two_sides,
+    _shards_are_learners,
 )

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from satune.agents.messages import TemplateSettings
-from satune.agents.specs import CriticSettings, LoraSpec, Rate
+from satune.agents.specs import CriticSettings, LoraSpec, Rate, ShardingSettings
 from satune.config.derive import Choice, Derived, Named, OpenSection, Section, Written
 from satune.core.settings import OBJECTIVES, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
@@ -159,5 +159,6 @@ class Recipe(Section):
     certify: Annotated[CertifySettings, Derived()] = CertifySettings()
     engine: EngineChoice = Field("local", validate_default=True)  # type: ignore[assignment]
     checkpoint: Annotated[CheckpointSettings, Derived()] = CheckpointSettings()
+    sharding: Annotated[Annotated[ShardingSettings, Derived()] | None, MayChange()] = None
     log: LogSection = LogSection()
     tiny: Annotated[TinySettings, Derived()] = TinySettings()

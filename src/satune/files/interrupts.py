@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Lost(KeyboardInterrupt):
+    """Another process of the run is gone, so that the run cannot go on; says who noticed. No
+    Exception: whoever waits for a conversation must not take it for the conversation's failure."""
+
+
 @contextmanager
 def uninterrupted(ask: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold SIGINT back until the block is done, then deliver it. Other threads are let be.

@@ -27,7 +27,7 @@ class Change:
 
     learners: Mapping[str, Learner]
     held: Mapping[str, Held]
-    proposed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    proposed: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:

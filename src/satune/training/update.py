@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -289,7 +289,7 @@ def _enforce(
     """Measure the proposal; shrink it towards the anchor until it is inside, or revert."""
     region, packed = settings.trust_region, anchor.packed
     search = LineSearch(region)
-    proposal: dict[str, Tensor] | None = None
+    proposal: Mapping[str, Tensor] | None = None
 
     def summary(measured: Measurement) -> DivergenceStatistics:
         return divergence_statistics(
