@@ -59,11 +59,25 @@ def test_what_cannot_be_is_one_line(piped) -> None:
     assert err.count("\n") == 1
 
 
+WAITS = """
+import asyncio
+
+async def waits(talk):
+    for seat in talk.seats:
+        turn = await talk.say(seat)
+    if "wait" in talk.problem.text:
+        await asyncio.Event().wait()
+    return turn.text
+"""
+
+
 @pytest.mark.slow
-def test_a_terminal(run: Path) -> None:
+def test_a_terminal(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(WAITS)
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "satune", "chat", str(run), "--seed", "5"],
+        [sys.executable, "-m", "satune", "chat", str(run), "--seed", "5", "--protocol",
+         f"{tmp_path / 'waits.py'}:waits"],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "100"},
         preexec_fn=_own_terminal,
@@ -85,6 +99,14 @@ def test_a_terminal(run: Path) -> None:
         until("> ")
         os.write(ours, b"3+4\n")
         until("ann: ")
+        until("bob: ")
+        until("> ")
+        os.write(ours, b"wait\n")
+        until("bob: ")
+        os.write(ours, b"\x03")
+        until("stopped; it is not remembered")
+        until("> ")
+        os.write(ours, b"3+4\n")
         until("bob: ")
         until("> ")
         os.write(ours, b"/seats\n")
