@@ -23,7 +23,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, http="h11", ws="none", loop="asyncio", lifespan="off",
-                access_log=False, log_level="warning", server_header=False,
+                access_log=False, log_level="error", server_header=False,
             )
         )  # fmt: skip
 
