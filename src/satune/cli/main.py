@@ -13,9 +13,11 @@ from satune.cli.chat import chat
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
 from satune.cli.eval import evaluate
+from satune.cli.export import export
 from satune.cli.grade import grade
 from satune.cli.lab import lab
 from satune.cli.launch import launch
+from satune.cli.push import push
 from satune.cli.quickstart import quickstart
 from satune.cli.report import report
 from satune.cli.serve import serve
@@ -32,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, launch, swap, report, serve, chat, describe, grade, lab, bench):
+for command in (
+    quickstart, train, launch, swap, report, serve, chat, push, export, describe, grade, lab, bench
+):  # fmt: skip
     app.command()(command)
 app.command(name="eval")(evaluate)
 
