@@ -22,7 +22,7 @@ from satune.thoughts import without_thoughts
 from serving import on_a_port, tiny
 
 HERE = Path(__file__).parent
-PLACE = Path(os.environ.get("SATUNE_CLIENTS", HERE.parents[1] / ".venv-clients"))
+PLACE = Path(os.environ.get("SATUNE_CLIENTS", HERE.parents[1] / ".venv-clients")).absolute()
 PYTHON = PLACE / "bin" / "python"
 pytestmark = [
     pytest.mark.clients,
