@@ -1,11 +1,12 @@
-# make quickstart | models | test | test-slow | test-browser | lint | format
+# make quickstart | models | test | test-slow | test-browser | test-clients | lint | format
 # PYTHON chooses the interpreter that .venv is made with: 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 
 .PHONY: quickstart models test test-slow test-browser lint format
-.PHONY: test-trackers
+.PHONY: test-clients test-trackers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -22,6 +23,10 @@ test-slow: $(VENV)/.installed-test
 # The pages of reports in a headless browser: apt-get install chromium chromium-driver
 test-browser: $(VENV)/.installed-test
 	$(PYTEST) -m browser tests/report
+
+# Four clients of `satune serve`, as their makers ship them, in an environment of their own.
+test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed
+	SATUNE_CLIENTS=$(CLIENTS) $(PYTEST) -m clients tests/clients
 
 # What trackers and Inspect are sent, read back through their own libraries, which this installs.
 test-trackers: $(VENV)/.installed-trackers
@@ -52,6 +57,12 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-models: pyproject.toml | $(BIN)/python
 	@echo "Installing satune and what reads GGUF files into $(VENV)."
 	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	@touch $@
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@echo "Installing the clients into $(CLIENTS); the first time takes some minutes."
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --requirement tests/clients/requirements.txt
 	@touch $@
 
 $(VENV)/.installed-trackers: $(VENV)/.installed-test

@@ -39,9 +39,21 @@ ARROWS: dict[str, set[str] | None] = {
     "swap": TRAINING | {"training", "play"},
     "hosts": TRAINING | {"training", "engines"},
     "report": {"types", "files", "ranges"},
+    "serve": GROUND | {"engines", "play", "protocols", "tasks"},
     "config": TRAINING | {"engines", "hosts", "report", "tiny", "training"},
     "commands": TRAINING
-    | {"config", "engines", "hosts", "play", "protocols", "report", "swap", "tasks", "tiny"}
+    | {
+        "config",
+        "engines",
+        "hosts",
+        "play",
+        "protocols",
+        "report",
+        "serve",
+        "swap",
+        "tasks",
+        "tiny",
+    }
     | {"training"},
     "cli": None,
     "__main__": None,
@@ -59,6 +71,7 @@ OUTSIDE: dict[str, set[str]] = {
     "files": {"numpy", "safetensors"},
     "play": set(),
     "report": {"inspect_ai", "matplotlib", "tokenizers", "torch", "yaml"},
+    "serve": {"pydantic", "starlette", "uvicorn"},
 }
 
 

@@ -1,7 +1,6 @@
 """The words every room shares: what a problem, a turn, an episode and a grade are, and what an
-engine, a task, an environment, a renderer and a conversation can be asked for.
-
-Standard library only, so that any room can import it at no cost.
+engine, a task, an environment, a renderer and a conversation can be asked for. Standard library
+only, so that any room can import it at no cost.
 """
 
 from __future__ import annotations
@@ -94,7 +93,9 @@ class Key:
     """Names one stream of randomness; two draws with equal keys are equal whatever the batching.
 
     ``stage`` and ``step`` count from 1 (0: before training). ``draw`` counts rollouts inside a
-    step. ``seat`` and ``own_index`` are filled in when a seat speaks."""
+    step. ``seat`` and ``own_index`` are filled in when a seat speaks. ``copy``, on which no draw
+    depends, tells apart conversations that are open at once and drawn alike.
+    """
 
     seed: int
     purpose: str
@@ -105,6 +106,7 @@ class Key:
     sample: int = 0
     seat: str = ""
     own_index: int = 0
+    copy: int = 0
 
     def at(self, **changes: Any) -> Key:
         return replace(self, **changes)
@@ -214,7 +216,6 @@ class EpisodeFailure(Exception):
 
 FAILURES = 0.2
 """The share of failed conversations that a rollout bears where nothing else is said."""
-
 GRADING_SECONDS = 120.0
 """How long a message may take to be graded where nothing else is said."""
 

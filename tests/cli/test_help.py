@@ -9,7 +9,9 @@ import pytest
 from command_line import Run, refused
 
 PANELS = {
+    "chat": ["Options", "Sampling", "Files of others"],
     "eval": ["Options", "Sampling", "Servers", "Roles that are not players", "Files of others"],
+    "serve": ["Options", "Who may ask", "Sampling", "Limits", "Files of others"],
     "swap": ["Options", "Projection", "Hand-over", "Servers", "Files of others"],
     "train": ["Options", "Files of others"],
 }

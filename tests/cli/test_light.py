@@ -8,7 +8,7 @@ import sys
 
 from command_line import ENVIRONMENT
 
-HEAVY = ("torch", "transformers", "peft", "scipy")
+HEAVY = ("torch", "transformers", "peft", "scipy", "starlette", "uvicorn")
 CASES = [
     # words, what is said, exit code
     ("--help", "quickstart", 0),
@@ -16,6 +16,9 @@ CASES = [
     ("eval --help", "--benchmark", 0),
     ("swap --help", "--tolerance", 0),
     ("host --help", "--agent", 0),
+    ("serve --help", "--api-key-env", 0),
+    ("chat --help", "--seats", 0),
+    ("serve x --port 0 --api-key-env SATUNE_NO_KEY", "is not set; export it", 2),
     ("train relay objective.clp=0.1", "did you mean objective.clip?", 2),
     ("train relay rollout.samples=1", "use at least 2", 2),
     ("describe relay schedule=frech", "did you mean 'fresh'?", 2),

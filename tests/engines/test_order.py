@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -10,8 +11,10 @@ from satune.agents.policy import Policy
 from satune.engines.local import LocalEngine
 from satune.engines.routed import RoutedEngine
 from satune.engines.rows import Rows
+from satune.play.episode import converse
 from satune.play.match import Match
 from satune.play.rollout import rollout
+from satune.protocols.independent import solo
 from satune.types import Key, Problem, Prompt, Sampling, Seat, ids_of
 from scripted import EntriesRenderer, Letters, ScriptedEngine
 from tiny_models import tiny_policy
@@ -203,3 +206,31 @@ def test_an_engine_that_breaks_fails_everyone_who_waits():
         return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), LONG)
 
     assert [type(found) for found in asyncio.run(script())] == [MemoryError] * 4
+
+
+@pytest.mark.parametrize("order", ["exact", "throughput"])
+def test_conversations_that_are_alike_are_told_apart_by_their_copies(order):
+    def played(*keys):
+        engine = engine_of("ann", order=order)
+        match = Match([seat("ann", 6)], partial(solo, turns=3), engine, Letters())
+
+        async def one(key):
+            engine.begin(key)
+            try:
+                return await converse(match, Problem.of("p", "?"), key)
+            finally:
+                engine.end(key)
+
+        async def script():
+            return await asyncio.wait_for(asyncio.gather(*map(one, keys)), LONG)
+
+        return [
+            [turn.completion_ids for turn in each.conversation.turns]
+            for each in asyncio.run(script())
+        ]
+
+    one, other = Key(1, "serve", problem="p"), Key(2, "serve", problem="p")
+    alone = played(one), played(other)
+    assert alone[0] != alone[1]
+    assert played(one, one.at(copy=1)) == [*alone[0], *alone[0]]
+    assert played(one, other.at(copy=1)) == [*alone[0], *alone[1]]

@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from satune.engines.request import conversation_id
 from satune.files.arrays import append_rows, read_rows
+from satune.play.keys import text_digest, text_key
 from satune.play.match import Match
 from satune.play.rollout import play, rollout, rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
@@ -387,3 +389,45 @@ def test_ctrl_c_never_finds_an_event_loop_half_made() -> None:
         going.send_signal(signal.SIGINT)
         _, err = going.communicate(timeout=30)
         assert (going.returncode, err) == (130, "")
+
+
+def test_a_problem_has_the_name_in_its_keys_that_it_is_given():
+    engine = ScriptedEngine(keyed)
+    match = Match(team("ann"), solo, engine, Letters())
+    problems = [Problem.of("p0", "one"), Problem.of("p1", "two")]
+    key = Key(7, "serve")
+    named = asyncio.run(rollout(match, problems, 2, key, name=text_digest))
+    expected = [text_key(7, problem, sample) for problem in problems for sample in range(2)]
+    assert sorted(engine.begun) == sorted(expected)
+    assert [episode.problem.id for episode in named] == ["p0", "p0", "p1", "p1"]
+    # SHA-256 of "one", by sha256sum.
+    assert expected[0].problem == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    same = [Problem.of("p0", "one"), Problem.of("p1", "one")]
+    with pytest.raises(UserError, match="'p0' and 'p1' have the same text"):
+        asyncio.run(rollout(match, same, 2, key, name=text_digest))
+
+
+def test_no_draw_depends_on_a_keys_copy():
+    key = text_key(7, Problem.of("p0", "one \ud800"))
+    assert key.rng("x").random() == key.at(copy=5).rng("x").random()
+    assert conversation_id(key) != conversation_id(key.at(copy=5))
+
+
+def test_turns_are_told_of_at_the_end_of_their_moment():
+    told: list[tuple[int, str, int]] = []
+    said: list[int] = []
+
+    async def script(talk):
+        await talk.all_say(["ann", "bob"])
+        said.append(len(told))
+        return (await talk.say("ann")).text
+
+    match = Match(
+        team("ann", "bob"),
+        script,
+        ScriptedEngine(keyed, delays={"ann": 9}),
+        Letters(),
+        on_turn=lambda turn: told.append((turn.moment, turn.seat, turn.own_index)),
+    )
+    asyncio.run(play(match, PROBLEMS[0], KEY))
+    assert said == [2] and told == [(0, "ann", 0), (0, "bob", 0), (1, "ann", 1)]

@@ -8,7 +8,7 @@ import pytest
 
 from satune.play.conversation import Conversation
 from satune.protocols.discussion import JUDGE, REVISION, ROLES
-from satune.protocols.named import PROTOCOLS, load_protocol
+from satune.protocols.named import PROTOCOLS, UNREAD, load_protocol
 from satune.types import Key, Problem, UserError
 from scripted import Letters, ScriptedEngine, by_seat, team
 
@@ -139,3 +139,11 @@ def test_a_users_protocol_from_a_file(tmp_path):
     assert [seat for _, seat in turns] == ["cem", "bob", "ann"] and answers == ["ann0"]
     with pytest.raises(UserError, match="unknown option 'loop'"):
         run(f"{tmp_path}/mine.py:last_first", loop=1)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_who_asks_what_answer_a_message_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Letters, "extract", lambda self, text: asked.append(text))
+    run(name)
+    assert bool(asked) is (name not in UNREAD)

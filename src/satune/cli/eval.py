@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from datetime import datetime
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,8 +29,8 @@ from satune.cli.common import (
     show_result,
     trust_of,
 )
+from satune.cli.standings import show_report
 from satune.engines.settings import ServerSettings
-from satune.files.printing import printable
 from satune.loading import KEY_VARIABLE
 from satune.types import UserError
 
@@ -43,6 +44,10 @@ ENVIRONMENT_KEY = "ENVIRONMENT_API_KEY"
 """The environment variable that holds the key of an environment's server beside --base-url."""
 
 _ASKED = ServerSettings()
+
+
+class Keys(StrEnum):
+    ID, TEXT = "id", "text"
 
 
 def evaluate(
@@ -129,6 +134,13 @@ def evaluate(
             rich_help_panel=SAMPLING,
         ),
     ] = None,
+    keys: Annotated[
+        Keys,
+        typer.Option(
+            help="what draws depend on beside the seed: the problem's id, or its text as in serve",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = Keys.ID,
     concurrency: Annotated[
         int | None,
         typer.Option(
@@ -239,13 +251,14 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         seed=seed,
         concurrency=concurrency,
+        keys=keys.value,
     )
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     directory = out or Path("runs") / f"eval-{Path(benchmark or 'own').stem}-{stamp}"
     command = ["satune", *sys.argv[1:], *([] if out else ["--out", str(directory)])]
 
-    keys = {"--api-key-env": api_key_env, "--environment-key-env": environment_key_env}
-    for option, variable in keys.items():
+    variables = {"--api-key-env": api_key_env, "--environment-key-env": environment_key_env}
+    for option, variable in variables.items():
         if variable is not None and not os.environ.get(variable):
             raise UserError(f"{option}: ${variable} is not set; export it")
     if base_url is None and api_key_env is not None:
@@ -316,81 +329,3 @@ def evaluate(
     except KeyboardInterrupt:
         raise Interrupted(shlex.join(command) if directory.is_dir() else "") from None
     show_result({**report, "out": str(directory)}, as_json, show_report)
-
-
-def show_report(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    console = open_console()
-    k = report["k"]
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("")
-    rows = [("team", report["team"], report["budget"]["team"])]
-    for name, row in report["seats"].items():
-        rows.append((f"seat {name}", row, report["budget"]["seats"][name]))
-    if len(rows) == 2 and rows[1][1] == rows[0][1]:
-        # The one seat of a team is the team, the best seat, and all the messages.
-        del rows[0]
-    elif "pooled" in report:
-        rows.append(("all messages", report["pooled"], report["budget"]["pooled"]))
-        rows.append(("oracle", report["oracle"], report["budget"]["oracle"]))
-    columns: list[str] = list(dict.fromkeys(name for _, row, _ in rows for name in row))
-    for column in (*(_HEADINGS.get(name, name) for name in columns), "answers", "read + written"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for label, row, budget in rows:
-        table.add_row(
-            label,
-            *(_figure(row.get(name)) for name in columns),
-            str(budget["answers"]),
-            f"{_count(budget['prompt_tokens'])} + {_count(budget['completion_tokens'])}",
-        )
-    console.print(table)
-    notes = "A seat's answer is its last message, the oracle takes the best seat's. "
-    notes = notes if len(rows) > 1 else ""
-    console.print(
-        f"{report['benchmark']}: {report['problems']} problems, {k} conversations each "
-        f"({report['protocol']['name']}). {notes}Answers are counted a problem, tokens in all.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for name, row in report.get("groups", {}).items():
-        console.print(
-            f"{printable(name)}: {row['avg_at_k']:.3f}, {row['problems']} problems",
-            highlight=False,
-            soft_wrap=True,
-        )
-    failed = {name: sum(kinds.values()) for name, kinds in report["failures"].items()}
-    if any(failed.values()):
-        kinds = [f"{n} {kind}" for of in report["failures"].values() for kind, n in of.items()]
-        again = "; the same command plays those of the world again" if failed["world"] else ""
-        console.print(
-            f"{sum(failed.values())} conversations failed and score 0 ({', '.join(kinds)}){again}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"everything lies in {report['out']}", highlight=False, soft_wrap=True)
-
-
-_HEADINGS = {"avg_at_k": "avg", "pass_at_k": "pass", "interval": "95%"}
-"""How a figure is headed in the table; any other by its own name."""
-
-
-def _figure(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case int():
-            return str(value)
-        case [low, high]:
-            return f"{low:.3f}-{high:.3f}"
-        case _:
-            return f"{value:.3f}"
-
-
-def _count(tokens: int | None) -> str:
-    if tokens is None:
-        return "unknown"
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if tokens >= limit:
-            return f"{tokens / limit:.1f}{suffix}"
-    return str(tokens)

@@ -9,6 +9,7 @@ from typing import NoReturn, cast
 import typer
 
 from satune.cli.bench import bench
+from satune.cli.chat import chat
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
 from satune.cli.eval import evaluate
@@ -20,6 +21,7 @@ from satune.cli.launch import launch
 from satune.cli.push import push
 from satune.cli.quickstart import quickstart
 from satune.cli.report import report
+from satune.cli.serve import serve
 from satune.cli.swap import swap
 from satune.cli.train import train
 from satune.types import UserError
@@ -34,7 +36,8 @@ app = typer.Typer(
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
 for command in (
-    quickstart, train, launch, host, swap, report, push, export, describe, grade, lab, bench
+    quickstart, train, launch, host, swap, report, serve, chat, push, export, describe, grade, lab,
+    bench,
 ):  # fmt: skip
     app.command()(command)
 app.command(name="eval")(evaluate)

@@ -16,7 +16,7 @@ from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.agents.sources import misspelt_path
 from satune.commands.trust import NOTHING, Trust, given_recipe
-from satune.config.derive import section_of
+from satune.config.derive import Named, section_of
 from satune.config.load import load_recipe, override, recipe_text
 from satune.config.schema import EngineChoice, Recipe
 from satune.engines.base import ENGINES, EngineSettings, engine_settings
@@ -118,17 +118,21 @@ def local_contestant(
     progress: Any,
     servers: Servers,
     trust: Trust = NOTHING,
+    order: str | None = None,
 ) -> Contestant:
     """The team that ``given`` names; ``path`` is where a recipe of that name lies, if one does.
 
     Overrides are those of the recipe; other teams take protocol.*, task.*, engine.*,
-    team.device, team.dtype, rollout.failures and rollout.grading_seconds. Raises UserError for
-    whatever cannot be had, and for what ``trust`` does not admit.
+    team.device, team.dtype, rollout.failures and rollout.grading_seconds. ``order`` is the local
+    engine's where nobody has said one. Raises UserError for whatever cannot be had, and for what
+    ``trust`` does not admit.
     """
     place = Path(given)
     if path is not None and not place.is_dir():
         _one_of_each(copies, "a recipe")
-        contestant = _of_recipe(given_recipe(path, overrides, trust), progress, servers)
+        recipe = given_recipe(path, overrides, trust)
+        recipe = recipe.model_copy(update={"engine": _in_order(recipe.engine, order)})
+        contestant = _of_recipe(recipe, progress, servers)
         given_here: dict[str, Any] = {}
         for text in overrides:
             if text.startswith("task."):
@@ -138,7 +142,7 @@ def local_contestant(
     keys = _keys(overrides)
     if (place / "manifest.json").is_file() or (place / "team" / "manifest.json").is_file():
         _one_of_each(copies, "a team")
-        return _of_directory(place, keys, servers, trust)
+        return _of_directory(place, keys, servers, trust, order)
     if place.is_dir() and not any(
         any(place.glob(name)) for name in ("config.json", "adapter_config.json", "*.gguf")
     ):
@@ -155,7 +159,7 @@ def local_contestant(
         raise UserError("TEAM: is an address; give the model's name, and the address by --base-url")
     if not place.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
         raise UserError(f"{given}: no such team, recipe or model; give a directory or a hub id")
-    return _of_model(given, copies, keys)
+    return _of_model(given, copies, keys, order)
 
 
 def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
@@ -184,7 +188,9 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
     )
 
 
-def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Trust) -> Contestant:
+def _of_directory(
+    place: Path, keys: dict[str, Any], servers: Servers, trust: Trust, order: str | None
+) -> Contestant:
     from satune.team import load_team, manifest_of
 
     directory = place if (place / "manifest.json").is_file() else place / "team"
@@ -195,7 +201,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Tr
     written = directory.parent / "recipe.yaml"
     beside = directory.name == "team" and written.is_file()
     recipe = load_recipe(written, alone=True) if beside else None
-    section = _engine_settings(keys, recipe, partial(trust.admit, where=written))
+    section = _engine_settings(keys, recipe, order, partial(trust.admit, where=written))
     limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
     return Contestant(
         team.seats_for(limit),
@@ -214,7 +220,7 @@ def _of_directory(place: Path, keys: dict[str, Any], servers: Servers, trust: Tr
     )
 
 
-def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Contestant:
+def _of_model(given: str, copies: int, keys: dict[str, Any], order: str | None) -> Contestant:
     from satune.team import build_team
     from satune.tiny.zoo import is_tiny
 
@@ -224,7 +230,7 @@ def _of_model(given: str, copies: int, keys: dict[str, Any]) -> Contestant:
     agent = re.sub(r"-1$", "", next(iter(seats))) if copies > 1 else next(iter(seats))
     spec = AgentSpec(agent, given, PAPER_TEMPERATURE)
     team = build_team([spec], dict.fromkeys(seats, agent), sharing="separate", **keys["team"])
-    section = _engine_settings(keys, None)
+    section = _engine_settings(keys, None, order)
     local = Path(given).exists()
     return Contestant(
         team.seats_for(_room(team)),
@@ -263,12 +269,21 @@ def _engine(team: Any, settings: EngineSettings) -> Engine:
 def _engine_settings(
     keys: dict[str, Any],
     recipe: Recipe | None,
+    order: str | None,
     admit: Callable[[Mapping[str, Any]], None] = lambda engine: None,
 ) -> EngineSettings:
     written = {"name": recipe.engine.name, **recipe.engine.options} if recipe else {}
-    engine = _checked(TypeAdapter(EngineChoice).validate_python, "engine", written, keys)
+    given = _checked(TypeAdapter(EngineChoice).validate_python, "engine", written, keys)
+    engine = _in_order(given, order)
     admit({"engine": {"name": engine.name, **engine.options}})
     return engine_settings(engine.name, engine.options)
+
+
+def _in_order(engine: Named, order: str | None) -> Named:
+    """The engine; a local one in ``order``, where nobody has said another."""
+    if order is None or engine.name != "local" or engine.options["order"] is not None:
+        return engine
+    return replace(engine, options={**engine.options, "order": order})
 
 
 def _borne(keys: dict[str, Any], recipe: Recipe | None = None) -> dict[str, Any]:

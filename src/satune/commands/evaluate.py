@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from satune.commands.contestant import Contestant, file_identity
 from satune.engines.roles import with_roles
@@ -19,6 +19,7 @@ from satune.files.lines import JsonLines
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors, is_partial, write_atomically
 from satune.play.evaluation import report, summarise
+from satune.play.keys import text_digest
 from satune.play.match import Match
 from satune.play.rollout import rollout
 from satune.play.rows import episode_from_row, episode_to_row
@@ -52,6 +53,9 @@ class Wanted:
     max_new_tokens: int | None = None
     seed: int | None = None
     concurrency: int | None = None
+    keys: Literal["id", "text"] = "id"
+    """What a conversation's draws depend on beside seed and sample: the problem's id, or its text,
+    as those of a served team do."""
 
     def __post_init__(self) -> None:
         for option in ("samples", "limit", "max_new_tokens", "concurrency"):
@@ -119,7 +123,7 @@ async def examine(
     Raises UserError for what cannot be had, and for an ``out`` that holds another evaluation.
     """
     seed = contestant.seed if wanted.seed is None else wanted.seed
-    task, split, named = _task(contestant, wanted, seed)
+    task, split, named = chosen_task(contestant, wanted, seed)
     engine = with_roles(
         contestant.engine,
         role_player_of(task),
@@ -128,7 +132,7 @@ async def examine(
         open_server=contestant.open_server,
     )
     seats = contestant.sampled(wanted.temperature, wanted.max_new_tokens)
-    protocol = _protocol(contestant, wanted, seats)
+    protocol = chosen_protocol(contestant, wanted, seats)
     contestant.admit({"protocol": protocol})
     match = Match(
         seats,
@@ -158,6 +162,9 @@ async def examine(
         "sampling": {seat.name: asdict(seat.sampling) for seat in seats},
         "seed": seed,
     }
+    by_text = wanted.keys == "text"
+    if by_text:
+        settings["keys"] = "text"
     _hold_against(out, settings)
     file = JsonLines(out / "conversations.jsonl")
     finished: dict[tuple[str, int], Episode] = {}
@@ -174,10 +181,11 @@ async def examine(
         match,
         problems,
         samples,
-        Key(seed, "evaluate"),
+        Key(seed, "serve" if by_text else "evaluate"),
         label=named["name"],
         finished=finished,
         keep=keep,
+        **({"name": text_digest} if by_text else {}),
     )
     # In an environment a message is no answer, and a seat that never spoke has nothing to grade.
     spoke = {turn.seat for episode in episodes for turn in episode.turns}
@@ -195,7 +203,9 @@ async def examine(
     return found
 
 
-def _task(contestant: Contestant, wanted: Wanted, seed: int) -> tuple[Task, str, dict[str, Any]]:
+def chosen_task(
+    contestant: Contestant, wanted: Wanted, seed: int
+) -> tuple[Task, str, dict[str, Any]]:
     """The task, the split to play, and the task's name, data and options.
 
     A team's own task is played on what was held out of its training; any other, and data given
@@ -229,7 +239,9 @@ def _problems(task: Task, split: str, limit: int | None) -> list[Problem]:
     return rows if limit is None else take(task, split, min(limit, max(1, len(rows))))
 
 
-def _protocol(contestant: Contestant, wanted: Wanted, seats: Sequence[Seat]) -> dict[str, Any]:
+def chosen_protocol(
+    contestant: Contestant, wanted: Wanted, seats: Sequence[Seat]
+) -> dict[str, Any]:
     own, asked = contestant.protocol, contestant.asked
     usual = "solo" if len(seats) == 1 else "vote"
     name = wanted.protocol or asked.get("name") or own.get("name") or usual
@@ -250,7 +262,8 @@ def _hold_against(out: Path, settings: dict[str, Any]) -> None:
         held = None
     if not isinstance(held, dict):
         raise UserError(f"{path}: damaged (not JSON); give another --out") from None
-    for key, value in now.items():
+    for key in dict.fromkeys((*now, *held)):
+        value = now.get(key)
         if held.get(key) != value:
             raise UserError(
                 f"{out}: holds an evaluation with another {key} ({_short(held.get(key))}; now "

@@ -116,7 +116,9 @@ class HostedEngine(LocalEngine):
             return await super().generate(seat, prompt, sampling, key)
         self._count += 1
         future = asyncio.get_running_loop().create_future()
-        request = HostedRequest(key, ids_of(), sampling, future, number=self._count, prompt=prompt)
+        request = HostedRequest(
+            key, ids_of(), sampling, future, key, number=self._count, prompt=prompt
+        )
         return await self._written(agent, request)
 
     async def _next(self) -> str | None:

@@ -3,13 +3,15 @@
 In ``exact`` order it decodes one agent's rows at a time, and only when no conversation can go on
 without it, takes requests in the order of their keys and replaces finished rows by waiting ones, so
 that what a batch is made of depends on the conversations alone and an interrupted run can be
-repeated exactly. In ``throughput`` order it waits for nobody: it decodes whatever is there, a step
-of each agent in turn, so that batches depend on how fast servers and graders were.
+repeated exactly. In ``throughput`` order it waits for nobody: it decodes whatever is there, first
+come, first served, a step of each agent in turn, so that batches depend on how fast servers and
+graders were. A request that nobody waits for any more loses its row before the next step.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -62,6 +64,7 @@ class LocalEngine:
         self._open: set[ConversationId] = set()
         self._driver: asyncio.Task[None] | None = None
         self._changes = 0
+        self._came = itertools.count()
         self._changed: asyncio.Event | None = None
         self._decoding: list[Request] = []
         self._called: dict[str, Rows] = {}
@@ -100,7 +103,9 @@ class LocalEngine:
         if not prompt.ids:
             raise UserError(f"seat {seat}: the local engine needs token ids, the prompt has none")
         future = asyncio.get_running_loop().create_future()
-        return await self._written(self.seats[seat], Request(key, prompt.ids, sampling, future))
+        place = key if self.order == "exact" else next(self._came)
+        request = Request(key, prompt.ids, sampling, future, place)
+        return await self._written(self.seats[seat], request)
 
     async def _written(self, agent: str, request: Request) -> Completion:
         """What is written in answer to a request of this event loop."""
@@ -253,12 +258,14 @@ class LocalEngine:
         """Let waiting requests in where up to ``limit`` rows leave room, or decode a token of each
         row; tells whether a request was finished."""
         waiting = self._waiting[agent]
+        for request in rows.abandon():
+            self._decoding.remove(request)
         free = limit - len(rows.requests)
         # A prompt forward for one row costs almost what it costs for many.
         enough = min(len(waiting), max(1, self.max_rows // 8))
         taken: list[Request] = []
         if waiting and (not rows.requests or free >= enough):
-            waiting.sort(key=lambda request: request.key)
+            waiting.sort(key=lambda request: request.place)
             taken = rows.choose(waiting, free)
         if taken:
             chosen = set(map(id, taken))

@@ -271,7 +271,8 @@ class OpenAIEngine:
 
 def _identity(body: Mapping[str, Any], key: Key, place: str) -> str:
     """Names a request by its key and content, and by where it goes if ``place`` says so."""
-    text = json.dumps([asdict(key), dict(body), *([place] if place else [])], sort_keys=True)
+    drawn = {name: value for name, value in asdict(key).items() if name != "copy"}
+    text = json.dumps([drawn, dict(body), *([place] if place else [])], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

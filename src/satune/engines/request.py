@@ -19,12 +19,16 @@ ROOM_AHEAD = 256
 @dataclass(slots=True, eq=False)
 class Request:
     """A completion that is waited for, and what of it is written. ``future`` is an event loop's, or
-    that of a caller who has none."""
+    that of a caller who has none.
+
+    Requests come into a batch, and are given up, by ``place``: their keys, or when they came.
+    """
 
     key: Key
     ids: Ids
     sampling: Sampling
     future: asyncio.Future[Completion] | concurrent.futures.Future[Completion]
+    place: Key | int
     rng: random.Random = field(init=False)
     written: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -59,4 +63,4 @@ class Request:
 
 def conversation_id(key: Key) -> ConversationId:
     """What the keys of all turns of one conversation have in common."""
-    return (key.stage, key.step, key.draw, key.problem, key.sample)
+    return (key.stage, key.step, key.draw, key.problem, key.sample, key.copy)

@@ -25,7 +25,7 @@ class Rows:
     rows as they finish is cheap, moving all of them would cost more than the step itself.
 
     All stays inside ``room``, in which a token takes ``token_bytes``, as long as one row does.
-    Where rows outgrow it, the last by their keys are given up: their requests are then in
+    Where rows outgrow it, the last by their places are given up: their requests are then in
     ``given_up``, to be admitted again, when prompt and what is written are fed anew.
     """
 
@@ -305,11 +305,11 @@ class Rows:
         self.cache.reserve(longest, most=most, rows=rows)
 
     def _give_up(self, count: int) -> None:
-        """Let the last ``count`` requests by their keys wait once more."""
+        """Let the last ``count`` requests by their places wait once more."""
         if count <= 0:
             return
-        by_key = sorted(range(len(self.requests)), key=lambda row: self.requests[row].key)
-        self.given_up += self._move_behind(by_key[-count:])
+        in_order = sorted(range(len(self.requests)), key=lambda row: self.requests[row].place)
+        self.given_up += self._move_behind(in_order[-count:])
 
     def _sampled(self, logits_RV: Tensor, start: int) -> list[Request]:
         """Give the requests from ``start`` on their next token; returns those that have ended."""
@@ -335,6 +335,14 @@ class Rows:
         if finished:
             self._retire(finished)
         return ended
+
+    def abandon(self) -> list[Request]:
+        """Free the rows of requests that nobody waits for any more; returns these."""
+        rows = [row for row, request in enumerate(self.requests) if request.future.done()]
+        gone = [self.requests[row] for row in rows]
+        if rows:
+            self._retire(rows)
+        return gone
 
     def _retire(self, finished: Sequence[int]) -> None:
         """Let these rows be done."""

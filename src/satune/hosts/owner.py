@@ -251,7 +251,7 @@ class Owner:
         self._asked[number] = _Asked(prompt, seen.view)
         future: concurrent.futures.Future[Completion] = concurrent.futures.Future()
         future.add_done_callback(lambda done: self._ended.append((number, key, done.result())))
-        self._shown.append(Request(key, prompt.ids, sampling, future))
+        self._shown.append(Request(key, prompt.ids, sampling, future, key))
         return None
 
     def _said(self, number: int, key: Key, completion: Completion) -> Plain:

@@ -39,7 +39,8 @@ class Conversation:
 
     ``rng`` serves the protocol's own draws; it depends on the key only, so that it is the same
     whatever else is being played. Draw a route before the first message. ``keep_ids`` False gives
-    turns without ids and log-probabilities, which only training reads.
+    turns without ids and log-probabilities, which only training reads. ``on_turn`` is given each
+    turn at the end of its moment.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Conversation:
         task: Task,
         acting: bool = False,
         keep_ids: bool = True,
+        on_turn: Callable[[Turn], None] = lambda turn: None,
     ) -> None:
         self.problem = problem
         self.acting = acting
@@ -64,6 +66,7 @@ class Conversation:
         self._engine = engine
         self._task = task
         self._keep_ids = keep_ids
+        self._on_turn = on_turn
         self._views: dict[str, View] = {}
         # Who sees an entry (None: everybody) beside the entry as its readers but its writer see it.
         self._log: list[tuple[tuple[str, ...] | None, Entry]] = [
@@ -111,6 +114,7 @@ class Conversation:
         for turn in written:
             self.turns.append(turn)
             self._log.append((None, Entry("foreign", turn.text, turn.seat)))
+            self._on_turn(turn)
         return written
 
     def observe(self, text: str, to: Sequence[str] | None = None) -> None:

@@ -131,6 +131,7 @@ class _Attempt:
             task=match.task,
             acting=match.acting,
             keep_ids=match.keep_ids,
+            on_turn=match.on_turn,
         )
 
     def over(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from satune.task_parts import HasEnvironment
@@ -14,6 +14,7 @@ from satune.types import (
     Seat,
     Task,
     TeamProtocol,
+    Turn,
     UserError,
     no_progress,
 )
@@ -29,7 +30,8 @@ class Match:
     ``grading_seconds`` is the longest that a message may take to be graded. ``concurrency`` bounds
     how many conversations are open at a time (None: all of a rollout). ``keep_ids`` False leaves
     ids and log-probabilities out of the turns: only training reads them, and they take many times
-    what the text does.
+    what the text does. ``on_turn`` is given each turn once the other seats see it; where the world
+    has ended a conversation, and it is played anew, those of the new one too.
 
     Raises UserError for no seats, two seats of one name, and a number out of its range.
     """
@@ -43,6 +45,7 @@ class Match:
     grading_seconds: float = GRADING_SECONDS
     concurrency: int | None = None
     keep_ids: bool = True
+    on_turn: Callable[[Turn], None] = lambda turn: None
 
     def __post_init__(self) -> None:
         names = [seat.name for seat in self.seats]

@@ -32,27 +32,37 @@ async def rollout(
     label: str = "rollout",
     finished: Mapping[tuple[str, int], Episode] | None = None,
     keep: Keep | None = None,
+    name: Callable[[Problem], str] = lambda problem: problem.id,
 ) -> list[Episode]:
     """``samples`` episodes of each problem, ordered by problem, then by sample.
 
     ``label`` says to the match's ``progress``, with the mean reward so far, and to whoever reads an
     error, what is played.
     ``finished`` holds episodes of an earlier call by problem id and sample, which are not played
-    again; ``keep`` is given each one that is played, as soon as it is graded.
+    again; ``keep`` is given each one that is played, as soon as it is graded. ``name`` is what a
+    problem's keys call it.
 
-    Raises UserError for two problems with one id, for ``samples`` below 1, and as ``play_jobs``.
+    Raises UserError for two problems with one id or name, for ``samples`` below 1, and as
+    ``play_jobs``.
     """
     if samples < 1:
         raise UserError(f"rollout: samples is {samples}; give at least 1")
     seen: set[str] = set()
+    names: dict[str, str] = {}
     for problem in problems:
         if problem.id in seen:
             raise UserError(f"rollout: two problems have the id {problem.id!r}; make ids unique")
         seen.add(problem.id)
+        same = names.setdefault(name(problem), problem.id)
+        if same != problem.id:
+            raise UserError(
+                f"rollout: the problems {same!r} and {problem.id!r} have the same text, and so "
+                "would be drawn alike; drop one of them, or give --keys id"
+            )
 
     had = finished or {}
     wanted = [
-        Job(match, problem, key.at(problem=problem.id, sample=sample))
+        Job(match, problem, key.at(problem=name(problem), sample=sample))
         for problem in problems
         for sample in range(samples)
     ]

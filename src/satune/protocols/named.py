@@ -25,6 +25,9 @@ PROTOCOLS: dict[str, Callable[..., Awaitable[str | None]]] = {
     "role_play": role_play,
 }
 
+UNREAD = frozenset({"solo", "chain", "round_robin", "random_routing", "judge", "role_play"})
+"""Those that never ask what answer a message holds."""
+
 
 def load_protocol(
     name_or_path: str, seats: Sequence[str], base: Path | None = None, /, **options: Any

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from satune.loading import load_object
+from satune.tasks.chats import chat_parts
 from satune.tasks.rewards import (
     FunctionReward,
     as_number,
@@ -169,23 +170,14 @@ def _parts(place: str, column: str, prompt: Any) -> tuple[Part, ...]:
         return (text_part(prompt),)
     if not isinstance(prompt, list) or not prompt:
         raise UserError(f"{place}: field {column!r} is neither text nor a list of messages")
-    parts: list[Part] = []
-    plain = [message for message in prompt if _role(place, column, message) == "user"]
-    for message in prompt:
-        role, content = message["role"], message["content"]
-        body = [text_part(content)] if isinstance(content, str) else list(content)
-        heading = role != "system" and not (role == "user" and len(plain) == 1)
-        between = "\n\n" if parts else ""
-        start = f"{between}{role}:\n" if heading else between
-        parts += ([text_part(start)] if start else []) + body
-    return tuple(parts)
-
-
-def _role(place: str, column: str, message: Any) -> str:
-    if (
-        not isinstance(message, dict)
-        or message.get("role") not in _ROLES
-        or not isinstance(message.get("content"), (str, list))
-    ):
+    if not all(map(_is_message, prompt)):
         raise UserError(f"{place}: field {column!r} holds a message without role and content")
-    return message["role"]
+    return chat_parts(prompt)
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.get("role") in _ROLES
+        and isinstance(message.get("content"), (str, list))
+    )
