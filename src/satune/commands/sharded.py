@@ -67,6 +67,8 @@ def processes_of(recipe: Recipe) -> Iterator[Processes]:
         except BaseException:
             with suppress(Lost):
                 processes.dismiss()
+            if processes.count == 1:  # others may be anywhere in a collective
+                processes.close()
             raise
         processes.dismiss()
         processes.close()
