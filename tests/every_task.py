@@ -66,6 +66,7 @@ _DRIVEN = (
 _TASKS = (
     ("relay", None, {}, None),
     ("sums", None, {}, None),
+    ("reasoning_gym", None, {"dataset": "chain_sum", "answer": "message"}, None),
     ("guess_number", {"secret": "4071"}, {}, "Guess: 4071"),
     ("arbench_gn", {"secret": "4071"}, {}, "Guess: 4071"),
     ("arbench_dc", _CASE, {}, "He lied.\nAnswer: D"),

@@ -85,12 +85,13 @@ def test_a_members_name_is_all_it_takes(protocol: type) -> None:
 def test_the_parts_of_the_tasks_of_the_catalogue(name: str, tmp_path) -> None:
     task = case(name, tmp_path).task
     kind = name.split()[0]
-    generates = ("relay", "sums", "guess_number", "blocksworld")
+    generates = ("relay", "sums", "reasoning_gym", "guess_number", "blocksworld")
     plays = ("guess_number", "arbench_gn", "arbench_dc", "arbench_sp")
     assert isinstance(task, Procedural) and isinstance(task, Seeded)
     assert isinstance(task, Validated)
-    assert is_fresh(task) == (kind in ("relay", "sums", "blocksworld"))
-    assert isinstance(task, HasExpert) == (isinstance(task, Indexed) and kind != "sums")
+    assert is_fresh(task) == (kind in ("relay", "sums", "reasoning_gym", "blocksworld"))
+    teaches = isinstance(task, Indexed) and kind not in ("sums", "reasoning_gym")
+    assert isinstance(task, HasExpert) == teaches
     assert isinstance(task, Indexed) == (kind in (*generates, "arbench_gn"))
     assert isinstance(task, HasEnvironment) == (kind in plays)
     assert isinstance(task, HasRolePlayer) == (kind in ("arbench_dc", "arbench_sp"))

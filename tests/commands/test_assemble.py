@@ -180,7 +180,7 @@ def test_every_section_reaches_the_loop(recipe: Path) -> None:
     assert (found.deltas, found.seed, found.stages) == ({"bob": 0.2}, 11, 9)
     assert (found.region("bob").delta, found.region("ann").delta) == (0.2, 0.02)
     assert isinstance(found.order, functools.partial) and found.order.func is ORDERS["greedy"]
-    assert (found.checkpoint_steps, found.evaluate_every) == (False, 4)
+    assert (found.checkpoint.every, found.evaluate_every) == ("stage", 4)
     agents = loaded.team.resolved().agents
     ann, bob = (optimizer_settings(loaded, agents[name]) for name in ("ann", "bob"))
     assert (ann.lr, bob.lr) == (0.1, 0.5)

@@ -189,6 +189,10 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          " did you mean 'local'?"),
         ("objective: {name: null}", f"objective.name: expected one of {choices(OBJECTIVES)},"
          " got 'None'"),
+        ("checkpoint: {every: stages}", "checkpoint.every: expected one of step, stage or an"
+         " integer, got 'stages'; did you mean 'stage'?"),
+        ("checkpoint: {every: 0}", "checkpoint.every: expected one of step, stage or a number of at"
+         " least 1, got 0"),
         ("order: statik", f"order.name: expected one of {choices(ORDERS)}, got 'statik';"
          " did you mean 'static'?"),
         ("credit: grup", f"credit.name: expected one of {choices(CREDIT)}, got 'grup';"
@@ -488,7 +492,8 @@ def options_of(kind: str, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 
 def options_in_code(function: Callable[..., Any], skip: int = 0) -> dict[str, Any]:
     parameters = list(inspect.signature(function).parameters.values())[skip:]
-    return {parameter.name: parameter.default for parameter in parameters}
+    needed = inspect.Parameter.empty
+    return {p.name: "needed" if p.default is needed else p.default for p in parameters}
 
 
 @pytest.mark.parametrize("name", list(TASKS))

@@ -490,3 +490,13 @@ def test_an_interrupt_waits_for_the_write(tmp_path: Path) -> None:
         pytest.fail("the interrupt was lost")
     assert written
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_every_second_stage_and_the_last_are_saved(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["stages=3", "checkpoint={every: 2, keep: 9}"]
+    go(recipe, tmp_path / "whole", overrides, resume=False)
+    whole = left(tmp_path / "whole")
+    assert whole["checkpoints"] == ["stage-0000", "stage-0002", "stage-0003"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    go(recipe, tmp_path / "again", overrides, resume=True, checkpoint="stage-0002")
+    assert left(tmp_path / "again") == whole

@@ -106,6 +106,23 @@ KEEPING = "certify.tolerance=1"
 """Every change stays, so that each of the four steps makes one test."""
 
 
+@pytest.mark.parametrize(
+    "field",
+    [("number", 0), ("number", -1), ("offset", -10), ("problems", 0), ("problems", -5),
+     ("step", -1), ("alpha", 0.0), ("alpha", 1.5), ("alpha", -0.01), ("alpha", float("nan"))],
+)  # fmt: skip
+def test_a_line_with_numbers_that_no_test_has_is_named(
+    field: tuple[str, float], tmp_path: Path
+) -> None:
+    """A negative count would give confidence back."""
+    path = tmp_path / "certify.jsonl"
+    enter(Ledger(path))
+    row = json.loads(path.read_text()) | dict([field])
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"certify\.jsonl, line 1: "):
+        Ledger(path)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake_run.fake(monkeypatch)

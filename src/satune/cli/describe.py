@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from satune.cli.common import (
     AsJson,
@@ -20,6 +22,16 @@ def describe(
     recipe: RecipeFile,
     overrides: Overrides = None,
     trust: TrustCode = False,
+    on: Annotated[
+        str | None, typer.Option(help="a device (h200, a100, ...): seconds and memory on paper")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="so many of them")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of a prompt, assumed")] = 512,
+    answer: Annotated[
+        int | None, typer.Option(min=1, help="tokens of a message; max_new_tokens if left out")
+    ] = None,
+    compute: Annotated[float, typer.Option(help="share of peak operations, assumed")] = 0.4,
+    bandwidth: Annotated[float, typer.Option(help="share of peak bandwidth, assumed")] = 0.6,
     as_json: AsJson = False,
 ) -> None:
     """The resolved recipe, and what each agent needs, before anything is loaded."""
@@ -31,8 +43,15 @@ def describe(
     from satune.commands.describe import describe_recipe
     from satune.commands.footprint import stage_bytes
 
-    peak = stage_bytes(loaded)
-    show_result(describe_recipe(loaded) | ({"peak": peak} if peak else {}), as_json, _show)
+    description = describe_recipe(loaded)
+    if on is not None:
+        from satune.commands.hardware import Assumed, plan
+
+        assumed = Assumed(prompt, answer, compute, bandwidth)
+        description["plan"] = plan(loaded, on, devices, assumed)
+    elif peak := stage_bytes(loaded):
+        description["peak"] = peak
+    show_result(description, as_json, _show)
 
 
 def _show(description: dict[str, Any]) -> None:
@@ -107,9 +126,45 @@ def _show(description: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(description["fit"], highlight=False, soft_wrap=True)
+    if "plan" in description:
+        for line in plan_lines(description["plan"]):
+            console.print(line, highlight=False, soft_wrap=True)
+    else:
+        console.print(description["fit"], highlight=False, soft_wrap=True)
     if "overlap" in description:
         console.print(description["overlap"], highlight=False, soft_wrap=True)
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """What a stage takes on the devices that were asked about, and what that rests on."""
+    from satune.commands.describe import bytes_text
+
+    def span(low: float, high: float) -> str:
+        texts = [_time(each) for each in (low, high)]
+        return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+    seconds, memory, assumed = plan["seconds"], plan["memory"], plan["assumed"]
+    rows = ", ".join(f"{name} {count:,}" for name, count in plan["rows"].items())
+    low, high = plan["device_hours"]
+    hours = f"{low:,.1f}" if f"{low:,.1f}" == f"{high:,.1f}" else f"{low:,.1f} to {high:,.1f}"
+    return [
+        f"on {plan['devices']} × {plan['device']}, on paper: a stage {span(*seconds['stage'])} "
+        f"(rollouts {span(*seconds['rollout'])}, learning {span(*seconds['learning'])}); the run "
+        f"{hours} device hours",
+        f"a device holds {bytes_text(memory['held'])} of weights and the largest step and "
+        f"{bytes_text(memory['activations'])} of activations; messages decoded at once: {rows}",
+        f"assumed: prompts of {assumed['prompt']:,} and messages of {assumed['answer']:,} tokens, "
+        f"{assumed['precision']}, {assumed['share_of_compute']:.0%} of the published operations "
+        f"and {assumed['share_of_bandwidth']:.0%} of the bandwidth, {assumed['candidates']} "
+        "candidates measured a step; evaluations and what devices say to one another are left out",
+    ]
+
+
+def _time(seconds: float) -> str:
+    for limit, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * limit:
+            return f"{seconds / limit:.1f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _count(number: int | None) -> str:

@@ -14,6 +14,7 @@ from satune.cli.describe import describe
 from satune.cli.eval import evaluate
 from satune.cli.grade import grade
 from satune.cli.lab import lab
+from satune.cli.launch import launch
 from satune.cli.quickstart import quickstart
 from satune.cli.report import report
 from satune.cli.swap import swap
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, swap, report, describe, grade, lab, bench):
+for command in (quickstart, train, launch, swap, report, describe, grade, lab, bench):
     app.command()(command)
 app.command(name="eval")(evaluate)
 

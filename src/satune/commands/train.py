@@ -71,7 +71,7 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
         certify=recipe.certify,
         deltas={name: a.delta for name, a in agents.items() if a.delta is not None},
         evaluate_every=recipe.evaluate.every,
-        checkpoint_steps=recipe.checkpoint.every == "step",
+        checkpoint=recipe.checkpoint,
     )
 
 

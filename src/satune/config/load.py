@@ -8,13 +8,15 @@ Paths inside a recipe are relative to the working directory, like those on the c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from satune.config import yaml12
 from satune.config.bases import NAMED, merge, origin, read_layers
@@ -51,7 +53,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, alone: bool 
     except ValidationError as error:
         # A misspelt key is often the reason why another one is missing.
         errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        raise refuse([_fault(item) for item in errors]) from None
+        raise refuse(_joined([_fault(item) for item in errors])) from None
     recipe = _with_templates(recipe, overridden if alone else None)
     found = faults(recipe)
     if found:
@@ -201,6 +203,19 @@ def _with_templates(recipe: Recipe, own: Sequence[str] | None) -> Recipe:
 # Wording of pydantic's errors
 
 
+def _joined(found: list[Fault]) -> list[Fault]:
+    """One fault a key: of a value that may be one thing or another, pydantic tells of each."""
+    by_key: dict[str, str] = {}
+    for key, message in found:
+        said = by_key.get(key)
+        other = re.match(r"expected (.*), got ", message)
+        if said is None:
+            by_key[key] = message
+        elif other and said.startswith("expected "):
+            by_key[key] = said.replace(", got ", f" or {other[1]}, got ", 1)
+    return list(by_key.items())
+
+
 def _fault(error: Any) -> Fault:
     keys, known = _place(error["loc"])
     path = ".".join(keys).replace(".[", "[")
@@ -277,16 +292,19 @@ def _one_line(text: str) -> str:
 def _place(location: Sequence[int | str]) -> tuple[list[str], list[str]]:
     """The dotted key of a pydantic location, and the keys known where it ends.
 
-    Pydantic puts the tag of a union and the marker of a dictionary's key into the location; a
-    person's recipe has neither.
+    Pydantic puts the tag of a union, the member that was tried and the marker of a dictionary's key
+    into the location; a person's recipe has none of them.
     """
     models: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
     values: Any = None  # of a mapping, the type of its values
     keys: list[str] = []
     known: list[str] = []
+    info: FieldInfo | None = None
     for element in location:
         if element == "[key]":
             continue
+        if info is not None and any(get_origin(a) is Literal for a in get_args(info.annotation)):
+            continue  # of a setting that is a name or a number, what it was read as
         tagged = dict(models)
         if element in tagged and "" not in tagged:
             models = [("", tagged[element])]  # type: ignore[index]

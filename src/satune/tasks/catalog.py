@@ -17,6 +17,7 @@ from satune.tasks.arbench_sp import SituationPuzzles
 from satune.tasks.autologi import AutoLogi
 from satune.tasks.blocksworld import Blocksworld
 from satune.tasks.guess_number import ArbenchGN, GuessNumber
+from satune.tasks.gym import ReasoningGym
 from satune.tasks.maths.task import Aime24, Aime25, Math500, Maths
 from satune.tasks.planbench import PlanBenchBlocksworld, PlanBenchLogistics
 from satune.tasks.relay import Relay
@@ -28,6 +29,7 @@ from satune.types import Key, Problem, Task, UserError
 TASKS: dict[str, Callable[..., Task]] = {
     "relay": Relay,
     "sums": Sums,
+    "reasoning_gym": ReasoningGym,
     "guess_number": GuessNumber,
     "rows": Rows,
     "maths": Maths,

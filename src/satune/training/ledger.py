@@ -116,6 +116,9 @@ class Ledger:
 
 def _test(path: Path, number: int, row: Mapping[str, object]) -> Test:
     kinds = {**dict.fromkeys(_COUNTS, int), "alpha": float, "old": dict, "new": dict}
-    if {name: type(value) for name, value in row.items()} != kinds:
-        raise UserError(f"{path}, line {number}: no test of a certificate; {_MEND}")
-    return Test(**row)  # type: ignore[arg-type]
+    if {name: type(value) for name, value in row.items()} == kinds:
+        test = Test(**row)  # type: ignore[arg-type]
+        counts = [getattr(test, name) for name in _COUNTS]
+        if min(counts) >= 0 and test.number and test.problems and 0 < test.alpha < 1:
+            return test
+    raise UserError(f"{path}, line {number}: no test of a certificate; {_MEND}")

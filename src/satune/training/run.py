@@ -150,7 +150,8 @@ class Training:
             self.watch({"event": "note", "text": warning})
 
     def close_stage(self) -> None:
-        """The stage's event and, where due, its evaluation; then the stage's checkpoint."""
+        """The stage's event and, where due, its evaluation; then the stage's checkpoint where it is
+        due."""
         state = self.state
         state.stage, state.step, state.batch = state.stage + 1, 0, None
         seconds = time.perf_counter() - self._stage_started
@@ -168,7 +169,8 @@ class Training:
         every = self.settings.evaluate_every
         if every and state.stage % every == 0 and state.stage < self.settings.stages:
             self.evaluate(greedy=False)
-        self.save(f"stage-{state.stage:04d}")
+        if self.settings.checkpoint.due(state.stage, last=state.stage == self.settings.stages):
+            self.save(f"stage-{state.stage:04d}")
 
     def evaluate(self, *, greedy: bool) -> dict[str, Any]:
         """Evaluate on held-out problems, write conversations and event and remember the figures for
@@ -198,7 +200,7 @@ class Training:
         self.watch(event)
 
     def save_step(self) -> None:
-        if self.settings.checkpoint_steps:
+        if self.settings.checkpoint.every == "step":
             self.save(f"stage-{self.state.stage + 1:04d}-step-{self.state.step}")
 
     def save(self, name: str) -> None:

@@ -134,10 +134,15 @@ class EvaluateSettings:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSettings:
-    """How often a run is saved and how many checkpoints stay on disk."""
+    """How often a run is saved (after every step, every stage, or so many stages and the last) and
+    how many checkpoints stay on disk."""
 
     keep: Annotated[Count, MayChange()] = 2
-    every: Annotated[Literal["step", "stage"], MayChange()] = "step"
+    every: Annotated[Literal["step", "stage"] | Count, MayChange()] = "step"
+
+    def due(self, stage: int, *, last: bool) -> bool:
+        """Whether the end of a stage is saved."""
+        return last or not isinstance(self.every, int) or stage % self.every == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ class TrainingSettings:
     certify: CertifySettings = field(default_factory=CertifySettings)
     deltas: dict[str, float] = field(default_factory=dict)
     evaluate_every: int = 0
-    checkpoint_steps: bool = True
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
     def region(self, agent: str) -> TrustRegionSettings:
         """The trust region that holds the agent's steps."""

@@ -247,6 +247,12 @@ TABLE = {
         8 == 8\text{ miles per hour}
         8 == 8\text{ m/s}^2
         8 == 8\text{ m}
+        \frac{1}{9} == \frac{1}{9}\text{ m}
+        3\pi == 3\pi\mathrm{m}
+        2\sqrt{3} == 2\sqrt{3}\,\mathrm{m}
+        \frac{1}{9}m != \frac{1}{9}
+        440 == 4\!40
+        4\,40 != 440
         8 == 8^{\text{th}}
         8 == 8^{th}
         8 == 8th

@@ -105,7 +105,7 @@ _INSIDE = _scanner(r",\\!|\{,\}|\\,|\\\s|~|\s")
 
 def tokens_of(text: str) -> list[Token]:
     """The tokens of an answer."""
-    text = _latex(text)
+    text = re.sub(r"(?<=[0-9])(?:\\!)+(?=[0-9])", "", _latex(text))  # drawn nearer, still digits
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # escaped once too often
     return _Lexer(text).tokens

@@ -337,7 +337,8 @@ def _tail(tokens: Tokens) -> int:
             return i
         if token.kind == "bare" and (token.blank or before.kind == "number"):
             return i
-        if token.kind == "initial" and token.text in "mgshl" and before.kind == "number":
+        counts = before.kind == "number" or is_sign(before, "}") or before.text == "pi"
+        if token.kind == "initial" and token.text in "mgshl" and counts:
             return i
         if is_sign(token, "(") and i + 1 < len(tokens) and tokens[i + 1].kind == "word":
             return i

@@ -1,0 +1,138 @@
+"""Starting the processes of a run: here, and by a script that Slurm's commands would read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny_world
+from command_line import ENVIRONMENT, Run, refused
+from satune.commands.launch import Launch
+from satune.types import UserError
+
+FAKE = """#!{python}
+import json, os, sys
+with open({log!r}, "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:]]) + "\\n")
+if sys.argv[0].endswith("scontrol"):
+    print("node-a\\nnode-b")
+if sys.argv[0].endswith("srun"):
+    os.environ["SLURM_NODEID"] = "1"
+    os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> tuple[Path, Path]:
+    """A directory with stand-ins of srun and scontrol, and where they say what they were asked."""
+    folder, log = tmp_path / "bin", tmp_path / "log"
+    folder.mkdir()
+    for name in ("srun", "scontrol"):
+        path = folder / name
+        path.write_text(FAKE.format(python=sys.executable, log=str(log)))
+        path.chmod(0o755)
+    return folder, log
+
+
+def test_one_process_is_a_plain_training() -> None:
+    command = Launch(["relay", "--out", "a b"], 1).command()
+    assert command == [sys.executable, "-m", "satune", "train", "relay", "--out", "a b"]
+    assert Launch(["relay"], 1).environment({"A": "1"}) == {"A": "1"}
+
+
+def test_several_are_torchruns_and_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    launch = Launch(["relay"], 4)
+    assert launch.command()[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert launch.command()[3:] == [
+        "--standalone", "--nproc-per-node", "4", "-m", "satune", "train", "relay",
+    ]  # fmt: skip
+    assert launch.environment({})["OMP_NUM_THREADS"] == "4"
+    assert launch.environment({"OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 0), (-2, 1)])
+def test_fewer_than_one_are_refused(numbers: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="give 1 or more"):
+        Launch([], *numbers)
+
+
+def test_the_script_runs_torchrun_on_every_machine(
+    fakes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Carried out by bash, with stand-ins for Slurm's commands and for python."""
+    folder, log = fakes
+    python = folder / "python"
+    python.write_text((folder / "srun").read_text())
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    words = ["relay", "seed=3", "--out", "runs/it's here", "--resume"]
+    text = Launch(words, 8, 2).script("relay", tmp_path / "log", 90, ["--partition=gpu"])
+    lines = text.splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH ")]
+    # sbatch reads them up to the first command.
+    assert lines[1 : 1 + len(directives)] == directives
+    for wanted in ("--nodes=2", "--time=90", "--partition=gpu", "--ntasks-per-node=1"):
+        assert f"#SBATCH {wanted}" in directives
+    script = tmp_path / "job.sh"
+    script.write_text(text)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    subprocess.run(["bash", str(script)], env=environment, check=True)
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [name for name, _ in asked] == ["scontrol", "srun", "python"]
+    assert asked[0][1] == ["show", "hostnames", "node-[a-b]"]
+    assert shlex.join(asked[2][1]) == shlex.join(
+        [
+            "-m", "torch.distributed.run", "--nnodes", "2", "--master-port", "29500",
+            "--rdzv-backend", "static", "--nproc-per-node", "8", "--master-addr", "node-a",
+            "--node-rank", "1", "-m", "satune", "train", *words,
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--minutes", "9"], "launch: --minutes is for --slurm FILE; name the file"),
+        (["--nodes", "2"], "launch: this machine is one node; --slurm FILE writes for several"),
+        (["--processes", "0"], "launch: --processes is 0; give 1 or more"),
+        (["--slurm", "job.sh", "--sbatch", "gpu"], "--sbatch 'gpu' is no option"),
+        (["stages=none"], "stages: expected an integer"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    words: list[str], line: str, satune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert line in refused(satune("launch", "relay", *words))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_script_is_written_once(
+    satune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("launch", "relay", "--processes", "2", "--slurm", "jobs/relay.sh")
+    assert satune(*words) == (0, "sbatch jobs/relay.sh\n", "")
+    line = (tmp_path / "jobs" / "relay.sh").read_text().splitlines()[-1]
+    inner = shlex.split(line)[3].removeprefix("exec ")
+    assert shlex.split(inner)[-5:] == ["relay", "sharding={}", "--out", "runs/relay", "--resume"]
+    assert "it is there already" in refused(satune(*words))
+
+
+@pytest.mark.slow
+def test_a_launched_run_is_the_run(tmp_path: Path) -> None:
+    recipe = tiny_world.build(tmp_path)
+    words = ["launch", str(recipe), "stages=1", "--out", "run", "--processes", "2"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "satune", *words],
+        env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "summary.json").is_file()

@@ -1,0 +1,114 @@
+"""What a recipe would take on hardware that is not here: worked out by hand for one agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from satune.cli.describe import plan_lines
+from satune.commands import hardware
+from satune.commands.describe import describe_recipe
+from satune.commands.hardware import Assumed, Device, plan
+from satune.config.load import load_recipe
+from satune.types import UserError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+# Qwen3-0.6B: 28 layers of 1,024, 16 heads of 128, 8 of them with keys and values, tied embeddings.
+MODEL = "Qwen/Qwen3-0.6B"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"team: {{agents: {{a: {{model: {MODEL}}}}}, dtype: bfloat16}}\n"
+        "gauge: {every: 0}\ntask: relay\nprotocol: vote\nschedule: fresh\nstages: 3\n"
+        "rollout: {problems: 4, samples: 2, max_new_tokens: 100}\n"
+        "optimizer: {micro_batch_tokens: 1024}\n"
+    )
+    return path
+
+
+def test_a_stage_of_one_agent_by_hand(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_recipe(recipe)
+    parameters = describe_recipe(loaded)["agents"]["a"]["parameters"]
+    # Embeddings 151,936 × 1,024; a layer: q and o 2,048 × 1,024, k and v 1,024 × 1,024, three
+    # of 3,072 × 1,024, norms 2 × 1,024 and 2 × 128; the last norm.
+    layer = 2 * 2048 * 1024 + 2 * 1024 * 1024 + 3 * 3072 * 1024 + 2 * 1024 + 2 * 128
+    assert parameters == 151936 * 1024 + 28 * layer + 1024
+    # A device of 10^14 operations and 10^12 bytes a second, reached by half and by a fifth.
+    monkeypatch.setitem(hardware.DEVICES, "box", Device(100e9, 1e12, 1e14, 1e13))
+    found = plan(loaded, "box", 1, Assumed(50, None, 0.5, 0.2))
+    attention, cache = 4 * 28 * 16 * 128, 2 * (2 * 28 * 8 * 128)
+    # 8 messages at once: every token reads the weights and 8 × (50 + 100 / 2) tokens of cache.
+    reading = (2 * parameters + 8 * cache * 100) / (0.2 * 1e12)
+    counting = 8 * (2 * parameters + attention * 100) / (0.5 * 1e14)
+    assert reading > counting
+    prompts = 8 * 50 * (2 * parameters + attention * 25) / (0.5 * 1e14)
+    rollout = 100 * reading + prompts
+    # A problem's prompt once for two samples: 8 × (100 + 25) tokens; one forward for the anchor,
+    # three for the epoch and two for what is measured.
+    once = 8 * 125 * (2 * parameters + attention * 100)
+    learning = 6 * once / (0.5 * 1e14)
+    assert found["rows"] == {"a": 8}
+    assert found["seconds"]["rollout"] == pytest.approx([rollout] * 2)
+    assert found["seconds"]["learning"] == pytest.approx([learning] * 2)
+    assert found["seconds"]["stage"] == pytest.approx([rollout + learning] * 2)
+    assert found["device_hours"] == pytest.approx([3 * (rollout + learning) / 3600] * 2)
+    # 17 numbers a layer, unit and token in 16 bits.
+    assert found["memory"]["activations"] == 1024 * 1024 * 2 * 17 * 28
+    # float32 masters: weights, gradients, two moments, two copies.
+    assert found["memory"]["held"] == 24 * parameters
+
+
+def test_two_devices_share_rows_and_operations(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    one, two = (plan(loaded, "h200", count) for count in (1, 2))
+    assert (one["rows"], two["rows"]) == ({"a": 8}, {"a": 4})
+    assert two["seconds"]["learning"][0] == pytest.approx(one["seconds"]["learning"][0] / 2)
+    assert two["memory"]["held"] == one["memory"]["held"] / 2
+    # Reading the weights is not shared: half of the rows take more than half of the time.
+    assert two["seconds"]["rollout"][0] > 0.5 * one["seconds"]["rollout"][0]
+
+
+def test_the_fewest_devices_that_hold_it() -> None:
+    path = RECIPES / "baselines" / "teamtr_3x_qwen3_8b.yaml"
+    with pytest.raises(UserError, match=r"activations of .* do not fit h200, however"):
+        plan(load_recipe(path, ["optimizer.gradient_checkpointing=false"]), "h200")
+    again = load_recipe(path, ["optimizer.gradient_checkpointing=true"])
+    found = plan(again, "h200")
+    together = describe_recipe(again)["memory"]["together"]
+    room = 0.9 * 141e9 - found["memory"]["activations"]
+    assert together / found["devices"] <= room < together / (found["devices"] / 2)
+    with pytest.raises(UserError, match=r"^describe: 1 × h200 hold .* give more devices$"):
+        plan(again, "h200", 1)
+    said = plan_lines(found)
+    assert said[0].startswith(f"on {found['devices']} × h200, on paper: a stage ")
+    assert "40% of the published operations and 60% of the bandwidth" in said[2]
+
+
+def test_schedules_that_roll_out_again_have_a_span(recipe: Path) -> None:
+    least, most = plan(load_recipe(recipe, ["schedule=hybrid"]), "h200")["seconds"]["rollout"]
+    assert least == most  # one agent has one rollout whatever comes
+    hybrid = load_recipe(RECIPES / "relay.yaml")
+    least, most = plan(hybrid, "h200")["seconds"]["rollout"]
+    assert most == pytest.approx(3 * least)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "assumed", "said"),
+    [
+        ([], "h20", {}, "no device 'h20'"),
+        (["team.agents.a.model=some/other"], "h200", {}, "agent a: the sizes of some/other"),
+        (["optimizer.gradient_checkpointing=true"], "rtx4090", {"prompt": 200000},
+         "does not hold its weights and the keys and values of one message of 200,100 tokens"),
+        ([], "h200", {"compute": 0.0}, "--compute is 0; give a share above 0, at most 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_one_line(
+    recipe: Path, overrides: list[str], device: str, assumed: dict, said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(load_recipe(recipe, overrides), device, 64, Assumed(**assumed))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
