@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from command_line import ENVIRONMENT, Run, refused
 from processes import environment, free_port
 from tiny_world import build, command, events
 
-SECONDS = 240.0
+SECONDS = 600.0
 
 
 class Processes:
@@ -112,10 +113,7 @@ def test_the_others_of_a_killed_process_end(killed: int, satune: Run, tmp_path: 
     sharding = "sharding={timeout: 30}"
     given = ["train", recipe, "--trust", "stages=500", "--out", out]
     run = Processes(3, [*given, sharding], tmp_path / "logs")
-    until = time.monotonic() + SECONDS
-    while not (out / "events.jsonl").exists() or not updates(out):
-        assert time.monotonic() < until and run.children[0].is_alive(), run.said(0)
-        time.sleep(0.1)
+    wait_for_an_update(run, out)
     run.children[killed].kill()
     started = time.monotonic()
     codes = run.end(within=90)
@@ -131,6 +129,26 @@ def test_the_others_of_a_killed_process_end(killed: int, satune: Run, tmp_path: 
     code, _, said = satune(*given, "--resume", f"stages={done + 1}", "sharding={}")
     assert code == 0, said
     assert max(e["stage"] for e in updates(out)) == done + 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_and_one_says_how_to_go_on(tmp_path: Path) -> None:
+    recipe, out = build(tmp_path / "world"), tmp_path / "run"
+    given = ["train", recipe, "--trust", "stages=500", "sharding={}", "--out", out]
+    run = Processes(2, given, tmp_path / "logs")
+    wait_for_an_update(run, out)
+    for child in run.children:
+        os.kill(child.pid, signal.SIGINT)
+    assert run.end(within=90) == [130, 0], run.said(0) + run.said(1)
+    assert "torchrun --nproc-per-node 2 -m satune train" in run.said(0).splitlines()[-1]
+    assert run.said(1) == ""
+
+
+def wait_for_an_update(run: Processes, out: Path) -> None:
+    until = time.monotonic() + SECONDS
+    while not (out / "events.jsonl").exists() or not updates(out):
+        assert time.monotonic() < until and run.children[0].is_alive(), run.said(0)
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

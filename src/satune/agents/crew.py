@@ -24,6 +24,7 @@ from satune.agents.scoring import Scorer
 from satune.agents.shards import ShardedPolicy
 from satune.agents.split import SplitScorer
 from satune.core.settings import ObjectiveSettings, Per
+from satune.files.interrupts import uninterrupted
 
 
 @dataclass(slots=True)
@@ -160,7 +161,8 @@ class Crew:
         """Rank 0: have all processes call a method of the agent's part; what came out here, or with
         ``keep`` the ``Held`` of what came out everywhere. ``own`` takes the place of the last
         argument in this process. Raises NonFinite where all of them do, and Lost."""
-        with self.processes.talking:
+        # Ctrl-C waits: whoever left a call half-way would leave the others waiting in it.
+        with self.processes.talking, uninterrupted():
             forget, self._forgotten = tuple(self._forgotten), []
             number = next(self._numbers) if keep else None
             # The arguments themselves are held until the call is over, and what they stand for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -101,12 +101,9 @@ def _together(
             if processes.drives:
                 return run(parts=sharded_parts(processes))
             quiet_libraries()
-            try:
-                follow(processes, recipe)
-            except KeyboardInterrupt as interrupt:
-                if isinstance(interrupt, Lost):
-                    raise
-                sys.exit(130)  # the first process says so
+            # Ctrl-C is the first process's to answer: it may have something to save.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            follow(processes, recipe)
             return None
     except Lost as lost:
         raise UserError(f"{lost}; go on with: {command}") from None
