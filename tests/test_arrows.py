@@ -37,8 +37,8 @@ ARROWS: dict[str, set[str] | None] = {
     "tiny": GROUND | {"files", "agents", "play"},
     "training": TRAINING,
     "swap": TRAINING | {"training", "play"},
-    "report": {"types", "files"},
-    "config": TRAINING | {"engines", "tiny", "training"},
+    "report": {"types", "files", "ranges"},
+    "config": TRAINING | {"engines", "report", "tiny", "training"},
     "commands": TRAINING
     | {"config", "engines", "play", "protocols", "report", "swap", "tasks", "tiny", "training"},
     "cli": None,
@@ -56,7 +56,7 @@ OUTSIDE: dict[str, set[str]] = {
     "protocols": set(),
     "files": {"numpy", "safetensors"},
     "play": set(),
-    "report": {"matplotlib", "tokenizers", "torch", "yaml"},
+    "report": {"inspect_ai", "matplotlib", "tokenizers", "torch", "yaml"},
 }
 
 

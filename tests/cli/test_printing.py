@@ -85,6 +85,32 @@ def test_a_bar_shows_its_message_as_it_stands() -> None:
     assert SHOWN in file.getvalue()
 
 
+def test_a_bar_goes_on_while_its_message_changes() -> None:
+    made, _ = console(terminal=True)
+    with Display(made) as display:
+        display.stages(3, 8, 0.25)
+        for done in (1, 2, 3):
+            display.progress(done, 4, f"rollout, reward 0.{done}")
+        stages, rollout = display._bars.tasks
+        # One bar, so that its rate and its time left are of all that was done.
+        assert rollout.completed == 3 and rollout.description == "rollout, reward 0.3"
+        assert rollout.remaining == 1 and rollout.elapsed is not None
+        assert stages.description == "stages, reward 0.250" and stages.completed == 3
+        display.progress(0, 5, "update of ann")
+        assert [task.description for task in display._bars.tasks][1:] == ["update of ann"]
+        display.progress(5, 5, "update of ann")
+        assert len(display._bars.tasks) == 1
+
+
+def test_without_a_terminal_nothing_moves() -> None:
+    made, file = console()
+    with Display(made) as display:
+        for done in range(5):
+            display.progress(done, 4, "rollout")
+        display.stages(1, 2, 0.5)
+    assert file.getvalue() == ""
+
+
 def test_a_style_of_our_own_is_kept() -> None:
     made, file = console(terminal=True)
     fields = {"greedy": False, "reward": 0.5, "interval": None, "stage": 0, "problems": 2}

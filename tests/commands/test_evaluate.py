@@ -111,7 +111,10 @@ def test_finished_episodes_are_not_played_again():
     )
     assert again == whole
     assert kept == [whole[0], *whole[6:]]
-    assert seen == [(done, 8, "rollout") for done in (6, 7, 8)]
+    assert [told[:2] for told in seen] == [(done, 8) for done in (6, 7, 8)]
+    # Of those that are not played again too.
+    mean = sum(e.reward for e in whole) / 8
+    assert seen[-1][2] == f"rollout, reward {mean:.3f}"
 
 
 def test_tokens_that_no_server_counted_are_not_zero():

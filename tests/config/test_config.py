@@ -203,7 +203,8 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          "schedule.ess: unknown key; the keys here are name, cap"),
         ("objective: {name: cispo, clip_high: 0}",
          "objective.clip_high: expected a number above 0, got 0"),
-        ("log: {tensorboard: 'yes'}", "log.tensorboard: expected true or false, got 'yes'"),
+        ("log: {report_to: [wandbb]}", "log.report_to: expected one of tensorboard, wandb,"
+         " trackio, mlflow, got 'wandbb'; did you mean 'wandb'?"),
         ("rolout: {problems: 3}", "rolout: unknown key; did you mean rollout?"),
         ("discount: {gamma: 0.99}",
          "discount: unknown key; the keys here are seed, team, task, protocol, rollout, schedule,"
@@ -530,7 +531,8 @@ def test_what_a_resume_may_change_is_documented(relay: Path, tmp_path: Path) -> 
     save_recipe(load_recipe(relay), directory.recipe)
     for allowed in (
         "stages=3", "team.device=cpu", "team.cache=/elsewhere", "optimizer.micro_batch_tokens=9",
-        "optimizer.offload=none", "engine.max_rows=8", "checkpoint.keep=9", "log.tensorboard=true",
+        "optimizer.offload=none", "engine.max_rows=8", "checkpoint.keep=9",
+        "log.report_to=tensorboard", "log.report_conversations=3", "log.project=other",
     ):  # fmt: skip
         check_recipe_unchanged(directory, load_recipe(relay, [allowed]))
     for other in (

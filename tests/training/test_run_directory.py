@@ -164,7 +164,8 @@ def test_a_run_that_is_going_back_is_not_finished(run: RunDirectory) -> None:
 @pytest.mark.parametrize(
     "left",
     [
-        "episodes", "checkpoints", "tensorboard", "optimizers", ".lock", ".writable",
+        "episodes", "checkpoints", "tensorboard", "trackers.json", "optimizers", ".lock",
+        ".writable",
         "..writable.partial", ".recipe.yaml.partial", ".settings.json.partial",
     ],
 )  # fmt: skip

@@ -303,6 +303,17 @@ def test_a_batch_without_a_difference_in_reward_changes_nothing(
     assert learner.steps == 0
 
 
+def test_a_step_tells_how_far_it_is(recipe: Path, tmp_path: Path) -> None:
+    run, experience = fresh(recipe, tmp_path / "run")
+    told: list[tuple[int, int, str]] = []
+    improve(
+        run.learners["ann"], "ann", experience, run.settings.update,
+        beta=0.1, cap=None, key=KEY, progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    # Two mini-batches, and the measurement of what they made.
+    assert told == [(done, 3, "update of ann") for done in range(4)]
+
+
 LOST = Failure("the server is gone", policy=False)
 
 

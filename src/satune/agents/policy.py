@@ -226,13 +226,16 @@ class Policy:
         if not enabled:
             yield
             return
-        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 has renamed it on its way, and the old name warns.
+        model: Any = self.causal_lm
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         self.model.train()
         try:
             yield
         finally:
             self.model.eval()
-            self.causal_lm.gradient_checkpointing_disable()
+            getattr(model, f"{kind}_checkpointing_disable")()
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,12 +222,21 @@ def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: SavedAdapter | None) ->
 
 
 def _with_adapter(model: nn.Module, adapter: str, config: LoraConfig, seed: int) -> PeftModel:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _wrapped_by_peft():
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
             model.add_adapter(adapter, config)
             return model
         return get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type,return-value]
+
+
+@contextmanager
+def _wrapped_by_peft() -> Iterator[None]:
+    """PEFT asks a model whether it is checkpointed by a name that transformers has given up, which
+    transformers says to the user; that alone is left unsaid here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is", FutureWarning)
+        yield
 
 
 def _merged(spec: AgentSpec, model: Any) -> nn.Module:
@@ -234,7 +245,8 @@ def _merged(spec: AgentSpec, model: Any) -> nn.Module:
     A head that shares the embedding's weights gets its own where the adapter changes one of them:
     PEFT adds to the one alone. Raises UserError where the merged logits are not the adapter's.
     """
-    peft: Any = PeftModel.from_pretrained(model, spec.source)
+    with _wrapped_by_peft():
+        peft: Any = PeftModel.from_pretrained(model, spec.source)
     if not hasattr(peft, "merge_and_unload"):
         raise UserError(
             f"agent {spec.name}: the adapter in {spec.source} is of type {peft.peft_type.value}, "

@@ -12,9 +12,11 @@ from satune.cli.bench import bench
 from satune.cli.common import Interrupted, say
 from satune.cli.describe import describe
 from satune.cli.eval import evaluate
+from satune.cli.export import export
 from satune.cli.grade import grade
 from satune.cli.lab import lab
 from satune.cli.launch import launch
+from satune.cli.push import push
 from satune.cli.quickstart import quickstart
 from satune.cli.report import report
 from satune.cli.swap import swap
@@ -30,7 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train teams of language models, one agent at a time, inside measured trust regions.",
 )
-for command in (quickstart, train, launch, swap, report, describe, grade, lab, bench):
+for command in (
+    quickstart, train, launch, swap, report, push, export, describe, grade, lab, bench
+):  # fmt: skip
     app.command()(command)
 app.command(name="eval")(evaluate)
 

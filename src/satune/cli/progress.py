@@ -41,7 +41,7 @@ class Display:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._message = ""
+        self._done, self._total = 0, 0
         self._stages: TaskID | None = None
 
     def __enter__(self) -> Display:
@@ -56,21 +56,26 @@ class Display:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def progress(self, done: int, total: int, message: str) -> None:
-        """(done, of how many, of what); a new message starts a new bar."""
-        if self._task is None or message != self._message:
-            if self._task is not None:
-                self._bars.remove_task(self._task)
+        """(done, of how many, of what). The message may change on the way; a bar ends where all is
+        done, and a new one begins where another total is told of, or less is done than before."""
+        if self._task is not None and (total != self._total or done < self._done):
+            self._bars.remove_task(self._task)
+            self._task = None
+        if self._task is None:
             self._task = self._bars.add_task(printable(message), total=total)
-            self._message = message
-        self._bars.update(self._task, completed=done, total=total)
+        self._done, self._total = done, total
+        self._bars.update(self._task, completed=done, description=printable(message))
         if done >= total:
             self._bars.remove_task(self._task)
             self._task = None
 
-    def stages(self, done: int, total: int) -> None:
+    def stages(self, done: int, total: int, reward: float) -> None:
+        """How many sweeps are over, and the reward of the rollout that the last began with."""
         if self._stages is None:
-            self._stages = self._bars.add_task("stages", total=total)
-        self._bars.update(self._stages, completed=done)
+            # Those of a resumed run that were done before are no part of the rate.
+            self._stages = self._bars.add_task("", total=total, completed=done)
+        told = f"stages, reward {reward:.3f}"
+        self._bars.update(self._stages, completed=done, description=told)
 
     def watch(self, event: Event | Notice) -> None:
         """One line for each event that a person wants to see while a run goes on."""

@@ -161,7 +161,7 @@ def _train(
     from satune.commands.assemble import assemble, overlap_note
     from satune.commands.train import local_parts, start_training, tolerance_of
     from satune.files.writing import tensor_errors
-    from satune.report.monitors import scalar_writer
+    from satune.report.tracking import tracking
     from satune.tiny.zoo import is_tiny
     from satune.training.trainer import train as run
 
@@ -196,15 +196,14 @@ def _train(
             display.note(overlap)
         # Whatever is written from here on lies in the run's directory.
         stack.enter_context(tensor_errors(directory.path))
-        watchers: list[Callable[[Event | Note], None]] = [display.watch]
-        if recipe.log.tensorboard:
-            watchers.append(stack.enter_context(scalar_writer(directory.path / "tensorboard")))
+        values = recipe.model_dump(mode="json")
+        track = stack.enter_context(tracking(recipe.log, directory.path, values, display.note))
 
         def watch(event: Event | Note) -> None:
-            for watcher in watchers:
-                watcher(event)
+            display.watch(event)
+            track(event)
             if event["event"] == "stage":
-                display.stages(event["stage"], recipe.stages)
+                display.stages(event["stage"], recipe.stages, event["reward"])
 
         training = start_training(cast, directory, watch, parts or local_parts)
         summary = run(training, tolerance=tolerance_of(recipe), checkpoint=name)

@@ -26,7 +26,6 @@ from satune.core.confidence import Spending
 from satune.engines.servers import Servers
 from satune.files.events import Distillation, Event, Notice, SwapEvent, SwapRecord
 from satune.play.evaluation import Evaluation, paired_difference
-from satune.report.monitors import scalar_writer
 from satune.swap.directory import Outcome, Source, write_result
 from satune.swap.handover import hand_over_between, mixture_kl
 from satune.swap.settings import DELTA, DELTA_OF_ALL
@@ -124,9 +123,6 @@ def _perform(
         result["out"] = str(out)
         tell("swap", event)
         remember(job.team.cast.recipe.model_dump(mode="json"))
-        if found.run is not None and found.recipe.log.tensorboard:
-            with scalar_writer(out / "tensorboard") as write:
-                write(event)
     return result
 
 

@@ -197,6 +197,7 @@ def start_training(
         recipe=recipe.model_dump(mode="json"),
         save_recipe=lambda: save_recipe(recipe, directory.recipe),
         evaluates_greedy=recipe.evaluate.greedy,
+        progress=cast.progress,
     )
 
 

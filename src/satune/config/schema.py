@@ -24,6 +24,7 @@ from satune.engines.base import ENGINES
 from satune.engines.settings import ServerSettings
 from satune.loading import model_in
 from satune.ranges import MayChange, Range, Text, Whole
+from satune.report.settings import LogSettings
 from satune.tiny.settings import TinySettings
 from satune.training.credit import CREDIT
 from satune.training.ordering import ORDERS
@@ -128,12 +129,6 @@ class ProtocolSection(OpenSection):
     name: Text
 
 
-class LogSection(Section):
-    """What is written beside the events."""
-
-    tensorboard: Annotated[bool, MayChange()] = False
-
-
 EngineChoice = Annotated[Named, Choice(ENGINES, "local")]
 TERMS = Choice(OBJECTIVES, "sat", 0, ObjectiveSettings, ("reference_kl", "entropy"))
 
@@ -160,5 +155,5 @@ class Recipe(Section):
     engine: EngineChoice = Field("local", validate_default=True)  # type: ignore[assignment]
     checkpoint: Annotated[CheckpointSettings, Derived()] = CheckpointSettings()
     sharding: Annotated[Annotated[ShardingSettings, Derived()] | None, MayChange()] = None
-    log: LogSection = LogSection()
+    log: Annotated[LogSettings, Derived()] = LogSettings()
     tiny: Annotated[TinySettings, Derived()] = TinySettings()

@@ -11,3 +11,8 @@ def printable(text: str) -> str:
         c if c.isprintable() or c in "\u200c\u200d" else " " if c.isspace() else "\ufffd"
         for c in text
     )
+
+
+def encodable(text: str) -> str:
+    """``text`` as it can be written anywhere: half a surrogate pair, which UTF-8 lacks, is "?"."""
+    return text.encode(errors="replace").decode()

@@ -35,7 +35,8 @@ async def rollout(
 ) -> list[Episode]:
     """``samples`` episodes of each problem, ordered by problem, then by sample.
 
-    ``label`` says to the match's ``progress``, and to whoever reads an error, what is played.
+    ``label`` says to the match's ``progress``, with the mean reward so far, and to whoever reads an
+    error, what is played.
     ``finished`` holds episodes of an earlier call by problem id and sample, which are not played
     again; ``keep`` is given each one that is played, as soon as it is graded.
 
@@ -125,7 +126,7 @@ async def play_jobs(
         tally.add(episode)
         if keep is not None:
             keep(episode)
-        match.progress(tally.done, tally.total, label)
+        match.progress(tally.done, tally.total, tally.told)
         return episode
 
     try:
@@ -153,10 +154,19 @@ class Tally:
     label: str
     done: int = 0
     failed: list[Failure] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+    @property
+    def told(self) -> str:
+        """What is played, and the mean reward so far of what the world did not end."""
+        heard = self.rewards
+        return f"{self.label}, reward {sum(heard) / len(heard):.3f}" if heard else self.label
 
     def add(self, episode: Episode) -> None:
         """Raises UserError when too many have failed."""
         self.done += 1
+        if not episode.masked:
+            self.rewards.append(episode.reward)
         if episode.failure is None or episode.failure.kind == CUT_THOUGHT:
             return
         self.failed.append(episode.failure)

@@ -251,7 +251,7 @@ def _object(source: Source, path: Path) -> dict[str, Any] | None:
 def _recipe(source: Source) -> dict[str, str]:
     path = source.path / "recipe.yaml"
     if (source.path / "settings.json").is_file():
-        return dict(_flat(_object(source, source.path / "settings.json") or {}))
+        return dict(flat(_object(source, source.path / "settings.json") or {}))
     if not path.is_file():
         source.complaints.append(f"{path}: is missing")
         return {}
@@ -263,16 +263,17 @@ def _recipe(source: Source) -> dict[str, str]:
     if not isinstance(found, dict):
         source.complaints.append(f"{path}: damaged")
         return {}
-    return dict(_flat(found))
+    return dict(flat(found))
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The values in nested mappings and lists by dotted key, as texts."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+            yield from flat(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
         for at, inner in enumerate(value):
-            yield from _flat(inner, f"{key}.{at}")
+            yield from flat(inner, f"{key}.{at}")
     elif isinstance(value, list):
         yield key, ", ".join(map(str, value))
     else:

@@ -23,7 +23,7 @@ from satune.training.schedules import needs_rollout
 from satune.training.settings import TrainingSettings
 from satune.training.state import Batch, State
 from satune.training.supply import Supply
-from satune.types import Episode
+from satune.types import Episode, Progress, no_progress
 
 
 @dataclass(slots=True)
@@ -44,6 +44,7 @@ class Training:
     recipe: Mapping[str, Any]
     save_recipe: Callable[[], None]
     evaluates_greedy: bool = True
+    progress: Progress = no_progress
     _rollout_seconds: float = 0.0
     _stage_started: float = field(default_factory=time.perf_counter)
 

@@ -32,6 +32,8 @@ from satune.files.writing import (
 from satune.types import UserError
 
 _PROBE = ".writable"
+_TRACKERS = ("tensorboard", "trackers.json")
+"""What trackers leave here."""
 _FIRST = b'{"event": "run",'
 """What the events of every run begin with."""
 
@@ -103,7 +105,7 @@ class RunDirectory:
                     )
                 return
             # A start that failed half-way has left no more than this.
-            ours = {"episodes", "checkpoints", "tensorboard", "optimizers", _PROBE, LOCK}
+            ours = {"episodes", "checkpoints", "optimizers", *_TRACKERS, _PROBE, LOCK}
             items = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
             full = any(any(place.glob("*")) for place in (self.episodes, self.checkpoints))
             if full or any(name not in ours and not is_partial(name) for name in items):

@@ -37,6 +37,7 @@ def run_stage(training: Training) -> None:
             beta=state.betas[agent],
             cap=settings.schedule.cap,
             key=Key(settings.seed, "train", stage, step),
+            progress=training.progress,
         )
         verdict = judge(
             agent,

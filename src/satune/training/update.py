@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from satune.training.credit import GaeCredit
 from satune.training.gae import Estimate, Lesson, estimate
 from satune.training.gauge import MEND, figures_of, findings
 from satune.training.settings import UpdateSettings
-from satune.types import Episode, Experience, Key, UserError
+from satune.types import Episode, Experience, Key, Progress, UserError, no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,19 @@ def improve(
     beta: float,
     cap: float | None,
     key: Key,
+    progress: Progress = no_progress,
 ) -> Outcome:
     """Make a proposal for ``agent`` from ``experience``, measure it, keep what the trust region
     allows. ``beta`` weighs KL(proposal‖anchor) in the objective; the outcome has its next value.
+    ``progress`` is told of each mini-batch, and of the measurement as one more.
 
     Episodes that the world ended take no part in anything here; their log r is 0."""
     started = time.perf_counter()
+    passes = settings.epochs * settings.mini_batches
+
+    def tell(done: int) -> None:
+        progress(done, passes + 1, f"update of {agent}")
+
     heard = [index for index, e in enumerate(experience.episodes) if not e.masked]
     episodes = [experience.episodes[index] for index in heard]
     nothing_E = torch.zeros(len(experience.episodes), dtype=torch.float64)
@@ -111,7 +118,7 @@ def improve(
             event["critic"] = _fit(learner, anchor, found, key, seconds)
             lesson = found.lesson
         assert lesson is not None
-        learning = _ascend(learner, anchor, lesson, settings, objective, key)
+        learning = _ascend(learner, anchor, lesson, settings, objective, key, tell)
     except (NonFinite, _NothingLearnt) as error:
         learner.drop_gradients()
         learner.restore(before)
@@ -121,6 +128,7 @@ def improve(
         if isinstance(error, NonFinite):
             beta = _next_beta(beta, math.inf, settings.trust_region)
         return Outcome(False, beta, nothing_E, event)
+    tell(passes)
     if settings.gauge.due(key.stage):
         event["rounding"] = _gauged(learner, agent, episodes, before, settings, lesson.per)
     event["mismatch"] = _mismatch(anchor)
@@ -131,6 +139,7 @@ def improve(
     started = time.perf_counter()
     search, measured, statistics = _enforce(learner, anchor, before, weights_E, episodes, settings)
     learner.rest()
+    tell(passes + 1)
     event["seconds"]["measure"] = time.perf_counter() - started
     accepted = search.decision == "accept"
     log_ratio_E, log_ratio_H = nothing_E, None
@@ -241,9 +250,11 @@ def _ascend(
     settings: UpdateSettings,
     objective: ObjectiveSettings,
     key: Key,
+    tell: Callable[[int], None],
 ) -> dict[str, Any]:
     """The epochs and mini-batches of one step; returns what the event says of them. A mini-batch in
-    which no episode teaches anything takes no step: momentum and decay alone would move it."""
+    which no episode teaches anything takes no step: momentum and decay alone would move it.
+    ``tell`` is given how many are over."""
     teaches_E = _teaching(anchor.packed, lesson, settings)
     if not bool(teaches_E.any()):
         raise _NothingLearnt("no advantage differs from 0")
@@ -254,7 +265,8 @@ def _ascend(
     for epoch in range(settings.epochs):
         order = list(range(count))
         key.rng("mini-batches", epoch).shuffle(order)
-        for mini in mini_batches(order, settings.mini_batches):
+        for number, mini in enumerate(mini_batches(order, settings.mini_batches)):
+            tell(epoch * settings.mini_batches + number)
             if not bool(teaches_E[mini].any()):
                 continue
             metrics = learner.accumulate(
