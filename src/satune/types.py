@@ -94,8 +94,7 @@ class Key:
 
     ``stage`` and ``step`` count from 1 (0: before training). ``draw`` counts rollouts inside a
     step. ``seat`` and ``own_index`` are filled in when a seat speaks. ``copy``, on which no draw
-    depends, tells apart conversations that are open at once and drawn alike.
-    """
+    depends, tells apart conversations that are open at once and drawn alike."""
 
     seed: int
     purpose: str

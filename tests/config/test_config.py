@@ -209,7 +209,7 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
         ("discount: {gamma: 0.99}",
          "discount: unknown key; the keys here are seed, team, task, protocol, rollout, schedule,"
          " order, objective, credit, critic, trust_region, gauge, optimizer, stages,"
-         " evaluate, certify, engine, hosts, checkpoint, log, tiny"),
+         " evaluate, certify, engine, hosts, checkpoint, sharding, log, tiny"),
         ("objective: {name: sat, clipp: 0.1}",
          "objective.clipp: unknown key; did you mean objective.clip?"),
         ("objective: {name: dapo, clip_hi: 0.3}",

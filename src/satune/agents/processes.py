@@ -8,6 +8,7 @@ one, it then says "still here" every quarter of the time-out.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -132,9 +133,10 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
             if not any(word in str(error).lower() for word in _WORDS):
                 raise
+            # Without the line of its source, and in the words of a sentence.
+            said = re.sub(r"^\[[^]]*\] *|(?<=rror): ", " ", str(error).splitlines()[0]).strip()
             where = f"process {self.rank} of {self.count}" if hasattr(self, "rank") else "a process"
             raise Lost(f"{where} lost another one ({said[:160]})") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -74,7 +74,7 @@ def train(
         command=shlex.join(command),
         break_lock=break_lock,
     )
-    alone = loaded.sharding is None and os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = loaded.sharding is None and _started() == ["satune"]
     summary = run() if alone else _together(loaded, run, shlex.join(command))
     if summary is not None:
         show_result(summary, as_json, show_summary)
@@ -83,7 +83,7 @@ def train(
 def _started() -> list[str]:
     """How this process was started, up to the words for satune itself."""
     everywhere, here = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if everywhere == 1:
+    if everywhere == 1 or "RANK" not in os.environ:
         return ["satune"]
     nodes = ["--nnodes", str(everywhere // here)] if everywhere > here else []
     return ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "satune"]
@@ -101,12 +101,9 @@ def _together(
             if processes.drives:
                 return run(parts=sharded_parts(processes))
             quiet_libraries()
-            try:
-                follow(processes, recipe)
-            except KeyboardInterrupt as interrupt:
-                if isinstance(interrupt, Lost):
-                    raise
-                sys.exit(130)  # the first process says so
+            # Ctrl-C is the first process's to answer: it may have something to save.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            follow(processes, recipe)
             return None
     except Lost as lost:
         raise UserError(f"{lost}; go on with: {command}") from None

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from satune.agents.crew import Crew, ShardLearner
 from satune.agents.policy import Policy
 from satune.agents.ports import Learner
 from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.agents.processes import Processes
-from satune.agents.sharded import Crew, ShardedLearner, ShardLearner
+from satune.agents.sharded import ShardedLearner
 from satune.agents.shards import check_layers, shard
 from satune.agents.specs import OptimizerSettings
 from satune.agents.weights import weights_digest
@@ -66,6 +67,8 @@ def processes_of(recipe: Recipe) -> Iterator[Processes]:
         except BaseException:
             with suppress(Lost):
                 processes.dismiss()
+            if processes.count == 1:  # others may be anywhere in a collective
+                processes.close()
             raise
         processes.dismiss()
         processes.close()

@@ -222,8 +222,8 @@ class Owner:
         return {"answers": failed + [self._said(*each) for each in ended]}
 
     def _turn(self, conversation: tuple[Any, ...], begun: bool) -> None:
-        stage, step, draw, problem, sample = conversation
-        key = Key(0, "", stage, step, draw, problem, sample)
+        stage, step, draw, problem, sample, copy = conversation
+        key = Key(0, "", stage, step, draw, problem, sample, copy=copy)
         for seat in self.engine.seats:
             self._seen.pop((*conversation, seat), None)
         (self.engine.begin if begun else self.engine.end)(key)
