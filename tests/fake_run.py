@@ -168,18 +168,11 @@ def start_training(cast: Any, directory: RunDirectory, watch: Any, parts: Any = 
     recipe = cast.recipe
     learners = {name: Learner(seed) for seed, name in enumerate(AGENTS)}
     world = World(directory, learners)
-    made = SimpleNamespace(policies={}, seats_of=lambda name: [name])
-    made = SimpleNamespace(recipe=recipe, team=made, task=cast.task, progress=no_progress)
-    made = _start(made, directory, watch)
+    team = SimpleNamespace(seats_of=lambda name: [name])
+    ours = SimpleNamespace(recipe=recipe, team=team, task=cast.task, progress=no_progress)
+    made = _start(ours, directory, watch, lambda cast, directory: (learners, world))
     state = commands.State.beginning(list(AGENTS), 1.0, made.state.certify.spending)
-    return replace(
-        made,
-        learners=learners,  # type: ignore[arg-type]
-        seats={name: [name] for name in AGENTS},
-        supply=commands.Supply(world.draw, made.settings),
-        world=world,  # type: ignore[arg-type]
-        state=state,
-    )
+    return replace(made, state=state)
 
 
 _start = commands.start_training
@@ -202,7 +195,7 @@ class AtOnce:
 def fake(patch: pytest.MonkeyPatch) -> None:
     """Let ``run_training`` train agents of three numbers, with no thread of its own."""
     cast = lambda recipe, progress: SimpleNamespace(  # noqa: E731
-        recipe=recipe, task=None, held_out=None
+        recipe=recipe, task=None, held_out=None, hosts={}
     )
     patch.setattr("satune.commands.assemble.assemble", cast)
     patch.setattr("satune.commands.assemble.overlap_note", lambda *_: None)

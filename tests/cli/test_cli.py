@@ -78,6 +78,7 @@ def test_without_json_a_table_is_shown(satune: Run, recipe: Path, tmp_path: Path
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(satune: Run, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = satune("train", recipe, "stages=1", "--out", out, "--json")
@@ -94,6 +95,7 @@ def test_a_finished_run_says_so(satune: Run, recipe: Path, tmp_path: Path) -> No
     assert tiny_world.events(out, "update") == updates
 
 
+@pytest.mark.slow
 def test_resume_without_a_checkpoint_starts_anew(satune: Run, recipe: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert satune("train", recipe, "--out", whole)[0] == 0
@@ -170,6 +172,7 @@ def run_of_one_stage(
     return tmp_path / "first try"
 
 
+@pytest.mark.slow
 def test_a_runs_own_recipe_resumes_that_run(
     satune: Run, recipe: Path, run_of_one_stage: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +220,7 @@ def test_any_other_recipe_has_a_directory_of_its_name(
     assert (run_of_one_stage / "events.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_quickstart_prints_one_json_object(
     satune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,6 +556,7 @@ def test_a_word_that_is_no_utf_8_is_one_line(recipe: Path, word: str) -> None:
     assert "\\udcff" in ended.stderr and "is not UTF-8; rename" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line(recipe: Path, tmp_path: Path) -> None:
     hub = "team.agents.ann.model=somebody/some-model-that-is-not-there"
     ended = subprocess.run(
@@ -578,6 +583,7 @@ def interrupted(
     return subprocess.CompletedProcess([], process.returncode, out_text, err)
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_the_command_that_goes_on(satune: Run, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "a run"
     ended = interrupted(recipe, out, lambda: len(tiny_world.checkpoints(out).names()) > 0)

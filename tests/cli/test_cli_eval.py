@@ -133,6 +133,7 @@ def until(out: Path, count: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_what_was_killed_asks_only_for_what_is_missing(
     satune: Run, server: Server, tmp_path: Path, how: signal.Signals
@@ -345,6 +346,7 @@ def test_a_recipe_whose_roles_are_at_a_server(
 # Models in this process
 
 
+@pytest.mark.slow
 def test_a_team_a_run_a_recipe_and_a_model(satune: Run, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
 

@@ -34,7 +34,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if "bfloat16" in k else ()) for k in KINDS]
+)
 def test_the_tensors_of_a_stage_are_foretold(recipe: Path, tmp_path: Path, kind: str) -> None:
     loaded = load_recipe(recipe, KINDS[kind])
     told = stage_bytes(loaded)

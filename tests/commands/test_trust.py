@@ -15,7 +15,7 @@ import tiny_world
 from satune.agents.sources import saved_adapter
 from satune.cli.main import main
 from satune.commands.contestant import Contestant, local_contestant
-from satune.commands.evaluate import Wanted, _task
+from satune.commands.evaluate import Wanted, chosen_task
 from satune.commands.reseat import find_team
 from satune.commands.trust import Address, Code, Trust, claims, given_recipe, remember
 from satune.config.load import load_recipe, recipe_text
@@ -147,7 +147,7 @@ def test_a_manifests_code_is_refused(evil: Path, tmp_path: Path, part: str):
 def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: Path):
     asked: list[Any] = []
     contestant = Contestant([], NO_ENGINE, {}, task={"name": f"{evil}:thing"}, admit=asked.append)
-    _task(contestant, Wanted(benchmark="relay"), 0)
+    chosen_task(contestant, Wanted(benchmark="relay"), 0)
     assert [list(claims(document)) for document in asked] == [[]]
     own = Contestant(
         [],
@@ -156,11 +156,13 @@ def test_an_evaluation_asks_only_about_what_it_would_run(evil: Path, tmp_path: P
         task={"name": f"{evil}:thing"},
         admit=lambda doc: Trust().admit(doc, "team"),
     )
-    assert refusal(_task, own, Wanted(), 0).startswith(f"team: would run {evil}:thing (task.name)")
+    assert refusal(chosen_task, own, Wanted(), 0).startswith(
+        f"team: would run {evil}:thing (task.name)"
+    )
     assert not (tmp_path / "ran").exists()
     named = Trust.of(said=[f"{evil}:thing"])
     spoken = Contestant([], NO_ENGINE, {}, admit=lambda doc: named.admit(doc, "team"))
-    refusal(_task, spoken, Wanted(benchmark=f"{evil}:thing"), 0)  # it is no task
+    refusal(chosen_task, spoken, Wanted(benchmark=f"{evil}:thing"), 0)  # it is no task
     assert (tmp_path / "ran").exists()
 
 

@@ -323,6 +323,7 @@ def test_the_guide_names_every_recipe_and_every_k() -> None:
         assert re.search(rf"(?m)^\| `{benchmark}` \| {k} \|", GUIDE), benchmark
 
 
+@pytest.mark.slow
 def test_the_guides_memory_is_what_describe_says(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each model is laid out once, not once a row.
     configuration = functools.cache(description.configuration)

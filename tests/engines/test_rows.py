@@ -55,6 +55,7 @@ def team(**settings: Any) -> LocalEngine:
     return LocalEngine(policies, {"a": "a", "b": "b"}, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["in turn", "mostly in turn"])
 def test_going_on_in_place_gives_the_same_tokens(routing, monkeypatch):
     taken: list[bool] = []

@@ -12,7 +12,7 @@ import tiny_world
 from owners import alone, owners
 
 AGENTS = ("ann", "bob")
-THEORY = ["certify.problems=4", "certify.samples=2", "protocol=debate", "stages=1"]
+BOUNDS = ["certify.problems=4", "certify.samples=2", "protocol=debate", "stages=1"]
 GATE = ["certify.problems=6", "certify.samples=2", "certify.accept=certified", "stages=2"]
 
 
@@ -49,9 +49,9 @@ def test_two_owners_equal_one_process(recipe: Path, tmp_path: Path) -> None:
     [
         ["schedule=fresh", "stages=2"],
         ["trust_region.delta=1e-11", "stages=1"],
-        [*THEORY, "certify.evidence=fresh"],
-        [*THEORY, "certify.evidence=balance"],
-        [*THEORY, "certify.evidence=pessimistic"],
+        [*BOUNDS, "certify.evidence=fresh"],
+        [*BOUNDS, "certify.evidence=balance"],
+        [*BOUNDS, "certify.evidence=pessimistic"],
         ["credit={name: gae, traces: true}", "critic.kind=head", "stages=2"],
         ["order=greedy", "objective={name: grpo, reference_kl: 0.1}", "stages=2"],
         ["team.sharing=lora", "stages=2", "optimizer.lr=1e-2"],

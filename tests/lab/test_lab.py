@@ -200,6 +200,7 @@ def test_slope() -> None:
     assert slope([1, 2], [1.0, 2.0]) is None
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     from satune.cli.main import main

@@ -71,6 +71,7 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ada" in [label.get_text() for label in axes.get_yticklabels()]
 
 
+@pytest.mark.slow
 def test_every_chart_that_has_something_to_show(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     empty = Chart("empty", "E", "x", "y", [Series("s", [1.0], [None])])

@@ -229,8 +229,12 @@ def test_an_equal_newcomer_on_little_evidence_is_stopped_and_the_reason_says_wha
 
 @pytest.mark.parametrize(
     ("new", "often"),
-    [(0.65, "accepted"), (0.5, None), (0.47, None), (0.2, "refused")],
-    ids=["better", "equal", "slightly worse", "much worse"],
+    [
+        pytest.param(0.65, "accepted", id="better", marks=pytest.mark.slow),
+        pytest.param(0.5, None, id="equal", marks=pytest.mark.slow),
+        pytest.param(0.47, None, id="slightly worse", marks=pytest.mark.slow),
+        pytest.param(0.2, "refused", id="much worse"),
+    ],
 )
 def test_the_tolerance_is_kept_as_often_as_was_promised(new: float, often: str | None) -> None:
     # At nominal 5% at most 2 of 40 are expected to break it; more than 5 has probability 1.4% if

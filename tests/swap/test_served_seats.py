@@ -26,6 +26,8 @@ from satune.training.run_directory import RunDirectory
 from satune.types import ServedModel, UserError
 from swapped_teams import digests, go_on, state_of, trained
 
+pytestmark = pytest.mark.slow  # each begins with a trained team and a seat handed over
+
 MY_KEY = ("--server-option", "api_key_env=MY_KEY")
 BOB = "team.agents.bob.model=http://host/v1#good"
 KEYED = ENVIRONMENT | {"MY_KEY": "s3cret"}

@@ -134,6 +134,7 @@ def damaged(plan, rng):
     return [plan[:-1], swapped, repeated, changed]
 
 
+@pytest.mark.slow
 def test_verdicts_are_those_of_unified_planning():
     pytest.importorskip("unified_planning")
     from unified_planning.engines import SequentialPlanValidator

@@ -172,8 +172,8 @@ def test_training_learns_to_copy():
     ("found", "steps", "reached"),
     [
         ([0.99], 2, True),
-        ([0.5, 0.5, 0.98], 2 + 2 * CHECK_EVERY, True),
-        ([0.5] * 4, 3 * CHECK_EVERY, False),
+        pytest.param([0.5, 0.5, 0.98], 2 + 2 * CHECK_EVERY, True, marks=pytest.mark.slow),
+        pytest.param([0.5] * 4, 3 * CHECK_EVERY, False, marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_until_the_greedy_target_or_the_last_step(found, steps, reached):

@@ -340,6 +340,7 @@ def test_on_an_accelerator_a_revert_is_exact_and_what_is_held_lies_on_the_cpu(
     assert all(not learner.optimizer_state() for learner in run.learners.values())
 
 
+@pytest.mark.slow
 def test_what_is_held_is_written_once_a_window(recipe: Path, tmp_path: Path) -> None:
     """Windows of three steps: ann is held from 1.1 to 2.1; the next one begins with bob."""
     overrides = [ON, "certify.every=3", "checkpoint.keep=9"]
@@ -425,6 +426,7 @@ def test_the_confidence_is_split_over_all_decisions_that_may_come(
     assert open_ended.state.certify.spending.decisions is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evidence", ["fresh", "balance", "pessimistic"])
 def test_a_run_that_goes_on_from_within_a_window_is_the_same(
     recipe: Path, tmp_path: Path, evidence: str

@@ -126,7 +126,9 @@ def check_moments(recipe: Path, folder: Path, name: str, wanted: Callable[[int],
     return len(copies)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["reuse", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "reuse")]
+)
 def test_cut_off_at_a_write_and_resumed_a_run_is_the_same(
     recipe: Path, tmp_path: Path, name: str
 ) -> None:
@@ -148,6 +150,7 @@ def test_two_runs_are_the_same(recipe: Path, tmp_path: Path) -> None:
     assert left(tmp_path / "a") == left(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_each_checkpoint_it_kept(recipe: Path, tmp_path: Path) -> None:
     overrides = ["checkpoint.keep=9", "schedule=reuse"]
     go(recipe, tmp_path / "whole", overrides, resume=False)
@@ -163,6 +166,7 @@ def test_a_run_goes_on_from_each_checkpoint_it_kept(recipe: Path, tmp_path: Path
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_twice_cut_off_inside_a_stage(recipe: Path, tmp_path: Path) -> None:
     """The second checkpoint after a resume knows as much as the first one did."""
     overrides = ["checkpoint.keep=9", "schedule=simultaneous"]
@@ -242,6 +246,7 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(
         assert files[0] == files[1] != {}
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_is_refused_is_not_finished(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +456,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_grows_full_again_and_again(
     recipe: Path, tmp_path: Path, small_disk: Path
 ) -> None:

@@ -136,7 +136,7 @@ def test_whoever_has_learned_has_a_checkpoint(
     monkeypatch.setattr(checkpoint_module, "ThreadPoolExecutor", Late)
     monkeypatch.setattr(RunDirectory, "append_event", appended)
     go(recipe, places / "run")
-    assert found == [True, True]
+    assert len(found) >= 2 and all(found)  # one a stage, and one more after a step that shrank
 
 
 def test_an_intent_is_replaced_by_a_later_one(recipe: Path, places: Path) -> None:

@@ -115,6 +115,7 @@ def trained(recipe: Path, out: Path, overrides: Sequence[str]) -> tuple[Training
     return run, left(run, out)
 
 
+@pytest.mark.slow
 def test_a_run_with_certificates_reverts_and_a_kill_is_the_same(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
