@@ -81,8 +81,10 @@ def test_the_gate_decides_the_same(recipe: Path, tmp_path: Path, tolerance: floa
     updates = assert_equal(recipe, tmp_path, [*GATE, f"certify.tolerance={tolerance}"])
     tested = [e["gate"] for e in updates if "gate" in e]
     verdicts = {gate["verdict"] for gate in tested}
-    assert verdicts == ({"reverted"} if tolerance == 0 else {"kept"})
-    if tolerance == 0:  # each was shrunk twice before
+    if tolerance:
+        assert "kept" in verdicts <= {"kept", "shrunk"}
+    else:  # each was shrunk twice before
+        assert verdicts == {"reverted"}
         assert all(len(gate["candidates"]) == 3 for gate in tested)
 
 

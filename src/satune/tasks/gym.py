@@ -45,6 +45,7 @@ REFUSED = {
         ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note"),
         "its problems differ from process to process, so that no run could be repeated",
     ),
+    "word_ladder": "its reference answers differ from process to process",
 }
 """Data sets that cannot be trained on, with the reason (seen with reasoning-gym 0.1.25)."""
 
