@@ -189,6 +189,7 @@ def test_an_override_that_is_not_yaml(relay: Path) -> None:
          " did you mean 'local'?"),
         ("objective: {name: null}", f"objective.name: expected one of {choices(OBJECTIVES)},"
          " got 'None'"),
+        ("log: {tensorboard: true}", "log.tensorboard: is log.report_to: [tensorboard] now"),
         ("checkpoint: {every: stages}", "checkpoint.every: expected one of step, stage or an"
          " integer, got 'stages'; did you mean 'stage'?"),
         ("checkpoint: {every: 0}", "checkpoint.every: expected one of step, stage or a number of at"

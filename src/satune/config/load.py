@@ -220,6 +220,8 @@ def _fault(error: Any) -> Fault:
     keys, known = _place(error["loc"])
     path = ".".join(keys).replace(".[", "[")
     kind, given, context = error["type"], error.get("input"), error.get("ctx", {})
+    if kind == "extra_forbidden" and path in _RENAMED:
+        return path, f"is {_RENAMED[path]} now"
     if kind == "extra_forbidden":
         near = nearest(keys[-1], known)
         inside = ".".join(keys[:-1])
@@ -244,6 +246,8 @@ def _fault(error: Any) -> Fault:
     return path, f"expected {expected.format(**context)}, got {_show(given)}{mend}"
 
 
+_RENAMED = {"log.tensorboard": "log.report_to: [tensorboard]"}
+"""Keys of earlier versions, which recipes of runs may still have."""
 _MENDS = {"trust_region.delta": f"; {STILL_OR_FREE}"}
 _EXPECTED = {
     "int_type": "an integer",
