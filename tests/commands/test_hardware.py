@@ -88,6 +88,16 @@ def test_the_fewest_devices_that_hold_it() -> None:
     assert "40% of the published operations and 60% of the bandwidth" in said[2]
 
 
+def test_an_agent_that_lives_elsewhere_takes_nothing_here(recipe: Path) -> None:
+    agents = f"team.agents={{a: {{model: {MODEL}}}, b: {{model: private, host: 'http://h/x'}}}}"
+    here, alone = (
+        plan(load_recipe(recipe, [agents]), "h200", 1),
+        plan(load_recipe(recipe), "h200", 1),
+    )
+    assert here["rows"] == alone["rows"] == {"a": 8}
+    assert here["seconds"]["learning"] == alone["seconds"]["learning"]
+
+
 def test_schedules_that_roll_out_again_have_a_span(recipe: Path) -> None:
     least, most = plan(load_recipe(recipe, ["schedule=hybrid"]), "h200")["seconds"]["rollout"]
     assert least == most  # one agent has one rollout whatever comes

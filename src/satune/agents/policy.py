@@ -190,12 +190,7 @@ class Policy:
 
     def projection_with(self, weights: Mapping[str, Tensor]) -> Any:
         """``project`` with the head's parameters taken from ``weights`` (names as in trainable)."""
-        by_identity = {id(p): name for name, p in self.trainable().items()}
-        held = {
-            name: weights[by_identity[id(p)]].to(self.device)
-            for name, p in self.head.named_parameters()
-            if id(p) in by_identity and by_identity[id(p)] in weights
-        }
+        held = self._of_head(weights)
         if not held:
             return self.project
 
@@ -205,6 +200,15 @@ class Policy:
             return self._adjust(logits if logits.dtype == torch.float64 else logits.float())
 
         return project
+
+    def _of_head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of ``weights`` is the head's, by its own names, on the device."""
+        by_identity = {id(p): name for name, p in self.trainable().items()}
+        return {
+            name: weights[by_identity[id(p)]].to(self.device)
+            for name, p in self.head.named_parameters()
+            if id(p) in by_identity and by_identity[id(p)] in weights
+        }
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -121,19 +121,9 @@ class ShardedPolicy(Policy):
     def _states(self, **kwargs: Any) -> Tensor:
         return getattr(self.causal_lm, _METHOD)(**kwargs)
 
-    def projection_with(self, weights: Mapping[str, Tensor]) -> Any:
-        """As of a policy, from shards; the head is gathered in every process, for as long as what
-        comes out is used."""
-        held = {part: self.gathered(name, weights[name]) for part, name in self._head_names.items()}
-        if not held:
-            return self.project
-
-        def project(hidden: Tensor) -> Tensor:
-            with self.computing():
-                logits = torch.func.functional_call(self.head, held, (hidden,))
-            return self._adjust(logits if logits.dtype == torch.float64 else logits.float())
-
-        return project
+    def _of_head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As of a policy, gathered from shards in every process: the projection holds it whole."""
+        return {part: self.gathered(name, weights[name]) for part, name in self._head_names.items()}
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -105,7 +105,7 @@ def plan(
     works = {n: _work(recipe, n, described["agents"][n], item) for n in described["agents"]}
     works = {n: work for n, work in works.items() if work is not None}
     if not works:
-        raise UserError("describe: all agents are served elsewhere; there is nothing to plan")
+        raise UserError("describe: all agents live elsewhere; there is nothing to plan")
     activations = max(_activations(recipe, n, assumed.prompt + answer, item) for n in works)
     together = described["memory"]["together"]
     room = _USABLE * device.memory
@@ -170,8 +170,9 @@ def plan(
 
 
 def _work(recipe: Recipe, name: str, agent: dict[str, Any], item: int) -> Work | None:
-    model = recipe.team.resolved().agents[name].model
-    if isinstance(model, ServedModel):
+    section = recipe.team.resolved().agents[name]
+    model = section.model
+    if isinstance(model, ServedModel) or section.host is not None:
         return None
     if "parameters" not in agent or "cache" not in agent:
         raise UserError(

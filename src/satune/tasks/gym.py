@@ -192,10 +192,6 @@ class ReasoningGym:
                 if self.grade(problem, None).score:
                     raise ValueError(f"task reasoning_gym: {problem.id} grades no answer as one")
 
-    def close(self) -> None:
-        """End the scorers' processes."""
-        self._workers.close()
-
     def _entry(self, split: str, index: int) -> Mapping[str, Any]:
         """reasoning-gym's own record of a problem: question, answer, metadata."""
         if split not in _SPLITS:
