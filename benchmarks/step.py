@@ -4,6 +4,7 @@ model, prompts, lengths, optimiser and threads, a step of each in turn within on
 TRL is no dependency of satune: pip install trl accelerate datasets
 
     python benchmarks/step.py [--steps 5] [--threads 1] [--json]
+    python benchmarks/step.py --model models/smollm2-135m --problems 16 --new-tokens 16 --threads 2
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
     PLAIN_TEMPLATE,
     PROMPT_TOKENS,
+    Subject,
     Timings,
-    build_model,
     build_policy,
     build_tokenizer,
     compared,
@@ -48,8 +50,16 @@ from satune.training.settings import UpdateSettings
 from satune.training.update import improve
 from satune.types import Experience, Grade, Key, Problem, Sampling, Seat
 
-PROBLEMS, SAMPLES, NEW_TOKENS = 8, 8, 64
 LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How much a step samples: problems × samples messages of so many new tokens."""
+
+    problems: int
+    samples: int
+    new_tokens: int
 
 
 def reward_of(text: str) -> float:
@@ -79,7 +89,8 @@ class Reward:
 class SatuneStep:
     """A team of one agent; ``run`` is one stage of it."""
 
-    vocabulary: int
+    subject: Subject
+    shape: Shape
     region: TrustRegionSettings
     reference_kl: float
     seconds: list[float] = field(default_factory=list)
@@ -89,7 +100,8 @@ class SatuneStep:
     kl: float = 0.0
 
     def __post_init__(self) -> None:
-        policy = build_policy(build_model(self.vocabulary, torch.float32), self.vocabulary)
+        vocabulary, new_tokens = self.subject.vocabulary, self.shape.new_tokens
+        policy = build_policy(self.subject.model(torch.float32), vocabulary)
         self.learner = LocalLearner(
             policy,
             OptimizerSettings(lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=1.0),
@@ -98,24 +110,27 @@ class SatuneStep:
             self.learner.keep_reference()
         self.engine = LocalEngine({"agent": policy}, {"agent": "agent"})
         renderer = ChatRenderer(policy.tokenizer, TemplateSettings(chat=PLAIN_TEMPLATE), 512)
-        self.seats = [Seat("agent", "agent", renderer, Sampling(NEW_TOKENS))]
+        self.seats = [Seat("agent", "agent", renderer, Sampling(new_tokens))]
         self.protocol = load_protocol("solo", ["agent"], None)
         self.problems = [
             Problem.of(str(index), " ".join(f"w{token}" for token in ids))
-            for index, ids in enumerate(prompts(PROBLEMS, self.vocabulary))
+            for index, ids in enumerate(prompts(self.shape.problems, vocabulary))
         ]
         self.settings = UpdateSettings(
             objective=ObjectiveSettings("grpo", reference_kl=self.reference_kl),
             trust_region=self.region,
             mini_batches=1,
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
         )
 
     def run(self) -> None:
         key = Key(0, "train", stage=self.version + 1)
         started = time.perf_counter()
         episodes = rollout_sync(
-            Match(self.seats, self.protocol, self.engine, Reward()), self.problems, SAMPLES, key
+            Match(self.seats, self.protocol, self.engine, Reward()),
+            self.problems,
+            self.shape.samples,
+            key,
         )
         sampled = time.perf_counter()
         experience = Experience(tuple(episodes), (0.0,) * len(episodes))
@@ -156,31 +171,34 @@ class InTurn(TrainerCallback):
             variant.run()
 
 
-def train_in_turn(vocabulary: int, beta: float, steps: int, variants: list[SatuneStep]) -> Timings:
+def train_in_turn(
+    subject: Subject, shape: Shape, beta: float, steps: int, variants: list[SatuneStep]
+) -> Timings:
     """``steps`` + 1 steps of GRPOTrainer; the first warms up and is left out."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    vocabulary = subject.vocabulary
     counts: list[int] = []
 
     def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         counts.append(sum(len(ids) for ids in completion_ids))
         return [reward_of(text) for text in completions]
 
-    texts = [" ".join(f"w{token}" for token in ids) for ids in prompts(PROBLEMS, vocabulary)]
+    texts = [" ".join(f"w{token}" for token in ids) for ids in prompts(shape.problems, vocabulary)]
     clock = InTurn(variants)
     # The trainer reports on standard output; --json promises one object there.
     with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):
         # From a directory, because the trainer reads its reference model from there.
-        build_model(vocabulary, torch.float32).save_pretrained(directory)
+        subject.model(torch.float32).save_pretrained(directory)
         config = GRPOConfig(
             output_dir=directory,
             model_init_kwargs={"dtype": "float32"},
             beta=beta,
-            num_generations=SAMPLES,
-            per_device_train_batch_size=PROBLEMS * SAMPLES,
+            num_generations=shape.samples,
+            per_device_train_batch_size=shape.problems * shape.samples,
             gradient_accumulation_steps=1,
-            max_completion_length=NEW_TOKENS,
+            max_completion_length=shape.new_tokens,
             max_steps=steps + 1,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
@@ -210,14 +228,14 @@ def train_in_turn(vocabulary: int, beta: float, steps: int, variants: list[Satun
     return Timings(clock.seconds[1:], counts[0])
 
 
-def measure(vocabulary: int, beta: float, steps: int) -> list[dict[str, Any]]:
+def measure(subject: Subject, shape: Shape, beta: float, steps: int) -> list[dict[str, Any]]:
     variants = {
-        "trust region on": SatuneStep(vocabulary, TrustRegionSettings(), beta),
+        "trust region on": SatuneStep(subject, shape, TrustRegionSettings(), beta),
         "trust region off": SatuneStep(
-            vocabulary, TrustRegionSettings(enabled=False, beta=0.0), beta
+            subject, shape, TrustRegionSettings(enabled=False, beta=0.0), beta
         ),
     }
-    peer = train_in_turn(vocabulary, beta, steps, list(variants.values()))
+    peer = train_in_turn(subject, shape, beta, steps, list(variants.values()))
     rows: list[dict[str, Any]] = []
     for name, ours in variants.items():
         parts = {
@@ -225,7 +243,7 @@ def measure(vocabulary: int, beta: float, steps: int) -> list[dict[str, Any]]:
             for part in ours.parts[0]
         }
         rows.append(
-            {"vocabulary": vocabulary, "beta": beta, "variant": name, "kl_quantile": ours.kl}
+            {"subject": subject.name, "beta": beta, "variant": name, "kl_quantile": ours.kl}
             | compared(Timings(ours.seconds[1:], ours.tokens), peer)
             | parts
         )
@@ -237,6 +255,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[260])
+    parser.add_argument("--model", type=Path, help="a pretrained model's directory")
+    parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--beta", type=float, nargs="+", default=[0.0, 0.04])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -252,12 +274,13 @@ def main() -> None:
     logging.getLogger("trl").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     rows: list[dict[str, Any]] = []
-    for vocabulary in arguments.vocabulary:
+    shape = Shape(arguments.problems, arguments.samples, arguments.new_tokens)
+    for subject in Subject.all(arguments.model, arguments.vocabulary):
         for beta in arguments.beta:
-            for row in measure(vocabulary, beta, arguments.steps):
+            for row in measure(subject, shape, beta, arguments.steps):
                 rows.append(row)
                 if not arguments.json:
-                    show(f"β {beta:g}, {row['variant']}, vocabulary {vocabulary}", row)
+                    show(f"β {beta:g}, {row['variant']}, {subject.name}", row)
     finish(
         {
             "benchmark": "step",

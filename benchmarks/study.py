@@ -2,9 +2,13 @@
 
     python benchmarks/study.py schedules --out runs/studies  # or: teams, trust_region, guess, gate
     python benchmarks/study.py guess --data SECRETS.jsonl --official OFFICIAL.jsonl
+    python benchmarks/study.py models_and_teams --models models --jobs 1 --threads 2
+                                            # or: models_schedules, models_adapters, models_gate
 
-Runs that are already finished under --out are read, not repeated. Each run has one thread; two go
-on at a time. The tables of docs/results.md come from here.
+Runs that are already finished under --out are read, not repeated; one that was stopped goes on.
+Two go on at a time, with a thread each, unless --jobs and --threads say otherwise. The tables of
+docs/results.md come from here. The studies of pretrained models are those of `make study`, which
+takes most of a day on two cores and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from satune.play.statistics import mean_estimate
 
 SEEDS = (0, 1, 2)
 # simultaneous gives stale's weights bit for bit (tests/training), so it is not run twice.
@@ -115,10 +121,79 @@ def gate(_: argparse.Namespace) -> Iterator[Run]:
                 )
 
 
-STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess, gate)}
+SMOLLM2 = "recipes/smollm2.yaml"
+SHORT = ("stages=8", "evaluate.problems=128", "checkpoint.every=4")
+"""What makes a run of the recipe take some ten minutes on two cores."""
+ALONE = ("team.agents.second=null", "team.agents.third=null", "protocol=solo", "schedule=fresh")
+# As many messages a stage as three seats write in the recipe's 8 problems x 8 samples.
+AS_MANY_MESSAGES = ("rollout.problems=24",)
+FREE = ("trust_region.enabled=false", "trust_region.beta=0", "trust_region.adapt=false")
+FAR = ("optimizer.lr=2.4e-5",)
+"""Four times the recipe's step."""
 
 
-def perform(run: Run, out: Path) -> dict[str, Any]:
+def smollm2(models: Path, *seats: str) -> tuple[str, ...]:
+    """The overrides that give these seats SmolLM2 from the directory of models."""
+    where = models / "smollm2-135m"
+    return tuple(f"team.agents.{seat}.model={where}" for seat in seats)
+
+
+def of_models(
+    arguments: argparse.Namespace,
+    rows: Mapping[str, tuple[str, ...]],
+    seats: Sequence[str] = ("first", "second", "third"),
+) -> Iterator[Run]:
+    """A run of the recipe a row and seed, all rows of a seed before the next one's."""
+    for seed in SEEDS:
+        for label, overrides in rows.items():
+            alone = ALONE[0] in overrides
+            given = smollm2(arguments.models, *(seats[:1] if alone else seats))
+            yield Run(label, seed, SMOLLM2, (*SHORT, *given, *overrides))
+
+
+def models_and_teams(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Three agents against one that writes as many messages."""
+    solo = (*ALONE, *AS_MANY_MESSAGES, *FREE)
+    rows = {
+        "vote": (),
+        "alone GRPO": (*solo, "objective=grpo"),
+        "alone DAPO": (
+            *solo, "objective={name: dapo, clip_low: 0.2, clip_high: 0.28}",
+            "rollout.dynamic_sampling=true",
+        ),
+        "chain": ("protocol=chain",),
+        "debate": ("protocol={name: debate, rounds: 2}",),
+    }  # fmt: skip
+    return of_models(arguments, rows)
+
+
+def models_schedules(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Schedules at the recipe's step, then at four times it with the region and without."""
+    rows: dict[str, tuple[str, ...]] = {s: (f"schedule={s}",) for s in SCHEDULES}
+    for schedule in ("fresh", "stale"):
+        rows[f"{schedule}, 4 x step"] = (f"schedule={schedule}", *FAR)
+        rows[f"{schedule}, 4 x step, no region"] = (f"schedule={schedule}", *FAR, *FREE)
+    return of_models(arguments, rows)
+
+
+def models_adapters(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Full weights against adapters on a shared base."""
+    rows = {"full weights": (), "adapters": ("team.sharing=lora", "optimizer.lr=2e-4")}
+    return of_models(arguments, rows)
+
+
+def models_gate(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Certificates, and a gate that goes by them."""
+    certified = "certify={problems: 128, samples: 2, theory: false, accept: certified}"
+    rows = {"ungated": (), "gated": ("stages=3", certified)}
+    return of_models(arguments, rows)
+
+
+OF_MODELS = (models_and_teams, models_schedules, models_adapters, models_gate)
+STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess, gate, *OF_MODELS)}
+
+
+def perform(run: Run, out: Path, threads: int = 1) -> dict[str, Any]:
     """Run it unless it is finished; its summary. Stops with the command's own line on failure."""
     summary = run.directory(out) / "summary.json"
     if not summary.is_file():
@@ -126,7 +201,7 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "satune", *run.command(out)]
         done = subprocess.run(
             command + ["--resume"] * started,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             capture_output=True,
             text=True,
         )
@@ -165,6 +240,43 @@ def table(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def against_the_first(runs: Sequence[Run], out: Path) -> str:
+    """A Markdown table: each row's last held-out rewards minus those of the study's first row on
+    the same problems, over all seeds that both have, with 95% intervals."""
+    first, *others = dict.fromkeys(run.label for run in runs)
+    lines = [f"| minus {first} | problems | sampled | greedy |", "|---|---|---|---|"]
+    for label in others:
+        seeds = [run.seed for run in runs if run.label == label]
+        figures = []
+        for greedy in (False, True):
+            pairs = [
+                (_last(run, out, greedy), _last(base, out, greedy))
+                for run in runs
+                for base in runs
+                if run.label == label and base.label == first and run.seed == base.seed in seeds
+            ]
+            differences = [
+                a - b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)
+            ]
+            if not differences:
+                break
+            found = mean_estimate(differences, -1.0, 1.0)
+            figures.append(f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
+        if figures:
+            lines.append(f"| {label} | {len(differences)} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def _last(run: Run, out: Path, greedy: bool) -> list[float]:
+    """A run's last held-out rewards, a number a problem; none where it never evaluated so."""
+    lines = (run.directory(out) / "events.jsonl").read_text().splitlines()
+    found: list[float] = []
+    for event in map(json.loads, lines):
+        if event["event"] == "eval" and event["greedy"] is greedy:
+            found = event["per_problem"]
+    return found
+
+
 def gate_table(runs: Sequence[Run], out: Path) -> str:
     """A Markdown table: a row a run, its held-out reward stage by stage and what the gate did."""
     lines = [
@@ -199,15 +311,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--data", help="training secrets (guess)")
     parser.add_argument("--official", help="official secrets (guess)")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="of `make models`")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--rows", nargs="+", help="only the rows of these labels")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    runs = list(STUDIES[arguments.study](arguments))
+    runs = [
+        run
+        for run in STUDIES[arguments.study](arguments)
+        if run.seed in (arguments.seeds or [run.seed])
+        and run.label in (arguments.rows or [run.label])
+    ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        summaries = list(pool.map(lambda run: perform(run, arguments.out), runs))
+        summaries = list(pool.map(lambda run: perform(run, arguments.out, arguments.threads), runs))
     if arguments.study == "gate":
         print(gate_table(runs, arguments.out))
     else:
         print(table(runs, summaries))
+        print(against_the_first(runs, arguments.out))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -19,9 +21,13 @@ SECONDS = 120.0
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A free port below those that systems hand out to whoever connects, which might take it
+    before it is listened on."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            port = random.SystemRandom().randrange(15_000, 30_000)
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def environment(rank: int, count: int, port: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from satune.agents.merging import merged
 from satune.agents.policy import Policy
 from satune.types import UserError
 from tiny_models import EOS, Letters, tiny_lm, tiny_policy
@@ -204,3 +205,65 @@ def test_a_model_that_reads_pictures_keeps_its_windows() -> None:
     # The windows matter from the fifth token on, or the test would not see them.
     assert torch.allclose(own[:, :4], without[:, :4], atol=1e-6)
     assert not torch.allclose(own[:, 4:], without[:, 4:], atol=1e-3)
+
+
+def weights_of(policy: Policy) -> dict[str, tuple[int, torch.Tensor]]:
+    """Where each parameter's values lie, and a copy of them."""
+    return {n: (p.data_ptr(), p.detach().clone()) for n, p in policy.model.named_parameters()}
+
+
+def test_a_merged_adapter_multiplies_once_and_leaves_its_base_as_it_was():
+    policies = adapted("a", "b")
+    policy, before = policies["a"], weights_of(policies["a"])
+    called: list[nn.Module] = []
+    for name, module in policy.model.named_modules():
+        if name.endswith(".lora_A.a"):
+            module.register_forward_hook(lambda module, *_: called.append(module))
+    policies["b"].activate()
+    with torch.no_grad():
+        apart = policy.hidden(IDS)
+        assert len(called) == 2 * 7
+        called.clear()
+        policies["b"].activate()
+        with pytest.raises(RuntimeError, match="inside"), merged(policy, 10_000) as together:
+            assert together
+            torch.testing.assert_close(policy.hidden(IDS), apart, rtol=1e-5, atol=1e-5)
+            assert not called
+            raise RuntimeError("inside")
+        after = weights_of(policy)
+        assert all(after[n][0] == p and torch.equal(after[n][1], v) for n, (p, v) in before.items())
+        assert torch.equal(policy.hidden(IDS), apart) and len(called) == 2 * 7
+
+
+def test_adapters_are_merged_where_that_pays_and_loses_nothing():
+    policy = adapted("a")["a"]
+    # 7 matrices a block, [I, O]: the sums cost as much as so many tokens' products.
+    config: Any = policy.config
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.head_dim
+    queries = heads * config.num_attention_heads
+    keys = heads * config.num_key_value_heads
+    shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    even = sum(a * b for a, b in shapes) / sum(a + b for a, b in shapes)
+    for tokens, pays in ((int(even), False), (int(even) + 1, True)):
+        with merged(policy, tokens) as together:
+            assert together is pays
+    whole = tiny_policy()
+    with merged(whole, 10_000) as together:
+        assert not together
+    policy.autocast = torch.bfloat16
+    with merged(policy, 10_000) as together:
+        assert not together
+    policy.autocast = None
+    policy.model.to(torch.bfloat16)  # type: ignore[operator]
+    with merged(policy, 10_000) as together:
+        assert not together
+
+
+def test_a_matrix_that_something_else_reads_is_not_merged():
+    base: Any = tiny_lm("qwen3")
+    base.lm_head.weight = base.get_input_embeddings().weight
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, config, adapter_name="a")
+    with merged(Policy("a", model, Letters(), 1.0, adapter="a"), 10_000) as together:
+        assert not together

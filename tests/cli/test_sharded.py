@@ -3,6 +3,7 @@ them, and processes that are killed."""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -20,14 +21,20 @@ from command_line import ENVIRONMENT, Run, refused
 from processes import environment, free_port
 from tiny_world import build, command, events
 
+if TYPE_CHECKING:
+    from io import TextIOWrapper
+
 SECONDS = 600.0
 
 
 class Processes:
-    """``satune`` in several processes that are forked, with what torchrun would tell them."""
+    """``satune`` in several processes, with what torchrun would tell them. They are forked of a
+    process that has loaded the libraries and done nothing else: of the test's own they would
+    inherit whatever its threads hold at that moment, locks too."""
 
     def __init__(self, count: int, arguments: Sequence[str | Path], logs: Path) -> None:
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["satune.commands.train", "transformers", "peft"])
         logs.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.logs = [logs / f"{rank}.log" for rank in range(count)]
@@ -53,11 +60,19 @@ class Processes:
     def said(self, rank: int) -> str:
         return self.logs[rank].read_text() if self.logs[rank].exists() else ""
 
+    def stuck(self) -> str:
+        """Where each process stands, once it has been there for long."""
+        stacks = [Path(f"{log}.stacks") for log in self.logs]
+        return "\n".join(file.read_text() for file in stacks if file.exists())
+
 
 def _satune(surroundings: dict[str, str], arguments: list[str], log: str) -> None:
     os.environ |= surroundings
-    # Not pytest's, which are inherited.
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    # One that is stuck says where before the test gives up.
+    stacks = os.open(f"{log}.stacks", os.O_WRONLY | os.O_CREAT)
+    faulthandler.dump_traceback_later(SECONDS - 30, file=stacks)
+    for stream in (sys.stdout, sys.stderr):
+        cast("TextIOWrapper", stream).reconfigure(line_buffering=True)
     try:
         command(arguments, log)
     except SystemExit as ended:
@@ -147,7 +162,8 @@ def test_ctrl_c_ends_all_and_one_says_how_to_go_on(tmp_path: Path) -> None:
 def wait_for_an_update(run: Processes, out: Path) -> None:
     until = time.monotonic() + SECONDS
     while not (out / "events.jsonl").exists() or not updates(out):
-        assert time.monotonic() < until and run.children[0].is_alive(), run.said(0)
+        going = time.monotonic() < until and run.children[0].is_alive()
+        assert going, run.said(0) + run.said(1) + run.stuck()
         time.sleep(0.1)
 
 

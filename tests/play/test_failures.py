@@ -16,6 +16,7 @@ from satune.protocols.independent import solo, vote
 from satune.protocols.sequential import chain
 from satune.types import (
     EpisodeFailure,
+    Grade,
     Key,
     Problem,
     Prompt,
@@ -327,3 +328,38 @@ def test_prompts_are_not_what_fails():
 
     with pytest.raises(ZeroDivisionError):
         run(seats=team("ann", renderer=Broken()), protocol=solo)
+
+
+# Seats that are graded like the team
+
+
+def test_each_seats_last_message_may_be_graded_too():
+    asked = Counter()
+
+    def grade(problem, answer):
+        asked[answer] += 1
+        if answer == "c" and problem.id == "p1":
+            raise ValueError("cannot be read")
+
+    def write(seat, entries, key):
+        return {"ann": "a", "bob": "b", "cy": "c"}[seat]
+
+    options = {"task": Grading(grade), "protocol": vote, "seats": team("ann", "bob", "cy")}
+    plain, _ = run(write, **options)
+    assert all(e.grade.seats is None for e in plain.values())
+    assert asked == {"a": 2 * SAMPLES}  # ann's message is the team's
+    episodes, _ = run(write, **options, grade_seats=True)
+    for (problem, _), episode in episodes.items():
+        right = {"p0": "ann", "p1": "bob"}[problem]
+        seats = {seat: float(seat == right) for seat in ("ann", "bob", "cy")}
+        # What cannot be graded is worth nothing, and costs its own seat alone.
+        assert episode.grade.seats == seats and episode.failure is None
+        assert episode.reward == seats["ann"]
+
+
+def test_a_task_that_credits_seats_is_not_asked_about_them():
+    def grade(problem, answer):
+        return Grade(1.0, seats={"ann": 0.25})
+
+    episodes, _ = run(task=Grading(grade), grade_seats=True)
+    assert all(e.grade.seats == {"ann": 0.25} for e in episodes.values())

@@ -8,6 +8,7 @@ from typing import NoReturn, cast
 
 import typer
 
+from satune.cli.allocator import keep_freed_memory
 from satune.cli.bench import bench
 from satune.cli.chat import chat
 from satune.cli.common import Interrupted, say
@@ -47,6 +48,7 @@ def main() -> None:
     """Run a command; bad input ends with one line and exit code 2, ctrl-C with 130."""
     try:
         _refuse_other_encodings()
+        keep_freed_memory()
         # Without any word typer shows the help; with some, what is wrong with them is told here.
         ended = app(prog_name="satune", standalone_mode=len(sys.argv) == 1)
         if ended == 130:  # how typer reports a ctrl-C that a command did not catch

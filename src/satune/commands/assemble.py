@@ -80,6 +80,7 @@ class Cast:
             progress=self.progress,
             failures=rollout.failures,
             grading_seconds=rollout.grading_seconds,
+            grade_seats=rollout.grade_seats,
         )
 
     def evaluate(self, *, greedy: bool, key: Key) -> Evaluation:

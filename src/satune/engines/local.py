@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from satune.agents.memory import allowed_bytes
+from satune.agents.merging import merged
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore
 from satune.engines.probe import token_bytes
@@ -67,7 +68,7 @@ class LocalEngine:
         self._came = itertools.count()
         self._changed: asyncio.Event | None = None
         self._decoding: list[Request] = []
-        self._called: dict[str, Rows] = {}
+        self._called: dict[str, tuple[Rows, int]] = {}
         self._token_bytes = {name: token_bytes(name, p) for name, p in self.policies.items()}
         device = next(iter(self.policies.values())).device if policies else torch.device("cpu")
         waiting = self._waiting if self.order == "throughput" else {}
@@ -148,10 +149,13 @@ class LocalEngine:
         waiting += requests
         if not waiting and agent not in self._called:
             return
-        rows = self._called.get(agent) or self._called.setdefault(agent, self._rows(agent))
-        while waiting or rows.requests:
-            if self._advance(agent, rows, self.max_rows):
-                break
+        if agent not in self._called:
+            self._called[agent] = self._rows(agent), _to_feed(waiting)
+        rows, tokens = self._called[agent]
+        with merged(self.policies[agent], tokens):
+            while waiting or rows.requests:
+                if self._advance(agent, rows, self.max_rows):
+                    break
         if not waiting and not rows.requests:
             del self._called[agent]
 
@@ -197,12 +201,14 @@ class LocalEngine:
     async def _serve(self, agent: str) -> None:
         """Decode an agent's rows until nobody waits for it."""
         rows = self._rows(agent)
-        while self._waiting[agent] or rows.requests:
-            if self._advance(agent, rows, self.max_rows):
-                await self._quiet()
-            else:
-                # Grades come in meanwhile. No request can: all conversations wait for this engine.
-                await asyncio.sleep(0)
+        with merged(self.policies[agent], _to_feed(self._waiting[agent])):
+            while self._waiting[agent] or rows.requests:
+                if self._advance(agent, rows, self.max_rows):
+                    await self._quiet()
+                else:
+                    # Grades come in meanwhile. No request can: all conversations wait for this
+                    # engine.
+                    await asyncio.sleep(0)
 
     async def _side_by_side(self) -> None:
         batches = {agent: self._rows(agent) for agent in self.policies}
@@ -304,6 +310,11 @@ class LocalEngine:
                 completion_tokens=len(request.written),
             )
         )
+
+
+def _to_feed(requests: Sequence[Request]) -> int:
+    """The most tokens that these may have fed."""
+    return sum(len(request.fed) + request.remaining for request in requests)
 
 
 async def _settle() -> None:

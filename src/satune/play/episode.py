@@ -9,7 +9,7 @@ if that does not help, left for others to mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from satune.play.conversation import Conversation, on_its_text
@@ -57,7 +57,7 @@ async def play(match: Match, problem: Problem, key: Key) -> Episode:
         played = await converse(match, problem, key)
     finally:
         match.engine.end(key)
-    return await graded(played, Graders(match.task, match.grading_seconds))
+    return await graded(played, match, Graders(match.task, match.grading_seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,15 @@ async def converse(match: Match, problem: Problem, key: Key) -> Played:
     raise AssertionError("the last attempt returns")
 
 
-async def graded(played: Played, graders: Graders) -> Episode:
-    """The episode of a conversation that is over. Raises as ``Graders.grade``, but for failures."""
+async def graded(played: Played, match: Match, graders: Graders) -> Episode:
+    """The episode of a conversation of the match that is over. Raises as ``Graders.grade``, but for
+    failures."""
     talk, failure, grade = played.conversation, played.failure, played.grade
     if grade is None:
         try:
             grade = await graders.grade(talk.problem, played.answer, talk.seats)
+            if match.grade_seats and grade.seats is None:
+                grade = replace(grade, seats=await _seats_graded(played, grade, graders))
         except EpisodeFailure as found:
             failure = Failure(found.reason, found.policy)
             grade = Grade(0.0, detail=found.reason)
@@ -108,6 +111,21 @@ async def graded(played: Played, graders: Graders) -> Episode:
         environment_tokens=played.environment_tokens,
         failure=failure,
     )
+
+
+async def _seats_graded(played: Played, grade: Grade, graders: Graders) -> dict[str, float]:
+    """What each seat's last message is worth as an answer; 0 where it cannot be graded."""
+    talk = played.conversation
+    last = {turn.seat: turn.text for turn in talk.turns}
+    # The answer is mostly some seat's last message, and seats say the same.
+    scores = {played.answer: grade.score}
+    for text in last.values():
+        if text not in scores:
+            try:
+                scores[text] = (await graders.grade(talk.problem, text, talk.seats)).score
+            except EpisodeFailure:
+                scores[text] = 0.0
+    return {seat: scores[text] for seat, text in last.items()}
 
 
 @dataclass(slots=True)

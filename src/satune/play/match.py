@@ -27,7 +27,9 @@ class Match:
 
     ``progress`` is told after each episode how many of how many are done, and of what. ``failures``
     is the share of conversations of one rollout that may fail; beyond it the rollout stops.
-    ``grading_seconds`` is the longest that a message may take to be graded. ``concurrency`` bounds
+    ``grading_seconds`` is the longest that a message may take to be graded. With ``grade_seats``
+    each seat's last message is graded as if it were the answer, and the seat credited with that,
+    where the task credits no seats itself and is no environment. ``concurrency`` bounds
     how many conversations are open at a time (None: all of a rollout). ``keep_ids`` False leaves
     ids and log-probabilities out of the turns: only training reads them, and they take many times
     what the text does. ``on_turn`` is given each turn once the other seats see it; where the world
@@ -43,6 +45,7 @@ class Match:
     progress: Progress = no_progress
     failures: float = FAILURES
     grading_seconds: float = GRADING_SECONDS
+    grade_seats: bool = False
     concurrency: int | None = None
     keep_ids: bool = True
     on_turn: Callable[[Turn], None] = lambda turn: None

@@ -132,7 +132,7 @@ async def play_jobs(
             async with gate:
                 begin(number)
                 played = await one(number)
-        episode = await graded(played, graders)
+        episode = await graded(played, jobs[number].match, graders)
         tally.add(episode)
         if keep is not None:
             keep(episode)

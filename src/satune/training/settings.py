@@ -31,7 +31,8 @@ class RolloutSettings:
     """What is sampled a rollout: ``problems`` × ``samples`` episodes. ``top_p`` and ``top_k`` must
     stay off. With ``dynamic_sampling`` problems whose rewards are all equal are left out, and
     others drawn in their place (DAPO). Beyond the share ``failures`` of failed conversations the
-    run stops; a message may take ``grading_seconds`` to be graded."""
+    run stops; a message may take ``grading_seconds`` to be graded. With ``grade_seats`` each seat's
+    last message is graded like an answer, for ``credit: seats``."""
 
     problems: Count = 96
     samples: Count = 4
@@ -41,6 +42,7 @@ class RolloutSettings:
     dynamic_sampling: bool = False
     failures: Share = FAILURES
     grading_seconds: Positive = GRADING_SECONDS
+    grade_seats: bool = False
 
 
 @dataclass(frozen=True)
