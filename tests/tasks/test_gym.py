@@ -6,8 +6,13 @@ import inspect
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +154,42 @@ def test_every_data_set_that_evaluates_answers_is_known() -> None:
             found.add(name)
     assert found - own == EVALUATED | PARSED | {"polynomial_multiplication"}
     assert "polynomial_multiplication" in REFUSED
+
+
+def test_data_sets_that_draw_without_their_seed_are_refused() -> None:
+    """By their source: the random module's own functions are nobody's seed. Numpy's are seeded for
+    each problem where they are used."""
+    import reasoning_gym
+
+    root = Path(reasoning_gym.__file__).parent
+    drawing = re.compile(r"(?<![\w.])random\.(?!Random\b)\w+\(")
+    found = {p.relative_to(root).parts for p in root.rglob("*.py") if drawing.search(p.read_text())}
+    assert found == {("induction", "list_functions", "generators.py")}
+    for name in ("list_functions", "codeio"):
+        with pytest.raises(UserError, match=rf"dataset '{name}': .* without a seed"):
+            ReasoningGym(name)
+
+
+def test_one_thread_at_a_time_generates_and_what_is_printed_goes_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, inside, most = ReasoningGym("chain_sum"), [0], [0]
+    at = type(task._chunk("train", 0)).__getitem__
+
+    def watched(self: Any, index: int) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.002)
+        print("generating")
+        inside[0] -= 1
+        return at(self, index)
+
+    monkeypatch.setattr(type(task._chunk("train", 0)), "__getitem__", watched)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda index: task.problem_at("train", index), range(40)))
+    print("afterwards")
+    said = capsys.readouterr()
+    assert most == [1] and said.out == "afterwards\n" and said.err.count("generating") == 40
 
 
 _PRINT = """

@@ -22,7 +22,7 @@ def digest(texts) -> str:
 
 
 def numbered(count: int) -> list[Problem]:
-    return [Problem.of(f"row-{i}", "?") for i in range(1, count + 1)]
+    return [Problem.of(f"row-{i}", f"{i}?") for i in range(1, count + 1)]
 
 
 def test_the_smallest_hashes_are_held_out():
@@ -45,6 +45,27 @@ def test_what_is_held_out_depends_on_ids_alone(count, fraction, shuffler: random
     shuffled = problems.copy()
     shuffler.shuffle(shuffled)
     assert {p.id for p in hold_out(shuffled, fraction)[1]} == {p.id for p in held}
+
+
+@given(st.integers(2, 12), st.integers(1, 5), st.floats(0.01, 0.99))
+def test_rows_that_are_alike_lie_on_one_side(count, copies, fraction):
+    problems = [
+        Problem.of(f"row-{i}", f"{i % count}?", str(i % count)) for i in range(count * copies)
+    ]
+    kept, held = hold_out(problems, fraction)
+    assert len(kept) + len(held) == len(problems)
+    assert kept and held and not {p.text for p in kept} & {p.text for p in held}
+    assert len(held) <= max(round(fraction * len(problems)), copies)
+
+
+def test_the_same_question_with_another_answer_is_another_row():
+    problems = [Problem.of(f"row-{i}", "Guess it.", str(i)) for i in range(10)]
+    assert len(hold_out(problems, 0.3)[1]) == 3
+
+
+def test_all_rows_alike_are_not_torn_apart():
+    alike = [Problem.of(f"row-{i}", "?", "1") for i in range(4)]
+    assert hold_out(alike, 0.5) == (alike, []) and hold_out(alike, 1.0) == ([], alike)
 
 
 # Task, rows, options: how many are held out of how many, and the digest of their ids in order.

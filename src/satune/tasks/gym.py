@@ -16,6 +16,7 @@ import itertools
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ CALL_SECONDS = 10.0
 _MEMORY = 4 << 30
 # A data set is built for so many problems at a time: some generate all of theirs at once.
 _CHUNK = 64
+# Some data sets draw from generators that the whole process shares, and what they print is sent
+# elsewhere for the whole process: one thread at a time.
+_GENERATING = threading.Lock()
 # Where the seeds of a split's problems begin: below 2 ** 31, which every data set takes.
 _SPLITS = {"train": 0, "eval": 1 << 29, "certify": 1 << 30}
 _LONGEST = 20_000
@@ -39,12 +43,14 @@ _LONGEST = 20_000
 _OURS = {"seed", "size"}
 
 REFUSED = {
+    "codeio": "its answers are what programs give that draw without a seed",
     "composite": "it is made of others; name one of them",
     "game_of_life_halting": "its scorer takes any text for one of its two answers",
     **dict.fromkeys(
         ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note"),
         "its problems differ from process to process, so that no run could be repeated",
     ),
+    "list_functions": "some of its problems are drawn without a seed",
     "word_ladder": "its reference answers differ from process to process",
 }
 """Data sets that cannot be trained on, with the reason (seen with reasoning-gym 0.1.25)."""
@@ -88,11 +94,11 @@ class ReasoningGym:
     """The problems of ``dataset``, one of reasoning-gym's, made with its own ``options``.
 
     Splits are held out by seed: each has seeds of its own, so that no problem is drawn twice; where
-    a data set knows few questions, the same text may come up on both sides
-    (``evaluate.drop_overlap`` drops it). ``instruction`` is put behind every question (None:
-    ``INSTRUCTION``; "": nothing). The answer is read between tags (``answer="tag"``) or is the
-    whole message ("message"), thoughts aside. The score is the scorer's own, some of which give a
-    part for what is nearly right, and .01 to .05 for any text at all.
+    a data set knows few questions, the same text may come up on both sides. ``instruction`` is put
+    behind every question (None: ``INSTRUCTION``; "": nothing). The answer is read between tags
+    (``answer="tag"``) or is the whole message ("message"), thoughts aside. The score is the
+    scorer's own, some of which give a part for what is nearly right, and .01 to .05 for any text at
+    all.
 
     Raises UserError for an unknown data set or option, one that is ``REFUSED``, and where
     reasoning-gym is not installed.
@@ -126,7 +132,8 @@ class ReasoningGym:
             )
         _known(dataset)
         self._chunk = functools.lru_cache(maxsize=8)(self._chunk_anew)
-        self._chunk("train", 0)
+        with _GENERATING:
+            self._chunk("train", 0)
         build = functools.partial(_scorer, dataset, self.options)
         self._workers = Workers(build, processes(), CALL_SECONDS)
 
@@ -197,7 +204,7 @@ class ReasoningGym:
         if split not in _SPLITS:
             raise UserError(f"task {self.name}: no split {split!r}; there are {', '.join(_SPLITS)}")
         chunk, at = divmod(index, _CHUNK)
-        with contextlib.redirect_stdout(sys.stderr):
+        with _GENERATING, contextlib.redirect_stdout(sys.stderr):
             return self._chunk(split, chunk)[at]
 
     def _chunk_anew(self, split: str, chunk: int) -> Any:

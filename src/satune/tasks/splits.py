@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from satune.types import Key, Problem, UserError
@@ -16,7 +17,7 @@ TENTHS = {"train": range(8), "eval": range(8, 9), "certify": range(9, 10)}
 class RowTask:
     """What the tasks that read a file share: which of its rows are held out.
 
-    ``eval_fraction`` of the rows, chosen by the hash of their ids, form the splits "eval" and
+    ``eval_fraction`` of the rows, as ``hold_out`` chooses them, form the splits "eval" and
     "certify", the rest "train", everything "all".
     """
 
@@ -62,15 +63,26 @@ def places_of(rows: Sequence[tuple[str, Problem]]) -> dict[str, str]:
 
 def hold_out(problems: Sequence[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:
     """(kept, held out): ``fraction`` of the problems, rounded, chosen by the hash of their ids and
-    so the same whatever the seed and the order. Both keep the order of ``problems``.
+    so the same whatever the seed and the order. Both keep the order of ``problems``. Those with the
+    same prompt and answer lie on the same side, so that fewer may be held out.
 
-    A fraction strictly between 0 and 1 leaves at least one problem on either side if there are two.
+    A fraction strictly between 0 and 1 leaves at least one problem on either side if there are two
+    that differ.
     """
     digests = [hashlib.blake2b(problem.id.encode()).digest() for problem in problems]
+    alike: dict[str, list[int]] = defaultdict(list)
+    for place in sorted(range(len(problems)), key=digests.__getitem__):
+        alike[repr((problems[place].prompt, problems[place].answer))].append(place)
     count = round(fraction * len(problems))
-    if 0.0 < fraction < 1.0 and len(problems) > 1:
+    both = 0.0 < fraction < 1.0 and len(alike) > 1
+    if both:
         count = min(max(count, 1), len(problems) - 1)
-    held = set(sorted(range(len(problems)), key=digests.__getitem__)[:count])
+    held: set[int] = set()
+    for places in alike.values():
+        if len(held) + len(places) <= count:
+            held.update(places)
+    if both and not held:
+        held.update(min(alike.values(), key=len))
     kept = [problem for i, problem in enumerate(problems) if i not in held]
     return kept, [problems[i] for i in sorted(held)]
 
