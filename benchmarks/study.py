@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ ALONE = ("team.agents.second=null", "team.agents.third=null", "protocol=solo", "
 # As many messages a stage as three seats write in the recipe's 8 problems x 8 samples.
 AS_MANY_MESSAGES = ("rollout.problems=24",)
 FREE = ("trust_region.enabled=false", "trust_region.beta=0", "trust_region.adapt=false")
-FAR = ("optimizer.lr=2.4e-5",)
+FAR = ("optimizer.lr=5.6e-5",)
 """Four times the recipe's step."""
 
 
@@ -185,7 +186,7 @@ def models_adapters(arguments: argparse.Namespace) -> Iterator[Run]:
 def models_gate(arguments: argparse.Namespace) -> Iterator[Run]:
     """Certificates, and a gate that goes by them."""
     certified = "certify={problems: 128, samples: 2, theory: false, accept: certified}"
-    rows = {"ungated": (), "gated": ("stages=3", certified)}
+    rows = {"ungated": ("stages=3",), "gated": ("stages=3", certified)}
     return of_models(arguments, rows)
 
 
@@ -210,6 +211,26 @@ def perform(run: Run, out: Path, threads: int = 1) -> dict[str, Any]:
     found = json.loads(summary.read_text())
     print(f"{run.label}, seed {run.seed}: {change(found)}", file=sys.stderr)
     return found
+
+
+def perform_all(
+    runs: Sequence[Run], out: Path, jobs: int, threads: int = 1
+) -> list[dict[str, Any]]:
+    """The runs' summaries, ``jobs`` runs at a time. Stops with the line of one that fails: those
+    under way come to their end, and those that wait are not begun."""
+    failed = threading.Event()
+
+    def perform_unless_failed(run: Run) -> dict[str, Any]:
+        if failed.is_set():
+            return {}
+        try:
+            return perform(run, out, threads)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(perform_unless_failed, runs))
 
 
 def change(summary: dict[str, Any]) -> str:
@@ -323,8 +344,7 @@ def main() -> None:
         if run.seed in (arguments.seeds or [run.seed])
         and run.label in (arguments.rows or [run.label])
     ]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        summaries = list(pool.map(lambda run: perform(run, arguments.out, arguments.threads), runs))
+    summaries = perform_all(runs, arguments.out, arguments.jobs, arguments.threads)
     if arguments.study == "gate":
         print(gate_table(runs, arguments.out))
     else:

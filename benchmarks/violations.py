@@ -9,8 +9,9 @@ of token states with a KL above delta .05. Methods are compared at equal distanc
 each are read off, by a line in the logarithm of the distance, at the distances that SAT reached.
 A method that never came that near or went that far has no figure there.
 
-Runs that are finished under --out are read, not repeated. violations.json has every figure, and
-violations.txt the table that is printed; both say which runs are missing.
+Runs that are finished under --out with the same --stages and --problems are read, not repeated.
+violations.json has every figure, and violations.txt the table that is printed; both say which runs
+are missing.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from study import SEEDS, Run, perform
+from study import SEEDS, Run, perform_all
 
 METHODS = ("ppo", "grpo", "dapo", "m2po", "sat")
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3")
@@ -51,10 +51,13 @@ def runs_of(methods: Sequence[str], seeds: Sequence[int], stages: int, problems:
     return found
 
 
-def figures(run: Run, out: Path) -> dict[str, float]:
-    """Means over a run's updates that were measured."""
+def figures(run: Run, out: Path) -> dict[str, float] | None:
+    """Means over a run's updates that were measured, the reverted ones with what was measured last;
+    None where none was."""
     lines = (run.directory(out) / "events.jsonl").read_text().splitlines()
-    updates = [e for e in map(json.loads, lines) if e["event"] == "update" and e["accepted"]]
+    updates = [e for e in map(json.loads, lines) if e["event"] == "update" and "kl" in e]
+    if not updates:
+        return None
     kl = [update["kl"] for update in updates]
     summary = json.loads((run.directory(out) / "summary.json").read_text())
     return {
@@ -63,9 +66,24 @@ def figures(run: Run, out: Path) -> dict[str, float]:
         "violation_share": statistics.fmean(each["violation_share"] for each in kl),
         "problems_violated": statistics.fmean(each["violation_rate"] for each in kl),
         "quantile": statistics.fmean(each["quantile"] for each in kl),
-        "shrunk": sum(update["scale"] < 1 for update in updates),
+        "shrunk": sum(0 < update["scale"] < 1 for update in updates),
         "gain": summary["difference"][0],
     }
+
+
+def read(runs: Sequence[Run], out: Path) -> tuple[dict[str, list[dict[str, float]]], list[str]]:
+    """The figures of all finished runs by label, and the names of the runs that have none."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    missing = []
+    for run in runs:
+        name = f"{run.label} seed {run.seed}"
+        if not (run.directory(out) / "summary.json").is_file():
+            missing.append(name)
+        elif (found := figures(run, out)) is None:
+            missing.append(f"{name} (no update was measured)")
+        else:
+            rows.setdefault(run.label, []).append(found)
+    return rows, missing
 
 
 def at_distance(points: Sequence[tuple[float, float]], distance: float) -> float | None:
@@ -110,7 +128,7 @@ def table(rows: dict[str, list[dict[str, float]]], missing: Sequence[str]) -> tu
         shown = ", ".join(f"{m} {'-' if v is None else f'{v:.4%}'}" for m, v in found.items())
         lines.append(f"trajectory KL {distance:.5f}: sat {share:.4%}, {shown}")
     if missing:
-        lines += ["", f"not run ({len(missing)}): {', '.join(missing)}"]
+        lines += ["", f"without figures ({len(missing)}): {', '.join(missing)}"]
     return "\n".join(lines) + "\n", matched
 
 
@@ -125,16 +143,10 @@ def main() -> None:
     parser.add_argument("--only-read", action="store_true", help="run nothing, read what is there")
     arguments = parser.parse_args()
     runs = runs_of(arguments.methods, arguments.seeds, arguments.stages, arguments.problems)
+    where = arguments.out / f"stages-{arguments.stages}-problems-{arguments.problems}"
     if not arguments.only_read:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda run: perform(run, arguments.out), runs))
-    rows: dict[str, list[dict[str, float]]] = {}
-    missing = []
-    for run in runs:
-        if (run.directory(arguments.out) / "summary.json").is_file():
-            rows.setdefault(run.label, []).append(figures(run, arguments.out))
-        else:
-            missing.append(f"{run.label} seed {run.seed}")
+        perform_all(runs, where, arguments.jobs)
+    rows, missing = read(runs, where)
     text, matched = table(rows, missing)
     print(text, end="")
     settings = {"stages": arguments.stages, "problems": arguments.problems}

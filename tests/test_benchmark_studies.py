@@ -1,0 +1,102 @@
+"""Studies of many runs: which runs they are, when they stop, what is read of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("study")
+
+
+@pytest.fixture
+def violations(study: ModuleType) -> ModuleType:
+    return importlib.import_module("violations")
+
+
+def test_both_sides_of_the_gate_have_as_many_stages(study: ModuleType) -> None:
+    runs = list(study.models_gate(Namespace(models=Path("models"))))
+    stages = {run.label: [o for o in run.overrides if o.startswith("stages=")][-1] for run in runs}
+    assert stages == {"ungated": "stages=3", "gated": "stages=3"}
+
+
+def test_after_a_run_that_fails_no_other_is_begun(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended, both = [], [], threading.Barrier(2)
+
+    def perform(run: Any, out: Path, threads: int) -> dict[str, Any]:
+        begun.append(run.seed)
+        if run.seed < 2:
+            both.wait()
+        if run.seed == 1:
+            raise SystemExit("satune train: no such recipe")
+        time.sleep(0.2 if run.seed == 0 else 0)
+        ended.append(run.seed)
+        return {"seed": run.seed}
+
+    monkeypatch.setattr(study, "perform", perform)
+    runs = [study.Run("a", seed, "", ()) for seed in range(9)]
+    with pytest.raises(SystemExit, match="no such recipe"):
+        study.perform_all(runs, tmp_path, jobs=2)
+    assert sorted(begun) == [0, 1] and ended == [0]
+    assert study.perform_all(runs[2:], tmp_path, jobs=2) == [{"seed": s} for s in range(2, 9)]
+
+
+def write_run(run: Any, out: Path, updates: list[dict[str, Any]]) -> None:
+    run.directory(out).mkdir(parents=True)
+    lines = [json.dumps({"event": "update", **update}) + "\n" for update in updates]
+    (run.directory(out) / "events.jsonl").write_text("".join(lines))
+    (run.directory(out) / "summary.json").write_text(json.dumps({"difference": [0.5, 0.4, 0.6]}))
+
+
+def update(scale: float, trajectory: float) -> dict[str, Any]:
+    kl = {
+        "trajectory": {"forward": trajectory}, "violation_share": 0.1, "violation_rate": 0.2,
+        "quantile": 0.3,
+    }  # fmt: skip
+    return {"accepted": scale > 0, "scale": scale, "kl": kl}
+
+
+def test_every_update_that_was_measured_counts(violations: ModuleType, tmp_path: Path) -> None:
+    runs = violations.runs_of(("sat", "grpo"), (0,), 1, 8)[:3]
+    untried = {"accepted": False, "scale": 0.0, "reason": "no group's rewards differ"}
+    write_run(runs[0], tmp_path, [update(1, 2.0), update(0.5, 4.0), update(0, 9.0), untried])
+    write_run(runs[1], tmp_path, [untried])
+    rows, missing = violations.read(runs, tmp_path)
+    ((found,),) = rows.values()
+    assert found["updates"] == 3 and found["trajectory_kl"] == 5.0 and found["shrunk"] == 1
+    first, second = (f"{run.label} seed 0" for run in runs[1:])
+    assert missing == [f"{first} (no update was measured)", second]
+
+
+def test_runs_of_other_lengths_are_not_taken_for_these(
+    violations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = []
+
+    def perform_all(runs: list[Any], out: Path, jobs: int) -> None:
+        places.append(out)
+        for run in runs:
+            write_run(run, out, [update(1, 2.0)])
+
+    monkeypatch.setattr(violations, "perform_all", perform_all)
+    for stages in ("1", "2"):
+        given = ["violations", "--out", str(tmp_path), "--methods", "sat", "--seeds", "0"]
+        monkeypatch.setattr("sys.argv", [*given, "--stages", stages, "--problems", "8"])
+        violations.main()
+        assert json.loads((tmp_path / "violations.json").read_text())["stages"] == int(stages)
+    assert len(set(places)) == 2
