@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from torch import Tensor
 from satune.agents.anchor import Anchor
 from satune.agents.critic import LocalCritic
 from satune.agents.learner import LocalLearner
+from satune.agents.moments import Moments
 from satune.agents.packing import PackedTurns, pack
+from satune.agents.policy import Policy
 from satune.agents.ports import NonFinite, ValueTargets
 from satune.agents.specs import CriticSettings, OptimizerSettings
 from satune.core.values import value_loss
 from satune.types import Key
-from tiny_models import tiny_policy, turn
+from tiny_models import Letters, tiny_lm, tiny_policy, turn
 
 KEY = Key(0, "train", 1, 1)
 OPTIMIZER = OptimizerSettings(micro_batch_tokens=40)
@@ -130,6 +133,27 @@ def test_a_step_follows_the_gradient_of_the_loss(kind: str) -> None:
         assert bool(large.any())
         expected = -1e-3 * gradients[1].sign()
         torch.testing.assert_close(moved[large], expected[large], rtol=1e-2, atol=0)
+
+
+def test_gradients_of_a_model_in_float16_do_not_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a loss whose derivatives by the states lie below float16's least number, 6e-8."""
+    anchor, found = made("model")[2], []
+
+    def kept(moments: Moments, rate: float) -> None:
+        layers = [p.grad for n, p in critic._parameters.items() if n.startswith("model.")]
+        found.append(torch.cat([g.flatten() for g in layers if g is not None]))
+
+    monkeypatch.setattr(Moments, "step", kept)
+    for autocast in (None, torch.float16):
+        model = tiny_lm("gpt_neox", seed=1, dtype=torch.float32)
+        policy = Policy("a", model, Letters(), 0.8, autocast=autocast)
+        critic = LocalCritic(policy, CriticSettings("model", epochs=1, mini_batches=1), OPTIMIZER)
+        torch.nn.init.constant_(critic._head.weight, 0.5)
+        told = lesson(critic, anchor)
+        critic.fit(anchor, replace(told, weights_N=1e-6 * told.weights_N), KEY)
+    exact, half = found
+    assert float(exact.norm()) > 0
+    assert float((half - exact).norm() / exact.norm()) < 0.05
 
 
 def test_targets_of_other_tokens_have_no_part() -> None:

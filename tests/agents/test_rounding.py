@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from satune.agents import rounding
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.policy import Policy
@@ -47,15 +49,18 @@ def moved(learner: LocalLearner, size: float) -> dict[str, Tensor]:
 
 
 def model_with(learner: LocalLearner, weights: dict[str, Tensor], *, rounded: bool) -> Policy:
-    """The same model in float32 with these weights, those of linear layers rounded by hand."""
+    """The same model in float32 with these weights, those of linear layers rounded by hand, their
+    biases and GPT-2's own kind of them included."""
     lm = copy.deepcopy(learner.policy.model)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
             parameter.copy_(weights[name])
         for module in lm.modules():
-            if rounded and isinstance(module, nn.Linear):
+            if rounded and type(module).__name__ in ("Linear", "Conv1D"):
                 # As a new parameter, so that an embedding tied to it stays as it is.
                 module.weight = nn.Parameter(module.weight.to(BF16).float())
+                if module.bias is not None:
+                    module.bias = nn.Parameter(module.bias.to(BF16).float())
     return Policy("a", lm, Letters(), 0.8)
 
 
@@ -145,13 +150,29 @@ def test_the_gauge_leaves_everything_as_it_was(autocast: torch.dtype | None) -> 
     assert learner.policy.autocast == autocast
 
 
-def test_anchor_and_proposal_are_measured_in_one_cut() -> None:
+def test_the_gauge_holds_two_copies_of_the_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, twins, alive = rounding._twin, [], []
+
+    def counted(*given: Any) -> Policy:
+        twin = made(*given)
+        twins.append(weakref.ref(twin.model))
+        alive.append(sum(each() is not None for each in twins))
+        return twin
+
+    monkeypatch.setattr(rounding, "_twin", counted)
+    learner = learner_of(BF16)
+    learner.gauge(PACKED, moved(learner, 0.01))
+    assert alive == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("first", [[1], [0, 1]], ids=["a part", "all"])
+def test_anchor_and_proposal_are_measured_in_one_cut(first: list[int]) -> None:
     """Where nothing moved the KL is 0 to the bit, whatever cut the first mini-batch had."""
 
-    learner = learner_of(BF16)
+    learner = LocalLearner(learner_of(BF16).policy, OptimizerSettings(micro_batch_tokens=30))
     anchor = learner.anchor(PACKED)
     ones_E = torch.ones(2, dtype=torch.float64)
-    learner.accumulate(anchor, [1], ones_E, ones_E, ObjectiveSettings())
+    learner.accumulate(anchor, first, ones_E, ones_E, ObjectiveSettings())
     learner.complete(anchor)
     measured = learner.measure(anchor)
     assert float(measured.kl_T.abs().max()) == 0.0

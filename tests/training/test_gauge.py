@@ -12,7 +12,7 @@ import tiny_world
 from satune.agents.packing import pack
 from satune.agents.rounding import Gauged
 from satune.core.settings import ObjectiveSettings
-from satune.core.trust_region import TrustRegionSettings
+from satune.core.trust_region import TrustRegionSettings, Unit
 from satune.training.gauge import figures_of, findings
 from satune.training.self_check import Tolerance
 from satune.training.settings import GaugeSettings
@@ -58,6 +58,27 @@ def test_the_figures_by_hand() -> None:
     one_each = figures_of(gauged, packed, ObjectiveSettings("sat"), region, "token")
     assert one_each["clipped"] == pytest.approx(1 / 4)
     assert figures_of(gauged, packed, ObjectiveSettings("reinforce"), region)["clipped"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("unit", "floor", "masters"),
+    [("token", 0.2, 0.1), ("turn", 0.3, 0.2), ("trajectory", 0.4, 0.3)],
+)
+def test_kl_is_summed_over_the_trust_regions_unit(unit: Unit, floor: float, masters: float) -> None:
+    # Turns of 2, 1 and 1 tokens, the first two of one episode; above level .75 lies the largest.
+    packed = pack([[turn([1], [2, 3]), turn([9], [4])], [turn([1], [5])]])
+    nothing_T = torch.zeros(4)
+    gauged = Gauged(
+        cut_T=nothing_T,
+        floor_T=torch.tensor([0.0, 0.3, 0.1, 0.2]),
+        kl_T=nothing_T,
+        rounded_kl_T=nothing_T,
+        masters_kl_T=torch.full((4,), 0.1),
+        error_T=nothing_T,
+    )
+    region = TrustRegionSettings(quantile=0.75, unit=unit)
+    figures = figures_of(gauged, packed, ObjectiveSettings("sat"), region)
+    assert (figures["floor"], figures["kl_masters"]) == pytest.approx((floor, masters))
 
 
 FINE = {"token": 1e-6, "episode": 1e-5, "clipped": 0.0, "floor": 1e-9, "kl": 0.02}

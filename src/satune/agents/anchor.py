@@ -103,7 +103,8 @@ class Anchor:
 
     Filled where asked for (``known_T``): the first mini-batch of a step is scored at the anchor
     anyway, so its states are kept from there instead of computed twice. ``reference`` has the
-    states under the weights the run began with, where a reference KL needs them.
+    states under the weights the run began with, where a reference KL needs them. ``completed`` says
+    that it was scored in the cut in which a proposal is measured, where that can differ.
     """
 
     packed: PackedTurns
@@ -111,10 +112,7 @@ class Anchor:
     logprobs_T: Tensor
     known_T: Tensor
     reference: States | None = None
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        return self.states.weights
+    completed: bool = False
 
     def keep(self, scorer: Scorer, tokens_T: Tensor, hidden_TH: Tensor, logprobs_T: Tensor) -> None:
         """Take what was scored at the anchor."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from satune.agents.anchor import Anchor
+from satune.agents.gradient import loss_scale
 from satune.agents.moments import Moments
 from satune.agents.packing import MicroBatch, mini_batches, padded_budget
 from satune.agents.policy import Policy
@@ -100,6 +101,7 @@ class LocalCritic:
     ) -> float:
         """One optimiser step on the ``count`` states of some episodes; returns its loss."""
         policy, total = self._scorer.policy, 0.0
+        scale = loss_scale(policy) if self._own else 1.0
         with policy.checkpointing(self._own and self._optimizer.gradient_checkpointing):
             for batch in self._scorer.batches(anchor.packed, episodes):
                 place_N = place_T[batch.tokens_T]
@@ -114,8 +116,10 @@ class LocalCritic:
                 clip = self.settings.clip
                 loss = value_loss(values_N, before_N, targets_N, weights_N, clip) / count
                 total += float(loss.detach())
-                loss.backward()
+                (scale * loss).backward()
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        for gradient in gradients if scale != 1.0 else ():
+            gradient.div_(scale)
         norm = float(torch.nn.utils.get_total_norm(gradients))
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite:

@@ -21,13 +21,23 @@ from torch import Tensor
 
 from satune.agents.anchor import Anchor
 from satune.agents.packing import MicroBatch
+from satune.agents.policy import Policy
 from satune.agents.ports import NonFinite
 from satune.agents.scoring import Scorer
 from satune.core.objectives import ObjectiveBatch, objective_loss
 from satune.core.settings import ObjectiveSettings, Per
 
+HALF_SCALE = 2.0**12
+"""What losses are multiplied with in float16, whose least number is 6e-8: gradients of a token are
+about as small. The gradient is divided by it before anything is done with it."""
+
 Values = dict[str, Tensor]
 """One number a token of each kind, by the name of TokenScores' and ObjectiveBatch's field."""
+
+
+def loss_scale(policy: Policy) -> float:
+    """What losses of this policy are multiplied with before they are propagated back."""
+    return HALF_SCALE if policy.autocast == torch.float16 else 1.0
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from satune.agents.anchor import Anchor, Measurement, Snapshot, States
 from satune.agents.critic import LocalCritic
 from satune.agents.distillation import add_gradient, measure_distances
-from satune.agents.gradient import MiniBatch, back_propagate
+from satune.agents.gradient import MiniBatch, back_propagate, loss_scale
 from satune.agents.memory import allowed_bytes
 from satune.agents.mixture import Distances, MixturePolicy
 from satune.agents.moments import Moments
@@ -24,10 +24,6 @@ from satune.agents.rounding import Gauged, gauge
 from satune.agents.scoring import Scorer
 from satune.agents.specs import OptimizerSettings
 from satune.core.settings import ObjectiveSettings, Per
-
-HALF_SCALE = 2.0**12
-"""What losses are multiplied with in float16, whose least number is 6e-8: gradients of a token are
-about as small. The gradient is divided by it before anything is done with it."""
 
 
 @dataclass(slots=True)
@@ -65,7 +61,7 @@ class LocalLearner:
     @property
     def _scale(self) -> float:
         """How many times as large as the gradient is what the parameters hold of it."""
-        return HALF_SCALE if self.policy.autocast == torch.float16 else 1.0
+        return loss_scale(self.policy)
 
     @property
     def _loss_scale(self) -> float:
@@ -126,11 +122,11 @@ class LocalLearner:
     def complete(self, anchor: Anchor) -> None:
         """Score the anchor where no mini-batch has; only right while at the anchor.
 
-        In a type of less than float32 all is scored again, in the cut in which a proposal will be
-        measured: what rounding makes of a cut then stands on both sides of the KL."""
+        In a type of less than float32 all is scored again, once, in the cut in which a proposal
+        will be measured: what rounding makes of a cut then stands on both sides of the KL."""
         scorer, packed = self._scorer, anchor.packed
         missing_E = torch.unique(packed.episode_T[~anchor.known_T])
-        if not len(missing_E):
+        if not len(missing_E) and (self.policy.autocast is None or anchor.completed):
             return
         missing = missing_E.tolist()
         if self.policy.autocast is not None:
@@ -147,6 +143,7 @@ class LocalLearner:
         if missing is not None:
             scored_T = torch.isin(packed.episode_T, missing_E)
         anchor.note(scored_T.nonzero().squeeze(-1), logprobs_T[scored_T])
+        anchor.completed = True
 
     @torch.no_grad()
     def measure(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from satune.agents.packing import PackedTurns
 from satune.agents.policy import Policy
@@ -56,6 +57,7 @@ def gauge(policy: Policy, packed: PackedTurns, anchor: Mapping[str, Tensor], bud
         twins = [_twin(policy, weights, dtype) for weights in (present, anchor)]
         views = [_view(twin, packed, budget, twin.export()) for twin in twins]
         found.append(_compared(policy, packed, *views))
+        del twins, views  # each pair is a second and third copy of the model
     (exact_T, rounded_T), (_, masters_T) = found
     return Gauged(
         cut_T=alone_T[0] - logprobs_T[0],
@@ -105,7 +107,8 @@ def _twin(policy: Policy, weights: Mapping[str, Tensor], dtype: torch.dtype | No
     twin.model.to(next(iter(weights.values())).dtype)
     if dtype is not None:
         for module in twin.model.modules():
-            if isinstance(module, nn.Linear):
-                # A new parameter: a tied embedding is looked up, which autocast leaves alone.
-                module.weight = nn.Parameter(module.weight.to(dtype).to(module.weight.dtype))
+            if isinstance(module, (nn.Linear, Conv1D)):
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    # A new parameter: a tied embedding is looked up, which autocast leaves alone.
+                    setattr(module, name, nn.Parameter(weight.to(dtype).to(weight.dtype)))
     return twin

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from scipy.special import betaincinv
@@ -83,7 +83,7 @@ def divergence_statistics(
     _, problem_E = torch.unique(problem_E.cpu(), return_inverse=True)
     problems = int(problem_E.max()) + 1 if problem_E.numel() else 0
     episodes = weights_E.numel()
-    unit_T, episode_U = _units(unit, episode_T, turn_T, episodes)
+    unit_T, episode_U = units_of(unit, episode_T, turn_T, episodes)
 
     def unit_sums(values_T: Tensor) -> Tensor:
         return values_T if unit == "token" else sum_by(values_T, unit_T, episode_U.numel())
@@ -177,15 +177,10 @@ def level_shifted_quantile(
     return float(values.sort().values[rank - 1]), problems
 
 
-def clopper_pearson(
-    k: int,
-    n: int,
-    confidence: float = 0.95,
-    side: Literal["upper", "lower"] = "upper",
-) -> float:
-    """One-sided exact bound on a probability of which ``k`` of ``n`` independent trials came true.
+def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided exact upper bound on a probability of which ``k`` of ``n`` independent trials came
+    true; 1 if k = n.
 
-    Upper: 1 if k = n or n = 0. Lower: 0 if k = 0 or n = 0.
     Raises: ValueError unless 0 <= k <= n and 0 < confidence < 1.
     """
     if not 0 <= k <= n:
@@ -193,14 +188,10 @@ def clopper_pearson(
     if not 0 < confidence < 1:
         raise ValueError(f"clopper_pearson: confidence {confidence}; give a value in (0, 1)")
     # betaincinv is scipy.stats.beta.ppf without the second that importing scipy.stats takes.
-    if side == "upper":
-        return 1.0 if k == n else float(betaincinv(k + 1, n - k, confidence))
-    if side == "lower":
-        return 0.0 if k == 0 else float(betaincinv(k, n - k + 1, 1 - confidence))
-    raise ValueError(f"clopper_pearson: side {side!r}; choose upper or lower")
+    return 1.0 if k == n else float(betaincinv(k + 1, n - k, confidence))
 
 
-def _units(unit: Unit, episode_T: Tensor, turn_T: Tensor, episodes: int) -> tuple[Tensor, Tensor]:
+def units_of(unit: Unit, episode_T: Tensor, turn_T: Tensor, episodes: int) -> tuple[Tensor, Tensor]:
     """To which unit each token belongs [T], and to which episode each unit belongs [U].
 
     An episode without own tokens is a trajectory whose sum is 0; it holds no turn and no state.

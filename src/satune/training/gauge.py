@@ -9,7 +9,7 @@ from torch import Tensor
 
 from satune.agents.packing import PackedTurns
 from satune.agents.rounding import Gauged
-from satune.core.divergence import weighted_quantile
+from satune.core.divergence import units_of, weighted_quantile
 from satune.core.objectives import ObjectiveBatch, objective_loss
 from satune.core.ratios import sum_by
 from satune.core.settings import ObjectiveSettings, Per
@@ -40,14 +40,17 @@ def figures_of(
     ``token`` and ``episode``: the standard deviation that rounding gives log(new/old) of a token
     and of an episode's sum (between two cuts of a batch where the masters' own type is computed
     in); ``clipped``: the share of the objective's ratios that it alone moves out of the clip;
-    ``floor``: the trust region's quantile of the KL where nothing moved; ``kl``, ``kl_rounded`` and
-    ``kl_masters``: that of the step, as computed, of the rounded weights and of the masters.
+    ``floor``: the trust region's quantile, over its unit, of the KL where nothing moved; ``kl``,
+    ``kl_rounded`` and ``kl_masters``: that of the step, as computed, of the rounded weights and of
+    the masters.
     """
     error_T = gauged.cut_T if gauged.error_T is None else gauged.error_T
     error_E = sum_by(error_T, packed.episode_T, packed.episodes)
+    unit_T, episode_U = units_of(region.unit, packed.episode_T, packed.turn_T, packed.episodes)
 
     def quantile(kl_T: Tensor) -> float:
-        return weighted_quantile(kl_T, torch.ones_like(kl_T), region.quantile)
+        kl_U = sum_by(kl_T, unit_T, len(episode_U))
+        return weighted_quantile(kl_U, torch.ones_like(kl_U), region.quantile)
 
     figures = {
         "token": _size(error_T),
