@@ -292,6 +292,10 @@ def test_describe_tells_sizes_without_loading(
     gated = "certify={problems: 5, samples: 3, accept: certified, backtracks: 1}"
     code, stdout, _ = satune("describe", recipe, gated, "--json")
     assert json.loads(stdout)["stage"]["certify_episodes"] == [60, 120]
+    # One after three of the run's four steps and one at its end, both in the second stage.
+    rare = gated.replace("samples: 3", "samples: 3, every: 3")
+    code, stdout, _ = satune("describe", recipe, rare, "stages=2", "--json")
+    assert json.loads(stdout)["stage"]["certify_episodes"] == [0, 120]
 
 
 def test_describe_refuses_what_cannot_run(satune: Run, recipe: Path, tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_a_tiny_model_is_laid_out_like_a_saved_one(recipe: Path) -> None:
         )
 
 
+def test_a_team_with_critics_has_no_figure(recipe: Path) -> None:
+    assert stage_bytes(load_recipe(recipe, ["credit=gae", "critic.kind=head"])) is None
+
+
+def test_as_many_conversations_are_decoded_as_the_engine_takes(recipe: Path) -> None:
+    whole, few = (stage_bytes(load_recipe(recipe, [f"engine.max_rows={n}"])) for n in (256, 4))
+    assert whole and few
+    assert few["rollout"] < whole["rollout"] and few["update"] == whole["update"]
+
+
 def test_moments_on_disk_and_frozen_agents_take_nothing(recipe: Path) -> None:
     whole, disk, frozen = (
         stage_bytes(load_recipe(recipe, overrides))

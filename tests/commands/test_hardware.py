@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from satune.agents.architectures import active_parameters
 from satune.cli.describe import plan_lines
 from satune.commands import hardware
-from satune.commands.describe import describe_recipe
+from satune.commands.describe import describe_recipe, laid_out
 from satune.commands.hardware import Assumed, Device, plan
 from satune.config.load import load_recipe
 from satune.types import UserError
+from tiny_models import tiny_lm
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # Qwen3-0.6B: 28 layers of 1,024, 16 heads of 128, 8 of them with keys and values, tied embeddings.
@@ -70,6 +73,54 @@ def test_two_devices_share_rows_and_operations(recipe: Path) -> None:
     assert two["memory"]["held"] == one["memory"]["held"] / 2
     # Reading the weights is not shared: half of the rows take more than half of the time.
     assert two["seconds"]["rollout"][0] > 0.5 * one["seconds"]["rollout"][0]
+
+
+def test_rows_are_fitted_beside_all_weights(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bigger = ["rollout.problems=4000"]
+    parameters = describe_recipe(load_recipe(recipe))["agents"]["a"]["parameters"]
+    monkeypatch.setitem(hardware.DEVICES, "box", Device(20e9, 1e12, 1e14, 1e13))
+    message = 2 * (2 * 28 * 8 * 128) * (512 + 100)
+    for agents, devices, held in (
+        # float32 masters and the 16 bits that are computed in.
+        (1, 1, 4 + 2),
+        # Those of both agents, a half on each device, and one agent's whole.
+        (2, 2, 4 + 2),
+    ):
+        team = {n: {"model": MODEL} for n in ("a", "b")[:agents]}
+        loaded = load_recipe(recipe, [f"team.agents={json.dumps(team)}", *bigger])
+        fits = int((0.9 * 20e9 - held * parameters) / message)
+        assert plan(loaded, "box", devices)["rows"]["a"] == fits < 8000 / devices
+    # Adapters' base lies there in 16 bits, and is computed with as it is.
+    loaded = load_recipe(recipe, ["team.sharing=lora", *bigger])
+    agent = describe_recipe(loaded)["agents"]["a"]
+    fits = int((0.9 * 20e9 - agent["memory"]["weights"]) / message)
+    assert plan(loaded, "box", 1)["rows"]["a"] == fits
+
+
+def test_a_token_goes_through_some_of_the_experts() -> None:
+    model = laid_out("Qwen/Qwen3-30B-A3B")
+    experts = 48 * 128 * 3 * 2048 * 768
+    whole = sum(p.numel() for p in model.parameters())
+    # 8 of 128; the 3.3 billion that the model's name and card tell.
+    assert active_parameters(model) == whole - experts * 120 // 128
+    assert 3.2e9 < active_parameters(model) < 3.4e9
+    small = laid_out(MODEL)
+    assert active_parameters(small) == sum(p.numel() for p in small.parameters())
+
+
+def test_what_a_plan_needs_and_does_not_find(recipe: Path, tmp_path: Path) -> None:
+    tiny_lm("gpt2").save_pretrained(tmp_path / "gpt2")
+    for overrides, said in (
+        ([f"team.agents.a.model={tmp_path / 'gpt2'}", "rollout.max_new_tokens=8"],
+         r"agent a: what .*/gpt2 keeps of a token is not known .*no num_key_value_heads"),
+        (["credit=gae", "critic={kind: model, model: some/other}"],
+         "critic: the sizes of some/other are not known here"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said) as caught:
+            plan(load_recipe(recipe, overrides), "h200", 1)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_fewest_devices_that_hold_it() -> None:

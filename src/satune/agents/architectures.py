@@ -117,6 +117,20 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
+def active_parameters(model: Any) -> int:
+    """How many of a model's parameters a token goes through: of a mixture's experts those that it
+    is given to."""
+    text = model.config.get_text_config()
+    whole = {id(p): p.numel() for p in model.parameters()}
+    experts = {id(p): p.numel() for n, p in model.named_parameters() if ".experts." in n}
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    count = next((found for name in names if (found := getattr(text, name, None))), None)
+    if not experts or not count:
+        return sum(whole.values())
+    asked = text.num_experts_per_tok
+    return sum(whole.values()) - sum(experts.values()) * (count - asked) // count
+
+
 def cached_numbers(config: PretrainedConfig) -> int | None:
     """How many numbers the key-value cache holds a token: a key and a value a layer and head.
 

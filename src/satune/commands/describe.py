@@ -126,10 +126,23 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 def _certify_episodes(recipe: Recipe, steps: int) -> list[int]:
     """The fewest and most episodes that a stage's certificates draw."""
     certify = recipe.certify
-    windows = 1 if schedule_of(recipe).together else -(-steps // certify.every)
+    windows = [1] if schedule_of(recipe).together else _windows(steps, certify.every, recipe.stages)
     sides = 1 if certify.evidence == "pessimistic" else 2
-    one = certify.problems * certify.samples * sides * windows
-    return [one, one * (1 + certify.backtracks * (certify.accept == "certified"))]
+    one = certify.problems * certify.samples * sides
+    tests = 1 + certify.backtracks * (certify.accept == "certified")
+    return [one * min(windows), one * max(windows) * tests]
+
+
+def _windows(steps: int, every: int, stages: int) -> list[int]:
+    """How many certificates fall into each stage of so many steps: one after ``every`` steps, which
+    may be of two stages, and one at the end of the run."""
+    found, open_steps = [], 0
+    for _ in range(stages):
+        count, open_steps = divmod(open_steps + steps, every)
+        found.append(count)
+    if open_steps:
+        found[-1] += 1
+    return found or [0]
 
 
 def _overlap(recipe: Recipe) -> dict[str, str]:
@@ -145,7 +158,7 @@ def _sizes(
     source: str, lora: LoraSpec | None, recipe: Recipe
 ) -> tuple[int, int, int | None] | None:
     """(parameters, adapter parameters, cached numbers a token) of a model, without its weights."""
-    model = _laid_out(source)
+    model = laid_out(source)
     if model is None:
         return None
     if is_tiny(source) or Path(source).exists():  # of the published ones sizes alone are listed
@@ -164,7 +177,7 @@ def _sizes(
     return parameters, adapter, cached_numbers(model.config)
 
 
-def _laid_out(name: str) -> Any:
+def laid_out(name: str) -> Any:
     """A model without its weights; None where its sizes cannot be told."""
     if is_tiny(name):
         return tiny_model(name, 0)
@@ -175,7 +188,7 @@ def _laid_out(name: str) -> Any:
 def _critic(critic: CriticSettings, agents: str, number: int) -> dict[str, Any]:
     """Parameters and memory of the critic of an agent with the model ``agents``, ``number`` bytes a
     parameter; nothing of a model whose sizes cannot be told."""
-    model = _laid_out(critic.model or agents)
+    model = laid_out(critic.model or agents)
     if model is None:
         return {}
     line = model.config.get_text_config().hidden_size + 1

@@ -29,9 +29,10 @@ from satune.agents.prefixes import Level, shared_hidden, with_opening, worth_sha
 from satune.agents.pretrained import Precision, hollow_policy
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import read_tokenizer, saved_adapter, source_of
-from satune.commands.assemble import agent_spec, load_tasks
+from satune.commands.assemble import agent_spec, engine_of, load_tasks
 from satune.config.schema import AgentSection, Recipe, ResolvedTeam
 from satune.core.logprobs import chunk_for, policy_logits
+from satune.engines.base import LocalSettings
 from satune.files.arrays import shared_prefix
 from satune.tasks.catalog import take
 from satune.tiny.zoo import is_tiny, tiny_model, tiny_tokenizer
@@ -40,7 +41,7 @@ from satune.types import Entry, ServedModel
 _PROMPTS = 32
 """So many problems are looked at for the longest prompt."""
 _ROWS = 256
-"""So many conversations are decoded at a time."""
+"""So many conversations are decoded at a time by an engine that does not say how many."""
 _UNTRACEABLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -75,9 +76,11 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
 
     Counted for conversations in which every seat speaks once, as long as it may, and reads all of
     the others. Certificates, a reference KL, a hand-over, and the gauge of rounding below float32
-    come on top. None where a model or its tokenizer is not here, or where a model looks at the
-    values of its tensors.
+    come on top. None where a model or its tokenizer is not here, where a model looks at the
+    values of its tensors, or where agents have critics.
     """
+    if recipe.critic.kind != "none":
+        return None
     team = recipe.team.resolved()
     models = {
         name: agent.model
@@ -92,12 +95,14 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     here = given == "cpu" or (given == "auto" and not torch.cuda.is_available())
     device = torch.device("cpu" if here else "cuda")
     precision = Precision.of(recipe.team.dtype, recipe.optimizer.autocast)
+    engine = engine_of(recipe)
+    rows = engine.max_rows if isinstance(engine, LocalSettings) else _ROWS
     held, trained, steps = 0, {}, {}
     bases: set[str] = set()
     decoding = 0
     for (name, model), lengths in zip(models.items(), prompts, strict=True):
         try:
-            found = _agent(recipe, team, name, model, lengths, precision, device)
+            found = _agent(recipe, team, name, model, lengths, precision, device, rows)
         except _UNTRACEABLE:
             return None
         shared = recipe.team.sharing == "lora" and model in bases
@@ -129,11 +134,12 @@ def _agent(
     lengths: tuple[int, int],
     precision: Precision,
     device: torch.device,
+    conversations: int,
 ) -> dict[str, int]:
     """Bytes of one agent: ``own`` and ``frozen`` parameters; ``backward``, what a mini-batch takes
     with its gradients; ``forward``, what measuring feeds at once; ``mixing``, what a proposal
-    that is shrunk takes; ``states`` of the anchor; ``decoding``, keys and values with what fills
-    them."""
+    that is shrunk takes; ``states`` of the anchor; ``decoding``, keys and values of so many
+    ``conversations`` at a time with what fills them."""
     section, (prompt, opening) = team.agents[name], lengths
     seats = sum(agent == name for agent in team.seats.values())
     new = recipe.rollout.max_new_tokens * len(team.seats)
@@ -165,7 +171,7 @@ def _agent(
                 backward = _most(live, policy, mini, share)
         for parameter in own:
             parameter.grad = None
-        conversations = min(episodes, _ROWS)
+        conversations = min(episodes, conversations)
         prompts = torch.zeros(
             max(1, min(conversations, budget // prompt)), prompt, dtype=torch.long
         )

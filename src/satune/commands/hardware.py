@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from satune.agents.architectures import cached_numbers, configuration
-from satune.commands.describe import describe_recipe
+from satune.agents.architectures import active_parameters, cached_numbers, configuration
+from satune.commands.describe import describe_recipe, laid_out
 from satune.config.checks import schedule_of
 from satune.config.schema import Recipe
 from satune.loading import nearest_hint
@@ -69,18 +69,21 @@ class Assumed:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One agent's model: parameters, those that are trained, operations of attention a token that
-    is looked at, and bytes of a set of weights and of a token's keys and values."""
+    """One agent's model: parameters, those that a token goes through and those that are trained,
+    operations of attention a token that is looked at, and bytes of a set of weights and of a
+    token's keys and values. ``at_rest``: held weights are of the type that is computed in."""
 
     parameters: int
+    active: int
     trained: int
     attention: float
     weights: int
     cache: int
+    at_rest: bool
 
     def forward(self, tokens: float, context: float) -> float:
         """Operations of so many tokens that look at ``context`` others each."""
-        return tokens * (2 * self.parameters + self.attention * context)
+        return tokens * (2 * self.active + self.attention * context)
 
 
 def plan(
@@ -107,6 +110,11 @@ def plan(
     if not works:
         raise UserError("describe: all agents live elsewhere; there is nothing to plan")
     activations = max(_activations(recipe, n, assumed.prompt + answer, item) for n in works)
+    if "together" not in described["memory"]:
+        raise UserError(
+            f"describe: critic: the sizes of {recipe.critic.model} are not known here; give "
+            "critic.model a directory"
+        )
     together = described["memory"]["together"]
     room = _USABLE * device.memory
     if activations >= room:
@@ -130,12 +138,15 @@ def plan(
     for n, work in works.items():
         messages = episodes * len(described["agents"][n]["seats"])
         length = assumed.prompt + answer
-        fits = int((room - work.weights) / max(work.cache * length, 1))
+        # All weights lie there, cut evenly; decoding has the agent's whole, in its own type.
+        beside = 0 if devices == 1 and work.at_rest else work.weights
+        free = room - described["memory"]["all_weights"] / devices - beside
+        fits = int(free / max(work.cache * length, 1))
         if fits < 1:
             raise UserError(
                 f"describe: agent {n}: one {name} does not hold its weights and the keys and "
-                f"values of one message of {length:,} tokens; give a shorter --answer, or a larger "
-                "device"
+                f"values of one message of {length:,} tokens beside what lies there; give a "
+                "shorter --answer, more devices or a larger one"
             )
         rows[n] = min(fits, math.ceil(messages / devices))
         decode[n] = _decoding(work, messages, rows[n], devices, peak, device, assumed, answer)
@@ -174,18 +185,25 @@ def _work(recipe: Recipe, name: str, agent: dict[str, Any], item: int) -> Work |
     model = section.model
     if isinstance(model, ServedModel) or section.host is not None:
         return None
-    if "parameters" not in agent or "cache" not in agent:
+    if "parameters" not in agent:
         raise UserError(
             f"describe: agent {name}: the sizes of {model} are not known here; give a directory"
+        )
+    if "cache" not in agent:
+        raise UserError(
+            f"describe: agent {name}: what {model} keeps of a token is not known (its config.json "
+            "has no num_key_value_heads, or it keeps something else); leave out --on"
         )
     text = _text_config(model)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Work(
         parameters=agent["parameters"],
+        active=active_parameters(laid_out(model)),
         trained=agent["trained_parameters"],
         attention=4.0 * text.num_hidden_layers * text.num_attention_heads * width,
         weights=item * agent["parameters"],
         cache=item * (cached_numbers(text) or 0),
+        at_rest=item == 4 or (section.lora is not None and recipe.optimizer.autocast is None),
     )
 
 
