@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from satune.agents.weights import Weights, weights_digest, weights_name
+from satune.agents.weights import Weights, weights_digest
 
 SET = {"a": torch.tensor([[1.0, -0.0], [2.0, 3.0]]), "b": torch.tensor(4.0, dtype=torch.bfloat16)}
 
@@ -48,7 +48,3 @@ def test_a_digest_depends_on_what_the_weights_are_and_on_nothing_else() -> None:
 )
 def test_other_weights_have_another_digest(changed: dict[str, torch.Tensor]) -> None:
     assert weights_digest(changed) != weights_digest(SET)
-
-
-def test_a_name_has_agent_version_and_digest() -> None:
-    assert weights_name("ann", 3, "ab12") == "ann@3@ab12"

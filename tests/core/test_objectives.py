@@ -85,8 +85,8 @@ def test_sat_hand_computed():
     assert loss == pytest.approx(-(math.exp(-0.15) - 3 * math.exp(0.4)) / 2)
     assert gradient == pytest.approx([-math.exp(-0.15) / 2] * 3 + [1.5 * math.exp(0.4)])
     assert metrics["clipped"] == 0 and metrics["clippable"] == 2
-    assert metrics["log_ratio"].item() == pytest.approx(0.25)
-    assert metrics["log_ratio_square"].item() == pytest.approx(0.15**2 + 0.4**2)
+    # Each is read off the device for every micro-batch.
+    assert sorted(metrics) == ["clippable", "clipped", "policy_loss"]
 
 
 def test_sat_sums_and_never_averages():
@@ -441,11 +441,7 @@ def test_terms_beside_the_objective():
         loss, metrics = objective_loss(batch, choices)
         assert loss.item() == pytest.approx((0.1 * 5 + 0.3 * 7 - 0.02 * 4) / 4)
         assert metrics["policy_loss"] == 0
-        found = {key: metrics[key].item() for key in ("kl", "reference_kl", "entropy")}
-        assert found == {"kl": 5.0, "reference_kl": 7.0, "entropy": 4.0}
-        assert metrics["token_weight"] == 3.0
-    loss, metrics = objective_loss(batch, ObjectiveSettings(name="sat"))
-    assert loss == 0 and metrics["kl"] == 5.0
+    assert objective_loss(batch, ObjectiveSettings(name="sat"))[0] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,6 +38,14 @@ def test_frozen_agents_end_as_they_began(recipe: Path, tmp_path: Path) -> None:
     assert tiny_world.same(before["ann"], {name: saved[name] for name in before["ann"]})
 
 
+def test_only_who_is_trained_keeps_a_reference(recipe: Path, tmp_path: Path) -> None:
+    changes = ["objective={name: sat, reference_kl: 0.1}", "team.agents.bob.frozen=true"]
+    run = tiny_world.training(recipe, tmp_path / "run", [*changes, "stages=1"])
+    train(run, tolerance=TOLERANCE)
+    ann, bob = (run.learners[name] for name in ("ann", "bob"))
+    assert ann.reference_weights and bob.reference_weights is None
+
+
 def test_the_team_on_disk_is_the_one_that_was_trained(recipe: Path, tmp_path: Path) -> None:
     run = tiny_world.training(recipe, tmp_path / "run")
     train(run, tolerance=TOLERANCE)

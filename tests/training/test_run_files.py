@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import fake_run
+import tiny_world
 from fake_run import World, go, left
 from satune.config.load import load_recipe
 from satune.report import plots
@@ -58,6 +59,28 @@ def test_a_resume_cuts_them_back(run: Path, recipe: Path) -> None:
     (run / "summary.json").unlink()
     go(recipe, run, checkpoint="stage-0001")
     assert {path.name: path.read_bytes() for path in (run / "episodes").iterdir()} == whole
+
+
+def test_a_finished_run_that_goes_on_evaluates_as_one_that_never_stopped(
+    recipe: Path, tmp_path: Path
+) -> None:
+    every = "evaluate.every=1"
+    go(recipe, tmp_path / "whole", every, "stages=4")
+    go(recipe, tmp_path / "longer", every, "stages=2")
+    go(recipe, tmp_path / "longer", every, "stages=4")
+    whole, longer = (tiny_world.events(tmp_path / name, "eval") for name in ("whole", "longer"))
+    assert [event["stage"] for event in longer] == [0, 1, 2, 3, 4]
+    assert longer == whole
+
+
+def test_the_state_keeps_the_problems_of_the_first_evaluation_alone(
+    recipe: Path, tmp_path: Path
+) -> None:
+    go(recipe, tmp_path / "run", "evaluate.every=1", "stages=3")
+    state = read_state(tmp_path / "run" / "checkpoints" / "stage-0003")["state"]
+    assert [e["stage"] for e in state["evaluations"]] == [0, 1, 2]
+    assert ["per_problem" in e for e in state["evaluations"]] == [True, False, False]
+    assert all("per_problem" in e for e in tiny_world.events(tmp_path / "run", "eval"))
 
 
 # The recipe

@@ -1,9 +1,4 @@
-"""Weights on their way from a learner to an engine, and what they are called outside the process.
-
-Within a process an agent's weights have a version number; a number names one set of weights for
-ever. Who connects from outside cannot know which run gave the number, so there the name has the
-digest of the weights as well: agent@version@digest.
-"""
+"""Weights on their way from a learner to an engine, and what tells two sets of them apart."""
 
 from __future__ import annotations
 
@@ -64,8 +59,3 @@ def _tensor_digest(name: str, tensor: Tensor) -> bytes:
     # Bytes and not numbers: numpy has no bfloat16, and NaN and -0 count as they are.
     found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
-
-
-def weights_name(agent: str, version: int, digest: str) -> str:
-    """What a set of weights is called outside the process: ``agent@version@digest``."""
-    return f"{agent}@{version}@{digest}"

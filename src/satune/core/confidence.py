@@ -111,19 +111,6 @@ METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def log_capital(unit_N: Tensor, mean: float, alpha: float) -> Tensor:
-    """log K_t(mean) after each value of ``unit_N`` in [0, 1], float64 [N].
-
-    log K_t(m) = sum over s <= t of log(1 + lambda_s(m) (Y_s - m)): the capital of a gambler who
-    bets that the mean exceeds m. If the mean is m, it reaches 1/alpha with probability <= alpha.
-    Raises: ValueError if a value or ``mean`` is outside [0, 1] or alpha is not in (0, 1).
-    """
-    if not 0 <= mean <= 1:
-        raise ValueError(f"log_capital: mean {mean}; give a value in [0, 1]")
-    unit_RN, _ = _measured(unit_N[None], 0.0, 1.0), _check_alpha(alpha)
-    return _log_capital(unit_RN, _uncapped_rates(unit_RN, alpha), unit_RN.new_tensor([mean]))[0]
-
-
 @dataclass
 class Spending:
     """How a run's ``confidence`` (its total probability of a false claim) is spent test by test.
@@ -201,7 +188,9 @@ def _uncapped_rates(unit_RN: Tensor, alpha: float) -> Tensor:
 
 
 def _log_capital(unit_RN: Tensor, rates_RN: Tensor, mean_R: Tensor) -> Tensor:
-    """log K_t of each row at its own mean; the cap .75/m is infinite at m = 0."""
+    """log K_t(m) of each row at its own mean m after each value: the sum over s <= t of
+    log(1 + lambda_s(m) (Y_s - m)), the capital of a gambler who bets that the mean exceeds m. If it
+    is m, it reaches 1/alpha with probability <= alpha. The cap .75/m is infinite at m = 0."""
     mean_R1 = mean_R[:, None]
     rates_RN = torch.minimum(rates_RN, _CAP / mean_R1)
     return torch.log1p(rates_RN * (unit_RN - mean_R1)).cumsum(-1)

@@ -99,33 +99,27 @@ def objective_loss(batch: ObjectiveBatch, settings: ObjectiveSettings) -> tuple[
     loss = policy loss + beta KL + reference_kl KL(‖reference) - entropy H, the last three as
     weighted means over tokens: sum of w times the value, divided by ``token_total``.
     Metrics are sums, to be added over micro-batches: ``clipped`` of ``clippable`` ratios were held
-    by the clip, ``log_ratio`` and ``log_ratio_square`` sum over the same ratios, ``kl``,
-    ``reference_kl`` and ``entropy`` are weighted token sums to be divided by ``token_weight``;
-    ``loss`` and ``policy_loss`` add up to the mini-batch's. An objective of the user's own may give
-    others, or none.
+    by the clip, ``policy_loss`` adds up to the mini-batch's. An objective of the user's own may
+    give others, or none.
     Raises: ValueError if a term with a coefficient was not given, or a total is not positive.
     """
     _check_batch(batch)
     batch, weights_T = _without_weightless(batch)
-    policy, metrics = policy_loss(batch, settings)
-    loss = policy
+    loss, metrics = policy_loss(batch, settings)
+    metrics = {**metrics, "policy_loss": loss}
     for name, coefficient, values_T in (
         ("kl", settings.beta, batch.kl_T),
         ("reference_kl", settings.reference_kl, batch.reference_kl_T),
         ("entropy", -settings.entropy, batch.entropy_T),
     ):
-        if values_T is None:
-            if coefficient != 0:
-                raise ValueError(
-                    f"objective: {name} has the coefficient {coefficient:g} but was not scored; "
-                    f"give {name}_T or set the coefficient to 0"
-                )
+        if coefficient == 0:
             continue
-        total = (weights_T * values_T).sum()
-        if coefficient != 0:
-            loss = loss + coefficient * total / batch.token_total
-        metrics[name] = total
-    metrics |= {"policy_loss": policy, "loss": loss, "token_weight": weights_T.sum()}
+        if values_T is None:
+            raise ValueError(
+                f"objective: {name} has the coefficient {coefficient:g} but was not scored; "
+                f"give {name}_T or set the coefficient to 0"
+            )
+        loss = loss + coefficient * (weights_T * values_T).sum() / batch.token_total
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -151,7 +145,7 @@ def _clipped_units(
 ) -> tuple[Tensor, Metrics]:
     gain_U, clipped_U = _clipped_gain(u_U, batch.advantages_U, clip, clip)
     loss = -(batch.weights_U * gain_U).sum() / batch.episode_total
-    return loss, _ratio_metrics(u_U, clipped_U, batch.weights_U != 0)
+    return loss, _clip_metrics(clipped_U, batch.weights_U != 0)
 
 
 def grpo(batch: ObjectiveBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
@@ -194,7 +188,7 @@ def m2po(batch: ObjectiveBatch, *, second_moment: float) -> tuple[Tensor, Metric
     kept_T = _within_second_moment(u_T.detach(), weights_T != 0, second_moment)
     free_T, _ = _clipped_gain(u_T, batch.advantages_T, None, None)
     gain_T = torch.where(kept_T, weights_T * free_T, torch.zeros_like(free_T))
-    return -gain_T.sum() / batch.token_total, _ratio_metrics(u_T, ~kept_T, weights_T != 0)
+    return -gain_T.sum() / batch.token_total, _clip_metrics(~kept_T, weights_T != 0)
 
 
 def _within_second_moment(u_T: Tensor, counts_T: Tensor, limit: float) -> Tensor:
@@ -223,7 +217,7 @@ def cispo(
     held_T = u_T.detach().clamp(low, min(high, LINEAR_ABOVE))
     weights_T = batch.weights_T
     gain_T = weights_T * held_T.exp() * batch.advantages_T * batch.logprobs_T
-    return -gain_T.sum() / batch.token_total, _ratio_metrics(u_T, held_T != u_T, weights_T != 0)
+    return -gain_T.sum() / batch.token_total, _clip_metrics(held_T != u_T, weights_T != 0)
 
 
 def reinforce(batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
@@ -231,7 +225,7 @@ def reinforce(batch: ObjectiveBatch) -> tuple[Tensor, Metrics]:
     logprobs_U = sum_by(batch.logprobs_T, batch.unit_T, batch.units)
     u_U = logprobs_U - sum_by(batch.anchor_logprobs_T, batch.unit_T, batch.units)
     loss = -(batch.weights_U * batch.advantages_U * logprobs_U).sum() / batch.episode_total
-    return loss, _ratio_metrics(u_U, torch.zeros_like(u_U), batch.weights_U != 0)
+    return loss, _clip_metrics(torch.zeros_like(u_U), batch.weights_U != 0)
 
 
 LOSSES: dict[str, Objective] = {
@@ -251,7 +245,7 @@ def _clipped_tokens(
 ) -> tuple[Tensor, Metrics]:
     u_T = token_log_ratio(batch.logprobs_T, batch.anchor_logprobs_T)
     gain_T, clipped_T = _clipped_gain(u_T, batch.advantages_T, clip_low, clip_high)
-    return gain_T, _ratio_metrics(u_T, clipped_T, batch.weights_T != 0)
+    return gain_T, _clip_metrics(clipped_T, batch.weights_T != 0)
 
 
 def _log_range(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
@@ -277,13 +271,8 @@ def _clipped_gain(
     return torch.minimum(free, held), held < free
 
 
-def _ratio_metrics(log_ratio: Tensor, clipped: Tensor, counts: Tensor) -> Metrics:
-    return {
-        "clipped": (clipped * counts).sum(),
-        "clippable": counts.sum(),
-        "log_ratio": (log_ratio * counts).sum(),
-        "log_ratio_square": (log_ratio**2 * counts).sum(),
-    }
+def _clip_metrics(clipped: Tensor, counts: Tensor) -> Metrics:
+    return {"clipped": (clipped * counts).sum(), "clippable": counts.sum()}
 
 
 def _without_weightless(batch: ObjectiveBatch) -> tuple[ObjectiveBatch, Tensor]:

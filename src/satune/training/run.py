@@ -24,6 +24,9 @@ from satune.training.state import Batch, State
 from satune.training.supply import Supply
 from satune.types import Episode, Progress, no_progress
 
+_FIRST_ONLY = {"per_problem", "groups", "figures"}
+"""What the state keeps of the first evaluation alone: it is written with every checkpoint."""
+
 
 @dataclass(slots=True)
 class Training:
@@ -171,15 +174,21 @@ class Training:
             "memory": {"peak": peak_memory()},
         }
         self.tell(cast(Event, fields))
-        every = self.settings.evaluate_every
-        if every and state.stage % every == 0 and state.stage < self.settings.stages:
-            self.evaluate(greedy=False)
+        self.evaluate_between()
         if self.settings.checkpoint.due(state.stage, last=state.stage == self.settings.stages):
             self.save(f"stage-{state.stage:04d}")
 
+    def evaluate_between(self) -> None:
+        """The evaluation between this stage and the next, where it is due and not made yet."""
+        state, every = self.state, self.settings.evaluate_every
+        if not every or state.stage % every or state.step or state.stage >= self.settings.stages:
+            return
+        if not any(e["stage"] == state.stage and not e["greedy"] for e in state.evaluations):
+            self.evaluate(greedy=False)
+
     def evaluate(self, *, greedy: bool) -> dict[str, Any]:
         """Evaluate on held-out problems, write conversations and event and remember the figures for
-        the summary."""
+        the summary; of each problem only the first ones, which later ones are compared with."""
         started = time.perf_counter()
         earlier = [e for e in self.state.evaluations if e["greedy"] == greedy]
         about = {"stage": self.state.stage, "greedy": greedy}
@@ -192,7 +201,8 @@ class Training:
             greedy=greedy, before=earlier[0]["per_problem"] if earlier else None, keep=keep
         )
         found = {**about, **figures}
-        self.state.evaluations.append(found)
+        known = {k: v for k, v in found.items() if not earlier or k not in _FIRST_ONLY}
+        self.state.evaluations.append(known)
         seconds = time.perf_counter() - started
         self.tell(cast(Event, {"event": "eval", **found, "seconds": seconds}))
         return figures

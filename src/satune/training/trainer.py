@@ -41,9 +41,12 @@ def train(
 
 
 def _go_on(training: Training, checkpoint: str) -> None:
-    """Put the run back to a checkpoint. Raises UserError, with nothing touched, where the
-    checkpoint is of another team, or where too few tests are left for the gate of more stages or
-    the run would end with steps that its gate has not tested."""
+    """Put the run back to a checkpoint. A run that was finished there had its last evaluation in
+    place of one between stages, which is made up for.
+
+    Raises UserError, with nothing touched, where the checkpoint is of another team, or where too
+    few tests are left for the gate of more stages or the run would end with steps that its gate has
+    not tested."""
     settings = training.settings
     saved = training.store.read(checkpoint, training.world)
     held, agents = sorted(saved.state.versions), sorted(training.learners)
@@ -68,6 +71,7 @@ def _go_on(training: Training, checkpoint: str) -> None:
     if spent is not None:
         training.watch({"event": "note", "text": f"{training.ledger.path}: {spent}"})
     training.restore(checkpoint, saved)
+    training.evaluate_between()
 
 
 def _check_episodes(training: Training) -> list[Any]:
@@ -81,7 +85,8 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
         training.publish(name)
     if training.settings.update.objective.reference_kl > 0:
         for learner in training.learners.values():
-            learner.keep_reference()
+            if not learner.frozen:
+                learner.keep_reference()
     report = self_check(training.learners, _check_episodes(training), tolerance)
     training.tell(
         {
