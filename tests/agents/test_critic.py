@@ -153,7 +153,7 @@ def test_gradients_of_a_model_in_float16_do_not_vanish(monkeypatch: pytest.Monke
         critic.fit(anchor, replace(told, weights_N=1e-6 * told.weights_N), KEY)
     exact, half = found
     assert float(exact.norm()) > 0
-    assert float((half - exact).norm() / exact.norm()) < 0.05
+    assert float((half - exact).norm() / exact.norm()) < 0.1
 
 
 def test_targets_of_other_tokens_have_no_part() -> None:

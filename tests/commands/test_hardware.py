@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config
 
 from satune.agents.architectures import active_parameters
 from satune.cli.describe import plan_lines
@@ -14,7 +15,6 @@ from satune.commands.describe import describe_recipe, laid_out
 from satune.commands.hardware import Assumed, Device, plan
 from satune.config.load import load_recipe
 from satune.types import UserError
-from tiny_models import tiny_lm
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # Qwen3-0.6B: 28 layers of 1,024, 16 heads of 128, 8 of them with keys and values, tied embeddings.
@@ -111,7 +111,8 @@ def test_a_token_goes_through_some_of_the_experts() -> None:
 
 
 def test_what_a_plan_needs_and_does_not_find(recipe: Path, tmp_path: Path) -> None:
-    tiny_lm("gpt2").save_pretrained(tmp_path / "gpt2")
+    config = GPT2Config(n_embd=16, n_head=2, n_layer=1, n_positions=128, vocab_size=13)
+    config.save_pretrained(tmp_path / "gpt2")
     for overrides, said in (
         ([f"team.agents.a.model={tmp_path / 'gpt2'}", "rollout.max_new_tokens=8"],
          r"agent a: what .*/gpt2 keeps of a token is not known .*no num_key_value_heads"),

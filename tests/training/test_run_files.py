@@ -67,7 +67,7 @@ def test_a_finished_run_that_goes_on_evaluates_as_one_that_never_stopped(
     every = "evaluate.every=1"
     go(recipe, tmp_path / "whole", every, "stages=4")
     go(recipe, tmp_path / "longer", every, "stages=2")
-    go(recipe, tmp_path / "longer", every, "stages=4")
+    go(recipe, tmp_path / "longer", every, "stages=4", resume=True)
     whole, longer = (tiny_world.events(tmp_path / name, "eval") for name in ("whole", "longer"))
     assert [event["stage"] for event in longer] == [0, 1, 2, 3, 4]
     assert longer == whole
