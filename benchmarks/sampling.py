@@ -3,6 +3,7 @@ precision and threads, in turn within one run.
 
     python benchmarks/sampling.py [--repeats 5] [--threads 1] [--json]
     python benchmarks/sampling.py --model models/smollm2-135m --new-tokens 64
+    python benchmarks/sampling.py --model models/smollm2-135m --adapter --dtype float32
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from common import (
     prompts,
     show,
 )
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from satune.agents.policy import Policy
 from satune.engines.local import LocalEngine
 from satune.types import Completion, Key, Prompt, Sampling, ids_of
+
+RANK = 16
 
 
 def sample_with_satune(
@@ -93,6 +98,38 @@ def measure(
     )
 
 
+def measure_adapter(
+    subject: Subject, dtype: str, distinct: int, new_tokens: int, repeats: int
+) -> dict[str, float]:
+    """The model with an adapter on every layer against the model alone, both sampled by satune: the
+    ratio is the time of whole weights over that of the adapter."""
+    vocabulary = subject.vocabulary
+    whole = build_policy(subject.model(DTYPES[dtype]), vocabulary)
+    config = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(subject.model(DTYPES[dtype]), config, adapter_name="own")
+    adapted = Policy("agent", model, whole.tokenizer, 1.0, adapter="own")
+    torch.manual_seed(0)
+    for parameter in adapted.trainable().values():
+        torch.nn.init.normal_(parameter, std=1e-3)
+    rows = [ids for ids in prompts(distinct, vocabulary) for _ in range(SEQUENCES // distinct)]
+    engines = {
+        name: LocalEngine({"agent": policy}, {"agent": "agent"})
+        for name, policy in (("peer", whole), ("satune", adapted))
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    counts: dict[str, int] = {}
+    for repeat in range(repeats + 1):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            completions = sample_with_satune(engine, rows, new_tokens, repeat)
+            if repeat:  # the first round only warms up
+                seconds[name].append(time.perf_counter() - started)
+            counts[name] = sum(len(completion.ids or ()) for completion in completions)
+    return compared(
+        Timings(seconds["satune"], counts["satune"]), Timings(seconds["peer"], counts["peer"])
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="sampling: satune against transformers.generate")
     parser.add_argument("--repeats", type=int, default=5)
@@ -102,6 +139,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a pretrained model's directory")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 64], help="distinct ones")
+    parser.add_argument(
+        "--adapter", action="store_true", help="a LoRA adapter against whole weights instead"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -119,7 +159,7 @@ def main() -> None:
     finish(
         {
             "benchmark": "sampling",
-            "peer": "transformers.generate",
+            "peer": "whole weights" if arguments.adapter else "transformers.generate",
             "threads": arguments.threads,
             "sequences": SEQUENCES,
             "new_tokens": arguments.new_tokens,

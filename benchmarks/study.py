@@ -129,7 +129,7 @@ ALONE = ("team.agents.second=null", "team.agents.third=null", "protocol=solo", "
 # As many messages a stage as three seats write in the recipe's 8 problems x 8 samples.
 AS_MANY_MESSAGES = ("rollout.problems=24",)
 FREE = ("trust_region.enabled=false", "trust_region.beta=0", "trust_region.adapt=false")
-FAR = ("optimizer.lr=5.6e-5",)
+FAR = ("optimizer.lr=4e-5",)
 """Four times the recipe's step."""
 
 
