@@ -43,7 +43,7 @@ def run(
     monkeypatch.setattr(hosted, "train", train)
     monkeypatch.setattr(hosted, "Checkpoints", lambda place, keep: SimpleNamespace(latest=latest))
     training = cast(Any, SimpleNamespace(directory=SimpleNamespace(checkpoints=Path())))
-    hosts = [host or Host()]
+    hosts: list[Any] = [host or Host()]
     found = hosted.train_with_hosts(
         training, hosts, 30.0, tolerance=cast(Any, None), checkpoint=None, tell=lambda line: None
     )
