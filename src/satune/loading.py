@@ -40,7 +40,7 @@ def model_in(text: str) -> str | ServedModel:
         return text
     address, _, name = text.partition("#")
     # None of it is shown: what should not be in an address may be a key.
-    if parts.username or parts.password or parts.query:
+    if _holds_more(parts):
         raise UserError(
             f"a model at {parts.hostname}: its address holds a key or a query; give the key in an "
             "environment variable (server.api_key_env)"
@@ -50,6 +50,17 @@ def model_in(text: str) -> str | ServedModel:
             f"a model at {parts.hostname or 'no address'}: give http://ADDRESS/v1#MODEL"
         )
     return ServedModel(address, name)
+
+
+def holds_key(address: str) -> bool:
+    """Whether an address, as ``address_in`` finds one, holds a user, a password or a query, each of
+    which may be a key."""
+    parts = _server(address)
+    return parts is not None and _holds_more(parts)
+
+
+def _holds_more(parts: SplitResult) -> bool:
+    return bool(parts.username or parts.password or parts.query)
 
 
 def address_in(text: str) -> str | None:

@@ -64,11 +64,6 @@ class Team:
         """The agents whose models are served elsewhere."""
         return {name: spec for name, spec in self.specs.items() if spec.served is not None}
 
-    @property
-    def hosted(self) -> dict[str, str]:
-        """The agents that live with their owners, and the addresses of their hosts."""
-        return {name: spec.host for name, spec in self.specs.items() if spec.host is not None}
-
     def seats_for(self, max_new_tokens: int, **sampling: Any) -> list[Seat]:
         """The seats as rollout takes them, each at its agent's temperature unless overridden."""
         return [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from satune.files.arrays import append_rows, read_rows
+from satune.hosts.speaker import Speaker
 from satune.hosts.written import Written
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.types import (
@@ -15,6 +17,7 @@ from satune.types import (
     Grade,
     Key,
     Problem,
+    Prompt,
     Turn,
     UserError,
     ids_of,
@@ -98,3 +101,56 @@ def test_a_checkpoint_has_what_training_needs(tmp_path: Path) -> None:
     # It goes on in the same rollout.
     again.add(key(stage=3, draw=1), PROMPT, written())
     assert again.fill("ann", [episode(handle)])
+
+
+class Engine:
+    """It has the seat a of ann, and ends nothing by itself."""
+
+    seats = {"a": "ann"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def begin(self, key: Key) -> None: ...
+
+    end = begin
+
+    def decode(self, agent: str, requests: list[Any]) -> None:
+        self.asked += requests
+
+
+class Renderer:
+    """Whatever a seat has seen, it reads as the same ids."""
+
+    def view(self, seat: str) -> Renderer:
+        return self
+
+    def prompt(self, entries: Any, max_new_tokens: int) -> Prompt:
+        return Prompt((), PROMPT)
+
+    def wrote(self, completion: Completion) -> None: ...
+
+
+@pytest.mark.parametrize("decoding", [True, False])
+def test_a_conversation_that_is_played_anew_has_the_ids_of_its_last_time(decoding: bool) -> None:
+    """What was asked for the first time has the same key, and would end after it."""
+    engine: Any = Engine()
+    renderer: Any = Renderer()
+    speaker = Speaker("ann", engine, renderer, 6)
+
+    def asked(number: int) -> dict[str, Any]:
+        said = {"seed": 0, "purpose": "train", "stage": 1, "step": 1, "problem": "p", "seat": "a"}
+        sampling = {"max_new_tokens": 6}
+        return {"number": number, "key": said, "sampling": sampling, "at": 0, "entries": []}
+
+    place = [1, 1, 0, "p", 0, 0]
+    assert speaker.decode([[*place, True]], [asked(1)], decode=decoding) == []
+    first = engine.asked[:]
+    assert speaker.decode([[*place, False], [*place, True]], [asked(2)], decode=True) == []
+    assert [request.future.cancelled() for request in first] == [True] * decoding
+    (second,) = engine.asked[decoding:]
+    second.future.set_result(written())
+    (answer,) = speaker.decode([], [], decode=False)
+    assert answer["number"] == 2
+    (filled,) = speaker.written.fill("ann", [episode(answer["said"]["handle"])])
+    assert filled.turns[0].completion_ids == SAID

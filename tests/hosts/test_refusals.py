@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import http.server
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from satune.commands.recipe_digest import facts_of
 from satune.commands.reseat import find_team
 from satune.commands.trust import Trust
 from satune.config.load import load_recipe
+from satune.hosts import owner as owner_module
+from satune.hosts import server as server_module
 from satune.hosts.client import Client, HostLost
 from satune.hosts.server import LARGEST, HostServer
 from satune.team import load_team
@@ -89,8 +93,6 @@ def test_what_is_no_host(recipe: Path, there: Owners) -> None:
 
 
 def test_a_host_that_does_not_answer_in_time() -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         client = Client("bob", f"http://127.0.0.1:{silent.getsockname()[1]}", "t", 0.05)
         with pytest.raises(HostLost, match=r"no answer to improve in 0\.05 s"):
@@ -103,6 +105,41 @@ def test_a_host_that_does_not_answer_in_time() -> None:
             client.ask("hello")
 
 
+def test_a_question_may_be_given_less_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client("bob", f"http://127.0.0.1:{silent.getsockname()[1]}", "t", 60)
+        started = time.monotonic()
+        with pytest.raises(HostLost, match=r"no answer to hello in 0\.05 s \(hosts\.wait\)"):
+            client.ask("hello", timeout=0.05)
+        assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [(502, b"<html>Bad Gateway</html>", "status 502"), (503, b"", "status 503"),
+     (504, b'{"error": "upstream"}', "upstream")],
+)  # fmt: skip
+def test_a_proxy_that_finds_nobody_behind_it(status: int, body: bytes, said: str) -> None:
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        client = Client("bob", f"http://127.0.0.1:{server.server_address[1]}", "t", 5)
+        with pytest.raises(HostLost, match=f"agent bob: its host http://.* is lost .{said}"):
+            client.ask("improve")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.mark.parametrize(
     "overrides, said",
     [
@@ -111,6 +148,9 @@ def test_a_host_that_does_not_answer_in_time() -> None:
         (["sharding={}"], "sharding: one process drives agents that live elsewhere (bob)"),
         (["engine.order=throughput"], "engine.order: throughput is not for agents"),
         (["team.agents.bob.host=bob.example.org"], "expected http://ADDRESS"),
+        (["team.agents.bob.host=https://me:s3cret@bob.example.org"], "holds a user, a password"),
+        (["team.agents.bob.host=https://s3cret@bob.example.org"], "holds a user, a password"),
+        (["team.agents.bob.host=https://bob.example.org/x?key=s3cret"], "or a query"),
         (["team.agents.bob.trust_remote_code=true"], "no code of it runs here"),
     ],
 )  # fmt: skip
@@ -118,6 +158,7 @@ def test_recipes_that_hosts_have_no_part_in(recipe: Path, overrides: list[str], 
     with pytest.raises(UserError) as caught:
         load_recipe(recipe, ["team.agents.bob.host=http://127.0.0.1:1", *overrides])
     assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
 
 
 def test_what_each_side_may_have_of_its_own(recipe: Path) -> None:
@@ -219,3 +260,59 @@ def test_a_run_cannot_ask_for_more_than_the_recipe_has(there: Owners, recipe: Pa
     unknown = json.dumps({"run": "r1", "forget": [], "name": "0-1"}).encode()
     for verb in ("place", "revert", "digest"):
         assert post(there, f"/{verb}", unknown)[0] == 400
+
+
+def ask(there: Owners, verb: str, **message: Any) -> tuple[int, dict[str, Any]]:
+    return post(there, f"/{verb}", json.dumps({"run": "r1", "forget": [], **message}).encode())
+
+
+def test_weights_are_placed_no_further_than_they_are(there: Owners) -> None:
+    """Beyond them the region has not looked."""
+    assert post(there, "/begin", b'{"run": "r1"}')[0] == 200
+    (anchor, target) = (ask(there, "hold")[1]["name"] for _ in range(2))
+    for scale in (0, 0.5, 1):
+        assert ask(there, "place", anchor=anchor, name=target, scale=scale)[0] == 200
+    for scale in (1.001, 1000, -0.5, float("nan"), float("inf")):
+        status, answer = ask(there, "place", anchor=anchor, name=target, scale=scale)
+        assert (status, answer["error"]) == (400, "scale: give a share from 0 to 1")
+    assert ask(there, "place", anchor=anchor, name=target)[0] == 400
+
+
+def test_a_fault_of_the_host_is_not_the_messages(
+    there: Owners, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise KeyError("/home/owner/secret")
+
+    monkeypatch.setattr(owner_module, "improve", fails)
+    assert post(there, "/begin", b'{"run": "r1"}')[0] == 200
+    told: dict[str, Any] = {
+        "experience": {"episodes": [], "log_weights": [], "log_ratios": None},
+        "key": {"seed": 0, "purpose": "update"},
+        "beta": 0.0,
+        "cap": None,
+    }
+    status, answer = ask(there, "improve", **told)
+    assert (status, answer["error"]) == (500, "improve failed; its log says why")
+    assert "/home/owner/secret" in caplog.text
+    without = {name: value for name, value in told.items() if name != "beta"}
+    for wrong in (without, {**told, "key": 3}, {**told, "experience": {"episodes": [{}]}}):
+        status, answer = ask(there, "improve", **wrong)
+        assert status == 400 and "improve: a message of another form" in answer["error"]
+
+
+def test_a_connection_that_says_nothing_is_not_held(
+    there: Owners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = server_module._Handler
+    assert handler.timeout == server_module._SECONDS
+    monkeypatch.setattr(handler, "timeout", 0.1)
+    question = (
+        f"POST /hello HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 2\r\n\r\n{{}}"
+    ).encode()
+    # Before a token, and after an answer.
+    for said in (b"", b"POST /hello HTTP/1.1\r\n", question):
+        with socket.create_connection(("127.0.0.1", port_of(there)), timeout=10) as connection:
+            connection.sendall(said)
+            while connection.recv(4096):
+                pass

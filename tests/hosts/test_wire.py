@@ -111,11 +111,19 @@ def test_an_episode_loses_ids_answers_and_remarks_and_nothing_else() -> None:
     other = Turn("t", "bob", 1, 0, "more", "length", 4, completion_tokens=9, handle="train-2")
     grade = Grade(1 / 3, {"format": math.inf}, "the answer is 42", {"s": 0.1})
     problem = Problem.of("p1", "What?", 42, secret="x")
-    episode = Episode(problem, 2, (turn, other), "42", grade, failure=Failure("gone: x", False))
+    episode = Episode(
+        problem,
+        2,
+        (turn, other),
+        "42",
+        grade,
+        failure=Failure("grader: ValueError: 42 is right", False),
+    )
     (plain,) = episodes_to([episode], "ann")
     (back,) = episodes_from([from_bytes(to_bytes({"e": plain}))["e"]])
     assert (back.problem.id, back.problem.prompt, back.problem.answer) == ("p1", (), None)
     assert back.grade == Grade(1 / 3, {"format": math.inf}, "", {"s": 0.1})
+    assert back.failure == Failure("grader", False)
     assert back.masked and back.sample == 2 and back.answer == "42"
     mine, theirs = back.turns
     assert mine == Turn(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from satune.hosts.agent import HostedAgent
-from satune.hosts.client import HostLost
+from satune.hosts.client import HostLost, HostSilent
 from satune.training.checkpoint import Checkpoints
 from satune.training.run import Training
 from satune.training.self_check import Tolerance
@@ -28,8 +28,10 @@ def train_with_hosts(
 ) -> dict[str, Any]:
     """``training.trainer.train``; a host that is lost is waited for, up to ``wait`` seconds, and
     the run goes on from its newest checkpoint: the step that was lost is as if it had never been
-    proposed. Raises HostLost where it stays away, or where there is no checkpoint yet."""
+    proposed. Raises HostLost where it stays away, where there is no checkpoint yet, and where no
+    answer came in time for a second time from one checkpoint: the same would be asked again."""
     hosts = list(hosts)
+    silent_from: str | None = None
     while True:
         try:
             return train(training, tolerance=tolerance, checkpoint=checkpoint)
@@ -39,6 +41,13 @@ def train_with_hosts(
             if found is None:
                 raise HostLost(f"{lost}; then go on with --resume") from lost
             checkpoint = found[0]
+            if isinstance(lost, HostSilent):
+                if checkpoint == silent_from:
+                    raise HostLost(
+                        f"{lost}, for the second time from {checkpoint}; give more seconds in "
+                        "hosts.timeout, then go on with --resume"
+                    ) from lost
+                silent_from = checkpoint
             tell(f"{lost}; waiting up to {wait:g} s to go on from {checkpoint}")
             _await(hosts, wait)
             tell(f"all hosts are there; going on from {checkpoint}")
@@ -50,7 +59,7 @@ def _await(hosts: Iterable[HostedAgent], wait: float) -> None:
     for host in hosts:
         while True:
             try:
-                host.meet()
+                host.meet(within=max(_PAUSE, end - time.monotonic()))
                 break
             except HostLost:
                 if time.monotonic() + _PAUSE > end:

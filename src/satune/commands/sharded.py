@@ -154,12 +154,13 @@ def _check_same(processes: Processes, policies: Mapping[str, Policy]) -> None:
     """Raise UserError, in every process, where they have not all read the same weights."""
     name, policy = next(iter(policies.items()))
     digest = weights_digest(dict(policy.model.named_parameters()))
-    if processes.drives:
-        processes.tell(digest)
-    same = processes.drives or processes.hear() == digest
-    with processes.noticing():
-        if processes.everywhere(same):
-            return
+    with processes.talking:  # no "still here" between the two
+        if processes.drives:
+            processes.tell(digest)
+        same = processes.drives or processes.hear() == digest
+        with processes.noticing():
+            if processes.everywhere(same):
+                return
     raise UserError(
         f"agent {name}: the processes read different weights; give every machine the same files"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.settings import ServerSettings
-from satune.loading import address_in, nearest
+from satune.loading import address_in, holds_key, nearest
 from satune.training.credit import CREDIT
 from satune.training.schedules import SCHEDULES, Schedule
 from satune.types import ServedModel
@@ -99,6 +99,13 @@ def _hosts_are_sound(recipe: Recipe) -> Iterator[Fault]:
         path = f"team.agents.{name}"
         if address_in(host) is None:
             yield f"{path}.host", f"expected http://ADDRESS or https://ADDRESS, got '{host}'"
+        elif holds_key(host):
+            # Not shown, and not written into a run's directory, which others are given.
+            yield (
+                f"{path}.host",
+                "its address holds a user, a password or a query; give the token in an environment"
+                " variable (host_token_env)",
+            )
         if isinstance(recipe.team.agents[name].model, ServedModel):
             yield f"{path}.host", "is for an agent that its owner trains; a served model has none"
         if recipe.team.agents[name].trust_remote_code:

@@ -145,7 +145,11 @@ class HostedEngine(LocalEngine):
             fresh = [request for request in self._hosted(agent) if not request.told]
             self._decoding += waiting
             waiting.clear()
+            over = [request for request in self._decoding if request.future.done()]
             self._deliver(agent, await self._ask(agent, fresh, decode=True))
+            # Nobody waits for these; the host was told that their conversation is over, and may
+            # have given them up.
+            self._decoding = [request for request in self._decoding if request not in over]
             await self._quiet()
 
     def _hosted(self, agent: str) -> list[HostedRequest]:

@@ -82,10 +82,10 @@ class HostedAgent:
         self._gone: list[str] = []
         self.meet()
 
-    def meet(self) -> None:
-        """Ask the host who it is. Raises HostLost where it does not answer, UserError where it does
-        not fit."""
-        said = self.client.ask("hello", {"format": FORMAT})
+    def meet(self, within: float | None = None) -> None:
+        """Ask the host who it is, and wait ``within`` seconds at most. Raises HostLost where it
+        does not answer, UserError where it does not fit."""
+        said = self.client.ask("hello", {"format": FORMAT}, timeout=within)
         where = f"agent {self.agent}: its host {self.client.url}"
         for what, ours in {
             "format": FORMAT,

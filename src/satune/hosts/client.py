@@ -30,6 +30,10 @@ class HostLost(UserError):
     """A host that cannot be reached, or gave no answer in time."""
 
 
+class HostSilent(HostLost):
+    """A host that gave no answer in time."""
+
+
 class Client:
     """A host at ``url`` (http or https, with or without a path); ``token`` is sent to it and nobody
     else. An answer may take ``timeout`` seconds. ``wire`` counts calls, bytes sent and bytes
@@ -59,21 +63,30 @@ class Client:
         else:
             self._connection = http.client.HTTPConnection(parts.hostname, port, timeout=timeout)
 
-    def ask(self, verb: str, message: Mapping[str, Any] | None = None) -> Plain:
-        """The host's answer. Raises HostLost where there is none, UserError for what it refuses."""
+    def ask(
+        self,
+        verb: str,
+        message: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Plain:
+        """The host's answer, in ``timeout`` seconds where that is sooner. Raises HostLost where
+        there is none, UserError for what it refuses."""
         body = to_bytes(message or {})
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
         if self._gone is not None and verb != "hello":
             raise self._gone  # nobody waits for it twice
         if time.monotonic() - self._used > _IDLE:
             self._connection.close()
+        limit = self._timeout if timeout is None else min(timeout, self._timeout)
         try:
+            self._limit(limit)
             self._connection.request("POST", f"{self._path}/{verb}", body, headers)
             response = self._connection.getresponse()
             status, data = response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            self._gone = self._lost(verb, error)
+            self._gone = self._lost(verb, error, limit)
             raise self._gone from error
         except BaseException:
             self._connection.close()  # with the answer that nobody waits for any more
@@ -84,10 +97,18 @@ class Client:
             count[place] += more
         return self._read(verb, status, data)
 
+    def _limit(self, seconds: float) -> None:
+        """Have the connection, open or not, wait so long."""
+        self._connection.timeout = seconds
+        if self._connection.sock is not None:
+            self._connection.sock.settimeout(seconds)
+
     def _read(self, verb: str, status: int, data: bytes) -> Plain:
         try:
             answer = from_bytes(data)
         except ValueError:
+            if status in _LOST:  # in the words of a proxy
+                raise self._away(f"status {status}") from None
             said = " ".join(data[:_SAID].decode("utf-8", "replace").split())[:120]
             raise UserError(
                 f"agent {self.agent}: {self.url} is no satune host (status {status}: {said}); give "
@@ -97,15 +118,20 @@ class Client:
             return answer
         said = str(answer.get("error", status))
         if status in _LOST:
-            raise HostLost(f"agent {self.agent}: its host {self.url} is lost ({said})")
+            raise self._away(said)
         raise UserError(f"agent {self.agent}: its host {self.url}: {said}")
 
-    def _lost(self, verb: str, error: Exception) -> HostLost:
-        if isinstance(error, TimeoutError):
-            why = f"no answer to {verb} in {self._timeout:g} s (hosts.timeout)"
+    def _away(self, why: str) -> HostLost:
+        return HostLost(f"agent {self.agent}: its host {self.url} is lost ({why})")
+
+    def _lost(self, verb: str, error: Exception, limit: float) -> HostLost:
+        silent = isinstance(error, TimeoutError)
+        if silent:
+            setting = "hosts.timeout" if limit == self._timeout else "hosts.wait"
+            why = f"no answer to {verb} in {limit:g} s ({setting})"
         else:
             why = f"{verb}: {str(error) or type(error).__name__}"
-        return HostLost(
+        return (HostSilent if silent else HostLost)(
             f"agent {self.agent}: its host {self.url} is lost ({why}); see that it runs and can be "
             "reached"
         )
@@ -116,9 +142,6 @@ class Client:
         if sock is not None:
             with suppress(OSError):  # it may have ended by itself
                 sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 def token_in(variable: str, agent: str) -> str:

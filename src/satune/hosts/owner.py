@@ -7,11 +7,10 @@ time.
 
 from __future__ import annotations
 
-import concurrent.futures
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,20 +20,17 @@ from satune.agents.anchor import Snapshot
 from satune.agents.ports import Learner
 from satune.agents.weights import weights_digest
 from satune.engines.local import LocalEngine
-from satune.engines.request import Request, conversation_id
-from satune.hosts.vault import Vault
+from satune.hosts.speaker import Speaker
+from satune.hosts.vault import Vault, unplaced
 from satune.hosts.wire import (
     FORMAT,
     Plain,
-    answer_to,
-    entry_from,
     episodes_from,
     experience_from,
     key_from,
     numbers,
-    sampling_from,
+    reading,
 )
-from satune.hosts.written import Written
 from satune.training.change import log_ratios_of
 from satune.training.own_steps import turn_sums
 from satune.training.self_check import held_against
@@ -42,17 +38,7 @@ from satune.training.settings import UpdateSettings
 from satune.training.state_file import flat_snapshot, snapshot_of
 from satune.training.sweep import gain_of
 from satune.training.update import improve
-from satune.types import (
-    Completion,
-    Entry,
-    Episode,
-    EpisodeFailure,
-    Key,
-    Prompt,
-    Renderer,
-    UserError,
-    View,
-)
+from satune.types import Episode, Renderer, UserError
 
 _STEPS = "steps"
 """The name under which a flat snapshot has its number of steps."""
@@ -60,22 +46,6 @@ _STEPS = "steps"
 
 class Estranged(UserError):
     """A run asks on as if nothing had happened in between."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What a seat has seen of a conversation so far."""
-
-    view: View
-    entries: list[Entry]
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A completion that is waited for."""
-
-    prompt: Prompt
-    view: View
 
 
 class Owner:
@@ -99,7 +69,6 @@ class Owner:
         self.name = name
         self.learner = learner
         self.engine = engine
-        self.renderer = renderer
         self.settings = settings
         self.vault = vault
         self.facts = dict(facts)
@@ -107,37 +76,32 @@ class Owner:
         self._lock = threading.Lock()
         self._run = ""
         self._version = 0
-        self._written = Written()
-        self._seen: dict[tuple[object, ...], _Seen] = {}
-        self._asked: dict[int, _Asked] = {}
-        self._shown: list[Request] = []
-        self._ended: list[tuple[int, Key, Completion]] = []
+        self._speaker = Speaker(name, engine, renderer, settings.max_new_tokens)
         self._kept: dict[str, Snapshot | Mapping[str, Tensor]] = {}
         self._forget_all()
 
     def answer(self, verb: str, message: Mapping[str, Any]) -> Plain:
         """What comes of a verb. Raises UserError, one line, for one that there is not, and for what
-        it cannot do; KeyError, TypeError and ValueError for a message that has not its form."""
+        it cannot do; Malformed for a message that has not its form."""
         with self._lock:
             if verb in _OPEN:
                 return _OPEN[verb](self, message)
             if verb not in _VERBS:
                 raise UserError(f"there is no verb {verb!r}")
-            if not self._run or message["run"] != self._run:
-                raise Estranged(
-                    "stands nowhere in this run: it was started anew, or another took it"
-                )
-            for name in message["forget"]:
-                self._kept.pop(name, None)
+            with reading():
+                if not self._run or message["run"] != self._run:
+                    raise Estranged(
+                        "stands nowhere in this run: it was started anew, or another took it"
+                    )
+                for name in message["forget"]:
+                    self._kept.pop(name, None)
             return {**_VERBS[verb](self, message), "steps": self.learner.steps}
 
     def _forget_all(self) -> None:
         """Begin with nothing but the learner."""
         self._epoch, self._count = secrets.token_hex(4), 0
-        self.engine.drop()
-        self._written.clear()
-        for held in (self._seen, self._asked, self._shown, self._ended, self._kept):
-            held.clear()
+        self._speaker.forget()
+        self._kept.clear()
 
     def _name(self, kept: Snapshot | Mapping[str, Tensor]) -> str:
         self._count += 1
@@ -145,20 +109,20 @@ class Owner:
         self._kept[name] = kept
         return name
 
-    def _weights(self, name: str) -> Mapping[str, Tensor]:
-        kept = self._kept.get(name)
+    def _weights(self, name: Any) -> Mapping[str, Tensor]:
+        kept = self._kept.get(str(name))
         if kept is None:
             raise UserError("has none of the weights that it is asked about; resume the run")
         return kept.weights if isinstance(kept, Snapshot) else kept
 
-    def _snapshot(self, name: str) -> Snapshot:
-        kept = self._kept.get(name)
+    def _snapshot(self, name: Any) -> Snapshot:
+        kept = self._kept.get(str(name))
         if not isinstance(kept, Snapshot):
             raise UserError("has no such snapshot of the agent; resume the run")
         return kept
 
     def _episodes(self, message: Mapping[str, Any]) -> list[Episode]:
-        return self._written.fill(self.name, episodes_from(message["episodes"]))
+        return self._speaker.written.fill(self.name, episodes_from(message["episodes"]))
 
     # -- who it is -------------------------------------------------------------------------------
 
@@ -177,16 +141,20 @@ class Owner:
         """A new run, for which the agent has to be as it was loaded."""
         if self.learner.steps:
             raise UserError("has trained since it was started; start the host again for a new run")
-        self.vault.begin(message["run"])
-        self._run = message["run"]
+        with reading():
+            run = str(message["run"])
+        self.vault.begin(run)
+        self._run = run
         self._forget_all()
         return {}
 
     def _stand(self, message: Mapping[str, Any]) -> Plain:
         """A run goes on from a checkpoint."""
-        stored = self.vault.read(message["name"], message["digest"])
-        self.vault.adopt(message["run"])
-        self._run = message["run"]
+        with reading():
+            run, name, digest = (str(message[part]) for part in ("run", "name", "digest"))
+        stored = self.vault.read(name, digest)
+        self.vault.adopt(run)
+        self._run = run
         self._forget_all()
         learner, parts = self.learner, stored.parts
         learner.load_weights(parts["weights"])
@@ -196,7 +164,7 @@ class Owner:
         if "reference" in parts:
             learner.keep_reference(parts["reference"])
         self._version = stored.plain["version"]
-        self._written.take(stored.rows)
+        self._speaker.written.take(stored.rows)
         held: Plain | None = None
         if stored.held:
             steps = int(stored.held.pop(_STEPS))
@@ -207,74 +175,32 @@ class Owner:
     # -- its engine ------------------------------------------------------------------------------
 
     def _publish(self, message: Mapping[str, Any]) -> Plain:
-        self._version = int(message["version"])
+        with reading():
+            self._version = int(message["version"])
         self.engine.publish(self.name, self._version, {})
         return {}
 
     def _decode(self, message: Mapping[str, Any]) -> Plain:
-        for *conversation, begun in message["news"]:
-            self._turn(tuple(conversation), begun)
-        failed = [answer for asked in message["requests"] if (answer := self._show(asked))]
-        if not failed and message["decode"]:
-            shown, self._shown = self._shown, []
-            self.engine.decode(self.name, shown)
-        ended, self._ended = self._ended, []
-        return {"answers": failed + [self._said(*each) for each in ended]}
-
-    def _turn(self, conversation: tuple[Any, ...], begun: bool) -> None:
-        stage, step, draw, problem, sample, copy = conversation
-        key = Key(0, "", stage, step, draw, problem, sample, copy=copy)
-        for seat in self.engine.seats:
-            self._seen.pop((*conversation, seat), None)
-        (self.engine.begin if begun else self.engine.end)(key)
-
-    def _show(self, asked: Mapping[str, Any]) -> Plain | None:
-        """Take a request; its failure, where its prompt has no place in the context."""
-        number, key = int(asked["number"]), key_from(asked["key"])
-        sampling = sampling_from(asked["sampling"])
-        if key.seat not in self.engine.seats:
-            raise UserError(f"has no seat {key.seat}")
-        if sampling.max_new_tokens > self.settings.max_new_tokens:
-            raise UserError(f"writes at most {self.settings.max_new_tokens} tokens a message")
-        place = (*conversation_id(key), key.seat)
-        if asked["at"] == 0:
-            self._seen[place] = _Seen(self.renderer.view(key.seat), [])
-        seen = self._seen.get(place)
-        if seen is None or len(seen.entries) != asked["at"]:
-            raise UserError("does not know the conversation that it is asked about; resume the run")
-        seen.entries += map(entry_from, asked["entries"])
-        try:
-            prompt = seen.view.prompt(seen.entries, sampling.max_new_tokens)
-        except EpisodeFailure as failure:
-            return answer_to(number, failure)
-        assert prompt.ids is not None
-        self._asked[number] = _Asked(prompt, seen.view)
-        future: concurrent.futures.Future[Completion] = concurrent.futures.Future()
-        future.add_done_callback(lambda done: self._ended.append((number, key, done.result())))
-        self._shown.append(Request(key, prompt.ids, sampling, future, key))
-        return None
-
-    def _said(self, number: int, key: Key, completion: Completion) -> Plain:
-        asked = self._asked.pop(number)
-        asked.view.wrote(completion)
-        assert asked.prompt.ids is not None
-        handle = self._written.add(key, asked.prompt.ids, completion)
-        text, dropped = asked.prompt.opening + completion.text, asked.prompt.dropped
-        return answer_to(number, replace(completion, text=text, dropped=dropped, handle=handle))
+        with reading():
+            news, requests = message["news"], message["requests"]
+            decode = bool(message["decode"])
+        return {"answers": self._speaker.decode(news, requests, decode=decode)}
 
     # -- its learner -----------------------------------------------------------------------------
 
     def _improve(self, message: Mapping[str, Any]) -> Plain:
-        told = message["experience"]
-        experience = experience_from(told, self._episodes(told))
+        with reading():
+            told, key = message["experience"], key_from(message["key"])
+            experience = experience_from(told, self._episodes(told))
+            beta, cap = message["beta"], message["cap"]
         outcome = improve(
             self.learner,
             self.name,
             experience,
             self.settings,
-            beta=message["beta"],
-            cap=message["cap"],
-            key=key_from(message["key"]),
+            beta=beta,
+            cap=cap,
+            key=key,
         )
         before: Plain | None = None
         if outcome.before is not None:
@@ -290,18 +216,23 @@ class Owner:
         }
 
     def _check(self, message: Mapping[str, Any]) -> Plain:
-        return {"figures": held_against(self.learner, self.name, self._episodes(message))}
+        with reading():
+            episodes = self._episodes(message)
+        return {"figures": held_against(self.learner, self.name, episodes)}
 
     def _gain(self, message: Mapping[str, Any]) -> Plain:
-        episodes, key = self._episodes(message), key_from(message["key"])
+        with reading():
+            episodes, key = self._episodes(message), key_from(message["key"])
         return {"gain": gain_of(self.learner, self.name, episodes, self.settings, key)}
 
     def _log_ratios(self, message: Mapping[str, Any]) -> Plain:
-        before, episodes = self._snapshot(message["before"]), self._episodes(message)
+        with reading():
+            before, episodes = self._snapshot(message["before"]), self._episodes(message)
         return {"log_ratio_E": numbers(log_ratios_of(self.learner, before, self.name, episodes))}
 
     def _turn_sums(self, message: Mapping[str, Any]) -> Plain:
-        before, episodes = self._snapshot(message["before"]), self._episodes(message)
+        with reading():
+            before, episodes = self._snapshot(message["before"]), self._episodes(message)
         sums = turn_sums(self.learner, before, self.name, episodes)
         return {
             "log_ratio_K": numbers(sums.log_ratio_K),
@@ -315,20 +246,30 @@ class Owner:
         return {"name": self._name(self.learner.export())}
 
     def _place(self, message: Mapping[str, Any]) -> Plain:
-        target = self._weights(message["name"])
-        if "anchor" in message:
-            anchor = self._weights(message["anchor"])
-            self.learner.interpolate(anchor, target, message["scale"])
-        else:
+        """Put weights in place, or what lies a share of the way to them; beyond them no region has
+        looked."""
+        with reading():
+            target = self._weights(message["name"])
+            anchor = self._weights(message["anchor"]) if "anchor" in message else None
+            scale = 1.0 if anchor is None else float(message["scale"])
+        if not 0 <= scale <= 1:
+            raise UserError("scale: give a share from 0 to 1")
+        if anchor is None:
             self.learner.load_weights(target)
+        else:
+            self.learner.interpolate(anchor, target, scale)
         return {}
 
     def _revert(self, message: Mapping[str, Any]) -> Plain:
-        self.learner.restore(self._snapshot(message["name"]))
+        with reading():
+            snapshot = self._snapshot(message["name"])
+        self.learner.restore(snapshot)
         return {}
 
     def _digest(self, message: Mapping[str, Any]) -> Plain:
-        return {"digest": weights_digest(self._weights(message["name"]))}
+        with reading():
+            weights = self._weights(message["name"])
+        return {"digest": weights_digest(weights)}
 
     def _keep_reference(self, message: Mapping[str, Any]) -> Plain:
         self.learner.keep_reference()
@@ -337,28 +278,33 @@ class Owner:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def _keep(self, message: Mapping[str, Any]) -> Plain:
-        learner, held = self.learner, message["held"]
-        critic = learner.critic
+        with reading():
+            name, held = str(message["name"]), message["held"]
+            snapshot = None if held is None else self._snapshot(held)
+        learner, critic = self.learner, self.learner.critic
         digest = self.vault.write(
-            message["name"],
+            name,
             {
                 "weights": learner.export,
                 "optimizer": learner.optimizer_state,
                 "critic": lambda: None if critic is None else critic.state(),
                 "reference": lambda: learner.reference_weights,
             },
-            {} if held is None else _flat(self._snapshot(held)),
-            self._written.rows(),
+            {} if snapshot is None else _flat(snapshot),
+            self._speaker.written.rows(),
             {"version": self._version, "steps": learner.steps},
         )
         return {"digest": digest}
 
     def _commit(self, message: Mapping[str, Any]) -> Plain:
-        self.vault.commit(self._run, [str(name) for name in message["names"]])
+        with reading():
+            names = [str(name) for name in message["names"]]
+        self.vault.commit(self._run, names)
         return {}
 
     def _keep_for_good(self, message: Mapping[str, Any]) -> Plain:
-        self._save()
+        with unplaced():
+            self._save()
         return {"digest": weights_digest(self.learner.export())}
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,27 @@ _RUN = "run.json"
 _WRITTEN = "written.jsonl"
 _HELD = "held"
 _NEWEST = 2
+_LOG = logging.getLogger(__name__)
 
 Find = Callable[[], Mapping[str, Tensor] | None]
 """Gives the tensors of a part of the agent, or None where it has none."""
+
+
+class Refused(UserError):
+    """What a run may be told as it stands: no place on the owner's disk is in it."""
+
+
+@contextmanager
+def unplaced() -> Iterator[None]:
+    """Inside the block, or the function, no error names a place on the disk: what does is logged
+    for the owner, and Refused is raised in its stead."""
+    try:
+        yield
+    except Refused:
+        raise
+    except UserError as error:
+        _LOG.warning("%s", error)
+        raise Refused("cannot read or write its files; its log says why") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +81,7 @@ class _Found:
 
 
 class Vault:
-    """The checkpoints in ``directory``, of one run at a time."""
+    """The checkpoints in ``directory``, of one run at a time. Every UserError is Refused."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -69,27 +89,31 @@ class Vault:
 
     # -- whose they are --------------------------------------------------------------------------
 
+    @unplaced()
     def begin(self, run: str) -> None:
         """Be that of a run that begins. Raises UserError where another run may yet go on from what
-        lies here."""
+        lies here, and where that is no host's."""
         owner = self._run()
         if owner.get("committed") and owner.get("run") != run:
-            raise UserError(
-                f"{self.directory} holds checkpoints that another run may go on from; start the "
-                "host with another --out, or remove them"
+            raise Refused(
+                "holds checkpoints that another run may go on from; start the host with another "
+                "--out, or remove them"
+            )
+        if not owner and self._directories():
+            raise Refused(
+                "holds checkpoints that no host has written; start the host with another --out"
             )
         for path in self._directories():
             remove_tree(path)
         self._last = None
         self._note(run, committed=False)
 
+    @unplaced()
     def commit(self, run: str, names: Sequence[str]) -> None:
         """The run has these checkpoints."""
         self._note(run, committed=True)
         newest = sorted(self._found(), key=lambda found: found.number)[-_NEWEST:]
-        self._keep([*(found.path for found in newest), *(self.directory / n for n in names)])
-
-    def _keep(self, stay: Sequence[Path]) -> None:
+        stay = [*(found.path for found in newest), *(self.directory / name for name in names)]
         for path in self._directories():
             if path not in stay:
                 remove_tree(path)
@@ -132,6 +156,7 @@ class Vault:
 
     # -- what is in one --------------------------------------------------------------------------
 
+    @unplaced()
     def write(
         self,
         name: str,
@@ -144,7 +169,7 @@ class Vault:
         of ``parts`` has changed since: those files are linked and nobody is asked for them. Raises
         UserError where the disk refuses."""
         if not is_plain(name):
-            raise UserError(f"{name!r} is no name of a checkpoint")
+            raise Refused(f"{name!r} is no name of a checkpoint")
         source = self._last if self._last is not None and self._last.plain == plain else None
         if source is not None and (source.path.name == name or not source.path.is_dir()):
             source = None
@@ -165,21 +190,22 @@ class Vault:
         self._last = _Found(path, number, dict(plain))
         return _digest(text)
 
+    @unplaced()
     def read(self, name: str, digest: str) -> Stored:
         """What a checkpoint holds. Raises UserError where there is none of that digest, or where it
         is damaged."""
         path = self.directory / name
         if not is_plain(name) or not (path / _STATE).is_file():
-            raise UserError(f"{self.directory}: has no checkpoint {name}")
+            raise Refused(f"has no checkpoint {name}")
         text = (path / _STATE).read_text(encoding="utf-8").rstrip("\n")
         if _digest(text) != digest:
-            raise UserError(f"{path}: is not the one that the run has named, but of another run")
+            raise Refused(f"{name} is not the one that the run has named, but of another run")
         state = json.loads(text)
         for file, recorded in state["files"].items():
             if not (path / file).is_file():
-                raise UserError(f"{path / file}: damaged checkpoint (missing file)")
+                raise Refused(f"{name}/{file}: damaged checkpoint (missing file)")
             if identity(path / file) != recorded:
-                raise UserError(f"{path / file}: damaged checkpoint (content changed)")
+                raise Refused(f"{name}/{file}: damaged checkpoint (content changed)")
         parts = {
             Path(file).stem: load_file(path / file)
             for file in state["files"]
@@ -189,13 +215,12 @@ class Vault:
         self._last = _Found(path, state["number"], state["plain"])
         return Stored(parts, held, read_rows(path / _WRITTEN), state["plain"])
 
+    @unplaced()
     def adopt(self, run: str) -> None:
-        """Be that of a run that goes on from the checkpoint read last; what was written after it
-        goes."""
-        assert self._last is not None
+        """Be that of a run that goes on from the checkpoint read last. What was written after it
+        stays until the run says what it has: another host may refuse, and then it goes on from a
+        later one after all."""
         self._note(run, committed=True)
-        stay = [found.path for found in self._found() if found.number <= self._last.number]
-        self._keep(stay)
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor] | None) -> None:

@@ -9,7 +9,8 @@ have a form here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from satune.types import (
     Problem,
     Sampling,
     Turn,
+    UserError,
 )
 
 FORMAT = 1
@@ -49,6 +51,22 @@ def from_bytes(data: bytes) -> Plain:
     if not isinstance(message, dict):
         raise ValueError("not an object")
     return message
+
+
+class Malformed(UserError):
+    """A message that has not its form."""
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Inside the block, where nothing is done but to read a message, what goes wrong is its fault.
+    Raises Malformed; what is refused passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Malformed(f"a message of another form ({error!r})") from error
 
 
 def numbers(tensor: Tensor | None) -> list[float] | None:
@@ -105,7 +123,8 @@ def answer_from(plain: Mapping[str, Any]) -> tuple[int, Completion | EpisodeFail
 
 def episodes_to(episodes: Sequence[Episode], agent: str) -> list[Plain]:
     """What an owner is told of episodes to learn from them: who said what, the rewards and a label
-    of the problem. Its text, the reference answer, observations and the grader's remarks stay."""
+    of the problem; of a failure its kind. The problem's text, the reference answer, observations
+    and the grader's remarks stay."""
     return [
         {
             "problem": episode.problem.id,
@@ -115,10 +134,14 @@ def episodes_to(episodes: Sequence[Episode], agent: str) -> list[Plain]:
             "score": episode.grade.score,
             "components": dict(episode.grade.components),
             "seats": None if episode.grade.seats is None else dict(episode.grade.seats),
-            "failure": None if episode.failure is None else asdict(episode.failure),
+            "failure": _failure_to(episode.failure),
         }
         for episode in episodes
     ]
+
+
+def _failure_to(failure: Failure | None) -> Plain | None:
+    return None if failure is None else asdict(Failure(failure.kind, failure.policy))
 
 
 def _turn_to(turn: Turn, agent: str) -> Plain:
