@@ -247,7 +247,7 @@ def left(out: Path) -> dict[str, Any]:
         "events": tiny_world.events(out),
         "names": sorted(files),
         "summary": summary,
-        "finished": RunDirectory(out).finished,
+        "finished": RunDirectory(out).unfinished() is None,
     }
 
 

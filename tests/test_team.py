@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,22 @@ def test_peft_opens_every_adapter(tmp_path, names):
     # And from there once more.
     loaded.save(tmp_path / "again")
     assert_equal_teams(team, load_team(tmp_path / "again", device="cpu"))
+
+
+def test_a_team_says_which_of_its_models_are_the_hubs(tmp_path, monkeypatch):
+    team = separate_team(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    team.specs["critic"] = replace(team.specs["critic"], model="l")  # the same from here
+    assert [team.entry(name)["base"] for name in team.specs] == [None, None]
+    team.specs["writer"] = replace(team.specs["writer"], model="org/writer")
+    team.save(tmp_path / "team")
+    manifest = manifest_of(tmp_path / "team")
+    held = {name: entry["base"] for name, entry in manifest["agents"].items()}
+    assert held == {"writer": "org/writer", "critic": None}
+    manifest["agents"]["critic"]["base"] = ["org/x"]
+    (tmp_path / "team" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"agents\.critic: its base is no text"):
+        manifest_of(tmp_path / "team")
 
 
 def test_a_saved_agent_is_a_model_for_another_recipe(tmp_path):

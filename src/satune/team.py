@@ -122,11 +122,14 @@ class Team:
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the manifest says of an agent."""
+        """What the manifest says of an agent. ``base`` is the hub id of the model it was made from,
+        None where that lay here."""
         spec, policy = self.specs[name], self.policies.get(name)
-        entry: dict[str, Any] = {"dir": name}
         if policy is None:
             entry = {"host": spec.host} if spec.host else {"served": str(spec.model)}
+        else:
+            # Whether a name is the hub's is told by what lies here, which others cannot see.
+            entry = {"dir": name, "base": None if Path(spec.source).exists() else spec.source}
         entry |= {
             "temperature": spec.temperature,
             "template": asdict(spec.template),
@@ -251,6 +254,8 @@ def _fault_of_agent(name: str, entry: Any, directory: Path) -> str | None:
         except UserError as error:
             return str(error)
         return None if isinstance(model, ServedModel) else "served is not http://ADDRESS/v1#MODEL"
+    if not isinstance(entry.get("base"), str | None):
+        return "its base is no text"
     for holder in (entry, entry.get("mixture") or {"dir": name}):
         folder = holder.get("dir") if isinstance(holder, dict) else None
         if not is_plain(folder):

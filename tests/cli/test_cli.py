@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import tiny_world
 from command_line import ENVIRONMENT, Run, refused
 from satune.cli.common import shipped_recipe
 from satune.config.load import load_recipe
+from satune.files.arrays import read_rows
 from satune.files.lock import LOCK, locked
 from satune.training.run_directory import RunDirectory
 
@@ -54,7 +56,7 @@ def test_train_prints_one_json_object_and_logs_elsewhere(
     rewards = [event["reward"] for event in sampled]
     assert rewards == [summary["reward_before"], summary["reward_after"]]
     for stage in (1, 2):
-        rows = run.read_episodes(stage)
+        rows = read_rows(run.episodes / f"stage-{stage:04d}.jsonl")
         assert len(rows) == 12
         assert all({"turns", "answer", "grade", "problem"} <= set(row) for row in rows)
     manifest = json.loads((out / "team" / "manifest.json").read_text())
@@ -212,11 +214,11 @@ def test_any_other_recipe_has_a_directory_of_its_name(
         assert nothing_to_resume(stderr) == [
             f"runs/{name}: nothing to resume: no run; a new one begins"
         ]
-        assert RunDirectory(tmp_path / "runs" / name).finished
+        assert RunDirectory(tmp_path / "runs" / name).unfinished() is None
     # Without --resume a run's recipe starts another run.
     shutil.rmtree(tmp_path / "runs")
     assert satune("train", own, "stages=0")[0] == 0
-    assert RunDirectory(tmp_path / "runs" / "recipe").finished
+    assert RunDirectory(tmp_path / "runs" / "recipe").unfinished() is None
     assert (run_of_one_stage / "events.jsonl").read_bytes() == before
 
 
@@ -603,7 +605,7 @@ def test_ctrl_c_prints_the_command_that_goes_on(satune: Run, recipe: Path, tmp_p
     few = ["stages=" + str(done + 1) if word == "stages=60" else word for word in words]
     code, _, stderr = satune(*few)
     assert code == 0, stderr
-    assert RunDirectory(out).finished
+    assert RunDirectory(out).unfinished() is None
 
 
 def test_ctrl_c_before_the_run_began_prints_no_command(recipe: Path, tmp_path: Path) -> None:
@@ -632,3 +634,23 @@ def test_ctrl_c_while_a_module_loads_ends_with_130(tmp_path: Path) -> None:
         capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path,
     )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_a_benchmark_that_ends_badly_keeps_no_other_from_running(
+    satune: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def ran(command: list[str], **named: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(Path(command[1]).stem)
+        code = {"step": 3, "grading": 4}.get(asked[-1], 0)
+        return subprocess.CompletedProcess(command, code, stdout='{"ratio": 2}')
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    code, _, stderr = satune("bench")
+    assert asked == ["step", "sampling", "grading", "planning", "projection"]
+    assert (code, stderr) == (3, "bench: step ended with 3\nbench: grading ended with 4\n")
+    code, stdout, _ = satune("bench", "--json")
+    assert code == 3 and set(json.loads(stdout)) == {"sampling", "planning", "projection"}
+    assert satune("bench", "grading", "--json")[:2] == (4, "")
+    assert satune("bench", "planning", "--json")[:2] == (0, '{"ratio": 2}\n')

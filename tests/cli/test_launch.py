@@ -14,6 +14,7 @@ import pytest
 import tiny_world
 from command_line import ENVIRONMENT, Run, refused
 from satune.commands.launch import Launch
+from satune.config.load import load_recipe, recipe_text
 from satune.types import UserError
 
 FAKE = """#!{python}
@@ -124,6 +125,35 @@ def test_a_script_is_written_once(
     inner = shlex.split(line)[3].removeprefix("exec ")
     assert shlex.split(inner)[-5:] == ["relay", "sharding={}", "--out", "runs/relay", "--resume"]
     assert "it is there already" in refused(satune(*words))
+    # Slurm makes no folder for its log, and does not open it from where the script goes.
+    script = (tmp_path / "jobs" / "relay.sh").read_text()
+    assert f"#SBATCH --output={tmp_path}/runs/relay-%j.log\n" in script
+    assert (tmp_path / "runs").is_dir()
+
+
+def test_a_runs_own_recipe_goes_on_with_the_run_once_it_is_trusted(
+    satune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def thing(*a, **b): ...\n")
+    written = tmp_path / "written.yaml"
+    written.write_text(
+        "task: mine.py:thing\nprotocol: chain\nteam: {agents: {a: {model: org/a}, b: {model: "
+        "'http://far.example/v1#m', frozen: true}}}\n"
+    )
+    run = tmp_path / "runs" / "big"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(recipe_text(load_recipe(written)))
+    (run / "events.jsonl").touch()
+    words = ["launch", "runs/big/recipe.yaml", "--processes", "1", "--slurm", "job.sh"]
+    assert "would run mine.py:thing (task.name)" in refused(satune(*words))
+    assert "--allow-address http://far.example/v1" in refused(satune(*words, "--trust"))
+    spoken = ["--trust", "--allow-address", "http://far.example/v1"]
+    assert satune(*words, *spoken) == (0, "sbatch job.sh\n", "")
+    inner = shlex.split((tmp_path / "job.sh").read_text().splitlines()[-1])[3]
+    assert shlex.split(inner)[-7:] == [
+        "runs/big/recipe.yaml", "--out", "runs/big", "--resume", *spoken,
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import tiny_world
 from satune.commands.assemble import assemble, load_tasks
 from satune.commands.train import optimizer_settings, tolerance_of, training_settings
 from satune.config.load import load_recipe
+from satune.files.arrays import read_rows
 from satune.training.credit import GroupCredit
 from satune.training.ordering import ORDERS
 from satune.training.schedules import Hybrid
@@ -82,7 +83,7 @@ def test_a_protocol_from_a_file_is_trained_with(recipe: Path, tmp_path: Path) ->
     chosen = f"protocol={{name: '{tmp_path / 'mine.py'}:ping', rounds: 2}}"
     run = tiny_world.training(recipe, out, [chosen, "stages=1", "schedule=stale"])
     train(run, tolerance=TOLERANCE)
-    rows = run.directory.read_episodes(1)
+    rows = read_rows(run.directory.episodes / "stage-0001.jsonl")
     assert len(rows) == 12
     for row in rows:
         assert [turn["seat"] for turn in row["turns"]] == ["ann", "bob"] * 2
@@ -99,7 +100,7 @@ def test_a_task_from_a_file_is_trained_on(recipe: Path, tmp_path: Path) -> None:
     run = tiny_world.training(recipe, out, [chosen, "stages=1", "schedule=stale"])
     assert run.world.cast.task.letters.endswith("9")  # type: ignore[attr-defined]
     train(run, tolerance=TOLERANCE)
-    rows = run.directory.read_episodes(1)
+    rows = read_rows(run.directory.episodes / "stage-0001.jsonl")
     assert [row["problem"]["id"] for row in rows[::4]] == ["train-0", "train-1", "train-2"]
     assert any(event["accepted"] for event in tiny_world.events(out, "update"))
 
@@ -108,7 +109,7 @@ def test_rows_with_a_reward_of_trls_signature_are_trained_on(recipe: Path, tmp_p
     out = tmp_path / "run"
     run = tiny_world.training(recipe, out, ["stages=1", "schedule=stale"])
     train(run, tolerance=TOLERANCE)
-    rows = run.directory.read_episodes(1)
+    rows = read_rows(run.directory.episodes / "stage-0001.jsonl")
     for row in rows:
         # The recipe's reward, by hand: the sum of the code points of what the reward is given.
         answer = row["answer"]
@@ -213,7 +214,7 @@ def test_seats_share_an_agent_and_its_update_sums_over_both(recipe: Path, tmp_pa
     assert list(run.learners) == ["ann"] and run.seats == {"ann": ["ann", "bob"]}
     train(run, tolerance=TOLERANCE)
     (update,) = tiny_world.events(out, "update")
-    rows = run.directory.read_episodes(1)
+    rows = read_rows(run.directory.episodes / "stage-0001.jsonl")
     assert update["seats"] == ["ann", "bob"]
     own = sum(len(turn["completion_ids"]) for row in rows for turn in row["turns"])
     assert update["tokens"]["own"] == own

@@ -226,6 +226,10 @@ def test_overwriting_and_publishing_take_a_word(satune: Run, trained: Path, hub:
     assert satune("push", trained, "ann/open", "--public")[0] == 0
     assert satune("push", trained, "ann/new", "--public")[0] == 0
     assert not hub.repos["ann/new"]["private"]
+    # One that is private stays so, and is not called public.
+    line = refused(satune("push", trained, REPO, "--public", "--overwrite"))
+    assert line == (f"{REPO}: is there and private; change that on the hub, or leave --public out")
+    assert hub.repos[REPO]["private"] and hub.repos[REPO]["commits"] == 1
 
 
 def test_what_is_in_the_way_is_one_line(
@@ -270,3 +274,67 @@ def test_a_team_alone_says_that_its_training_is_not_known(
     summary = json.loads(satune("push", tmp_path / "mine", REPO, "--dry-run", "--json")[1])
     assert "No run lay beside this team" in summary["card"]
     assert "| ann | ann | not known | not known |" in summary["card"]
+
+
+def changed(team: Path, agent: str, **entry: object) -> None:
+    """Give an agent of a team's manifest other values; None takes one away."""
+    path = team / "manifest.json"
+    manifest = json.loads(path.read_text())
+    gone = {key for key, value in entry.items() if value is None}
+    values = manifest["agents"][agent] | entry
+    manifest["agents"][agent] = {k: v for k, v in values.items() if k not in gone}
+    path.write_text(json.dumps(manifest))
+
+
+def test_an_agent_that_lives_with_its_owner_is_not_sent(
+    satune: Run, trained: Path, tmp_path: Path
+) -> None:
+    team = tmp_path / "team"
+    shutil.copytree(trained / "team", team)
+    changed(team, "bob", dir=None, host="http://10.0.0.7:9000")
+    line = refused(satune("push", team, REPO, "--dry-run"))
+    assert line.startswith(f"{team}: agent bob lives with its owner (http://10.0.0.7:9000)")
+
+
+def test_the_team_of_a_run_may_be_named_from_where_one_is(
+    satune: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "runs" / "one")
+    (tmp_path / "runs" / "one" / "team" / "ann.critic.safetensors").write_bytes(b"critic")
+    monkeypatch.chdir(tmp_path)
+    words = [REPO, "--dry-run", "--json", "--include", "critics", "--include", "events"]
+    inside = json.loads(satune("push", "runs/one/team", *words)[1])
+    assert inside == json.loads(satune("push", "runs/one", *words)[1])
+    paths = [file["path"] for file in inside["files"]]
+    assert "ann.critic.safetensors" in paths and "run/events.jsonl" in paths
+
+
+def test_a_base_is_the_hubs_where_the_team_says_so_from_wherever_it_is_sent(
+    satune: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    recipe = (run / "recipe.yaml").read_text()
+    for number, name in ((0, "models/mine"), (1, "org/base")):
+        (lies,) = {line.split()[-1] for line in recipe.splitlines() if f"model-{number}" in line}
+        recipe = recipe.replace(lies, name)
+    (run / "recipe.yaml").write_text(recipe)
+    changed(run / "team", "bob", base="org/base")
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def bases() -> tuple[list[str], str]:
+        told = json.loads(satune("push", run, REPO, "--dry-run", "--json")[1])["card"]
+        return yaml.safe_load(told.split("---\n")[1]).get("base_model", []), told
+
+    hub, told = bases()
+    assert hub == ["org/base"]
+    assert "| ann | ann | mine | not known |" in told and "models/mine" not in told
+    assert "| bob | bob | org/base | not known |" in told
+    # Teams of earlier versions do not say it: what lies here by the name is none of the hub's.
+    manifest = run / "team" / "manifest.json"
+    held = json.loads(manifest.read_text())
+    for entry in held["agents"].values():
+        del entry["base"]
+    manifest.write_text(json.dumps(held))
+    assert bases()[0] == ["models/mine"]

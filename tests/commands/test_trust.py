@@ -324,6 +324,28 @@ def test_an_address_in_a_runs_recipe_is_asked_for(state: Path, tmp_path: Path):
     assert "no address" in refusal(Trust.of, allowed=["collector.example"])
 
 
+def test_a_description_takes_the_word_that_its_refusal_asks_for(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked = {"model": f"{SERVER}#m", "frozen": True, "server": {"api_key_env": SECRET}}
+    agents = {"a": {"model": "somebody/model"}, "b": asked}
+    run = run_of(tmp_path / "run", RECIPE | {"team": {"agents": agents}})
+
+    def described(*words: str) -> tuple[int, str, str]:
+        argv = ["satune", "describe", str(run / "recipe.yaml"), "--json", *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    code, _, err = described()
+    assert code == 2 and f"add --allow-address {SERVER}={SECRET}" in err
+    code, out, err = described("--allow-address", f"{SERVER}={SECRET}")
+    assert code == 0, err
+    assert set(json.loads(out)["agents"]) == {"a", "b"}
+
+
 def test_the_host_of_an_agent_is_asked_about_with_its_token(state: Path, tmp_path: Path):
     agents = {"a": {"model": "somebody/model"}, "b": {"model": "x", "host": SERVER}}
     run = run_of(tmp_path / "run", RECIPE | {"team": {"agents": agents}})

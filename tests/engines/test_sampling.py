@@ -46,6 +46,9 @@ def test_top_k():
     tokens, logprobs = draw([0.66, 0.67, 0.999], top_k=2)
     assert tokens == [0, 2, 2]
     assert logprobs == pytest.approx([math.log(p) for p in (0.5, 0.25, 0.25)])
+    # As many as any request may ask for are all of them.
+    uniforms = [0.1, 0.55, 0.7, 0.9]
+    assert draw(uniforms, top_k=2**31 - 1) == draw(uniforms)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,25 @@ import tiny_world
 from owners import owners
 from satune.files.arrays import read_rows
 from satune.hosts import client as client_module
-from satune.hosts.wire import episodes_from, episodes_to, from_bytes, to_bytes
-from satune.types import Episode, Failure, Grade, Problem, Turn, ids_of, logprobs_of
+from satune.hosts.wire import (
+    episodes_from,
+    episodes_to,
+    from_bytes,
+    sampling_from,
+    sampling_to,
+    to_bytes,
+)
+from satune.types import (
+    Episode,
+    Failure,
+    Grade,
+    Problem,
+    Sampling,
+    Turn,
+    UserError,
+    ids_of,
+    logprobs_of,
+)
 
 AGENTS = ("ann", "bob")
 EVERYTHING = [
@@ -140,3 +157,22 @@ def test_numbers_cross_bit_for_bit(value: float) -> None:
     back = from_bytes(to_bytes({"x": [value]}))["x"][0]
     assert math.copysign(1, back) == math.copysign(1, value) and back == value
     assert math.isnan(from_bytes(to_bytes({"x": math.nan}))["x"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_k": 10**30}, {"top_k": 2**31}, {"top_k": -1}, {"top_k": 1.0}, {"top_k": True},
+        {"top_p": 1.1}, {"top_p": math.nan}, {"top_p": "1"}, {"top_p": None},
+        {"temperature": -0.1}, {"temperature": math.inf}, {"temperature": 10**400},
+        {"temperature": [1.0]}, {"max_new_tokens": 0}, {"max_new_tokens": 2.5},
+    ],
+)  # fmt: skip
+def test_an_engine_is_asked_for_nothing_that_it_would_fail_at(changes: dict[str, Any]) -> None:
+    plain = sampling_to(Sampling(8, 0.7, 0.9, 5))
+    assert sampling_from(from_bytes(to_bytes(plain))) == Sampling(8, 0.7, 0.9, 5)
+    widest = plain | {"top_k": 2**31 - 1, "temperature": 0}
+    assert sampling_from(widest) == Sampling(8, 0, 0.9, 2**31 - 1)
+    (name,) = changes
+    with pytest.raises(UserError, match=f"^is asked for a {name} that is not between"):
+        sampling_from(plain | changes)

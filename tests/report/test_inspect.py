@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import tiny_world
 from command_line import Run, refused
+from report_runs import episode
+from satune.report import inspect
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +101,53 @@ def test_what_cannot_be_exported_is_one_line(
     for name in ("inspect_ai", "inspect_ai.log"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install 'satune[inspect]'" in refused(satune("export", run, "--inspect"))
+
+
+class Kinds:
+    """In place of a module of inspect-ai: whatever is made of it holds what it was made with."""
+
+    def __getattr__(self, name: str) -> Any:
+        def made(*parts: Any, **named: Any) -> SimpleNamespace:
+            return SimpleNamespace(**named)
+
+        made.from_content = made  # type: ignore[attr-defined]
+        return made
+
+    def write_eval_log(self, log: Any, path: str, format: str) -> None:
+        Path(path).write_text(log.eval.created)
+
+
+def evaluation(folder: Path, reward: float) -> Path:
+    """What ``satune eval`` has written, at noon of a day."""
+    folder.mkdir(parents=True)
+    row = episode("p", 0, 0.0, ["solo"], random.Random(0))
+    for turn in row["turns"]:
+        turn |= {"prompt_ids": None, "completion_ids": None, "sampled_logprobs": None}
+    (folder / "conversations.jsonl").write_text(json.dumps(row) + "\n{damaged\n")
+    (folder / "settings.json").write_text('{"task": {"name": "relay"}}')
+    found = {
+        "problems": 1, "k": 1, "tokens": 9, "temperature": {"solo": 0.8},
+        "team": {"avg_at_k": reward, "interval": None},
+        "per_problem": [{"id": "p", "scores": [reward]}],
+        "failures": {"policy": {}, "world": {}},
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(found))
+    noon = datetime(2026, 3, 4, 12, tzinfo=UTC).timestamp()
+    os.utime(folder / "report.json", (noon, noon))
+    return folder
+
+
+def test_an_evaluation_of_its_own_goes_into_one_file_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "_library", lambda: inspect._Inspect(Kinds(), Kinds(), Kinds()))
+    one, other = evaluation(tmp_path / "a" / "eval", 0.0), evaluation(tmp_path / "b" / "eval", 1.0)
+    done = inspect.export_inspect(one, tmp_path / "logs")
+    assert done.samples == 1 and done.logs[0].name.startswith("2026-03-04T12-00-00_relay")
+    # Its conversations lie in a file of another name than those of a run.
+    (complaint,) = done.complaints
+    assert complaint.startswith(f"{one}/conversations.jsonl, line 2: no readable line")
+    assert inspect.export_inspect(one, tmp_path / "logs").logs == done.logs
+    # Another evaluation in a directory of the same name is another.
+    assert inspect.export_inspect(other, tmp_path / "logs").logs != done.logs
+    assert len(list((tmp_path / "logs").iterdir())) == 2

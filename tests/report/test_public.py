@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from satune.report.card import card
 from satune.report.public import public, without_places
+from satune.report.source import Source
 
 CASES = [
     ("/home/ann/models/mine", "mine"),
@@ -58,6 +60,7 @@ def test_names_of_keys_caches_and_templates_are_left_out() -> None:
                 "ann": {
                     "model": "http://host/v1#m",
                     "server": {"api_key_env": "MY_KEY", "retries": 8},
+                    "host_token_env": "MY_TOKEN",
                     "template": {"chat": "{{ secret }}", "names": True},
                 }
             },
@@ -71,3 +74,16 @@ def test_names_of_keys_caches_and_templates_are_left_out() -> None:
         "team.agents.ann.template.names": "True",
         "log.report_to": "wandb",
     }
+
+
+def test_each_item_of_a_list_is_told_without_its_place() -> None:
+    task = {
+        "name": "rows",
+        "reward": ["rewards/of/ann.py:exact", "/home/ann/b.py:short", "exact"],
+        "more": {"from": ["data/ann/x.jsonl", 2]},
+    }
+    told = public({"task": task})
+    assert told["task.reward"] == "ann.py:exact, b.py:short, exact"
+    assert told["task.more.from"] == "x.jsonl, 2"
+    text = card("ann/x", [], {"task": task}, Source(Path("run"), "run"))
+    assert "rows (reward ann.py:exact, b.py:short, exact, more" in text and "data/ann" not in text

@@ -49,6 +49,7 @@ def written(run: Path, *, float32: bool = False) -> Points:
         event = json.loads(line)
         kind = event["event"]
         if kind == "run":
+            walk(event["self_check"], "run/self_check", 0)
             continue
         if kind == "update":
             kind = f"agent.{event['agent']}"
@@ -330,6 +331,9 @@ def test_names_that_come_from_data_are_ones_that_any_tracker_takes() -> None:
         "groups": {"a/b\n": {"reward": 1.0}, "..": {"reward": 0.0}},
         "figures": {"nothing": float("nan"), "text": "nan", "most": float("inf"), "ok": True},
     }  # fmt: skip
+    begun = {"event": "run", "seed": 7, "stages": 2, "agents": {}, "host": {"threads": 2},
+             "self_check": {"an/n": {"ratio": 0.5, "kl": "nan"}}}  # fmt: skip
+    assert scalars(begun) == {"run/self_check/an_n/ratio": 0.5}  # type: ignore[arg-type]
     assert scalars(event) == {  # type: ignore[arg-type]
         "held_out.sampled/reward": 0.5,
         "held_out.sampled/interval/low": 0.25,

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from satune.serve.replies import Reply
+from satune.serve.requests import read_request
 from satune.serve.served import ServedTeam
-from satune.types import EpisodeFailure, UserError
+from satune.types import EpisodeFailure, Turn, UserError
 from scripted import ScriptedEngine, by_seat
 from serving import CHAT, Client, Stuck, asked, client, events, scripted
 
@@ -180,7 +182,27 @@ def test_a_conversation_that_a_server_broke_off_is_told_of_anew() -> None:
     with scripted(engine=Once(by_seat(ann=["a"], bob=["b"]))) as served:
         found = run(served, Client.stream)
     turns = [piece["choices"][0]["delta"].get("reasoning_content", "") for piece in found]
-    assert "".join(turns) == "ann: a\n\nann: a\n\nbob: b" or "begins anew" in "".join(turns)
+    assert "".join(turns) == (
+        "ann: a\n\n(a server failed; the conversation begins anew)\n\nann: a\n\nbob: b"
+    )
+
+
+def test_seats_of_one_moment_are_told_of_in_any_order() -> None:
+    """That two speak at once, or one again in a later moment, is no new beginning."""
+    request = read_request(json.dumps(asked(n=2)).encode(), ["team"], 2, 0)
+    reply = Reply(request, "fp")
+
+    def told(index: int, *turns: tuple[int, str]) -> list[bool]:
+        said = [
+            reply.turn(index, Turn(seat, seat, moment, 0, "x", "stop", 0)) for moment, seat in turns
+        ]
+        return [b"begins anew" in each for each in said]
+
+    assert told(0, (0, "bob"), (0, "ann"), (1, "ann")) == [False] * 3
+    assert told(1, (0, "bob")) == [False]
+    # Cut off in the next moment, and once more.
+    assert told(0, (0, "ann"), (0, "bob")) == [True, False]
+    assert told(0, (0, "bob"), (0, "ann"), (1, "ann")) == [True, False, False]
 
 
 # Limits and gates

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from satune.serve.refusal import Refusal
-from satune.serve.requests import CANNOT, Request, read_request
+from satune.serve.requests import CANNOT, LARGEST, Request, read_request
 from satune.types import Sampling
 from serving import asked
 
@@ -58,6 +58,8 @@ def test_what_is_given_stands_in_place_of_the_seats_own() -> None:
     assert given.sampling(OWN) == Sampling(20, 0.5, 0.9, 0)
     assert (given.samples, given.seed) == (3, -7)
     assert read(asked(temperature=1e-9)).ask.temperature == 0.0
+    most = read(asked(top_k=LARGEST, max_tokens=10**30, seed=-(10**30))).ask
+    assert most.sampling(OWN) == Sampling(20, 0.8, top_k=2**31 - 1) and most.seed == -(10**30)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
@@ -134,6 +136,7 @@ def test_messages_that_are_none_of_a_chat(messages: Any, param: str) -> None:
     [
         ("n", 0), ("n", 5), ("n", True), ("n", "2"), ("seed", 1.5), ("seed", "1"), ("stop", 3),
         ("temperature", -0.1), ("temperature", 2.1), ("top_p", 1.1), ("top_k", -2),
+        ("top_k", 2**31), ("top_k", 10**30),
         ("max_tokens", 0), ("max_completion_tokens", 1.5), ("stream", "yes"), ("model", 3),
         ("stream_options", True),
     ],

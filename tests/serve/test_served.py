@@ -202,3 +202,9 @@ def test_a_team_whose_data_are_gone_is_served_unless_it_votes(run: Path, tmp_pat
     assert tiny(moved).models == ["team", "team/ann", "team/bob"]
     with pytest.raises(ValueError, match=r"gone\.jsonl"):
         tiny(moved, wanted={"protocol": "vote"})
+
+
+def test_the_fingerprint_tells_in_which_numbers_a_team_computes(run: Path) -> None:
+    types = ["float32", "float64", "bfloat16", "float32"]
+    first, *others, again = (tiny(run, f"team.dtype={name}").fingerprint for name in types)
+    assert first == again and len({first, *others}) == 3

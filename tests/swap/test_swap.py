@@ -531,4 +531,4 @@ def test_a_failure_while_writing_leaves_nothing(
     with pytest.raises(UserError, match="disk: full"):
         give(world / "run", ("bob", world / "newcomer"), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    assert RunDirectory(world / "run").finished
+    assert RunDirectory(world / "run").unfinished() is None

@@ -56,7 +56,7 @@ def left(out: Path) -> dict[str, Any]:
         "episodes": {path.name: path.read_bytes() for path in run.episodes.iterdir()},
         "team": tiny_world.team_files(out),
         "checkpoints": tiny_world.checkpoints(out).names(),
-        "finished": run.finished,
+        "finished": run.unfinished() is None,
     }
 
 
@@ -262,7 +262,7 @@ def test_a_run_whose_last_checkpoint_is_refused_is_not_finished(
         patch.setattr(checkpoint_module.Checkpoints, "_write", writing)
         with pytest.raises(UserError, match="stage-0002: cannot be written"):
             go(recipe, out, [], resume=False)
-    assert not RunDirectory(out).finished
+    assert RunDirectory(out).unfinished() is not None
     go(recipe, out, [], resume=True)
     go(recipe, tmp_path / "whole", [], resume=False)
     assert left(out) == left(tmp_path / "whole")

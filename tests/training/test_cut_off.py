@@ -101,7 +101,7 @@ def test_going_back_to_a_checkpoint(recipe: Path, places: Path, stride: int, ful
         shutil.copytree(base, out)
         what = cut(lambda out=out: back(out), at, full=full)
         meant = RunDirectory(out).intended == "stage-0001-step-1"
-        begun = meant or not RunDirectory(out).finished
+        begun = meant or RunDirectory(out).unfinished() is not None
         go(recipe, out, fewer, resume=True)
         found = left(out)
         # A run that is finished is not written to, so these stay there; no start minds them.

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import tiny_world
+from satune.files.arrays import read_rows
 from satune.files.events import Event
 from satune.report.plots import plot_training
 from satune.training.run_directory import RunDirectory
@@ -191,7 +192,11 @@ def test_the_own_tokens_of_the_agents_are_the_sampled_ones(recipe: Path, tmp_pat
     sampled = sum(event["tokens"]["sampled"] for event in rollouts)
     assert sampled == sum(event["tokens"]["own"] for event in updates)
     assert sampled == summary["tokens"]
-    rows = [row for stage in (1, 2) for row in RunDirectory(out).read_episodes(stage)]
+    rows = [
+        row
+        for stage in (1, 2)
+        for row in read_rows(RunDirectory(out).episodes / f"stage-{stage:04d}.jsonl")
+    ]
     assert len(rows) == summary["episodes"] == 24
     assert sampled == sum(len(turn["completion_ids"]) for row in rows for turn in row["turns"])
     # What an update cost beside its own tokens stands only where a rollout was made for it.

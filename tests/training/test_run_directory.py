@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from satune.files.arrays import read_rows
 from satune.files.events import Event
 from satune.training.run_directory import RunDirectory
 from satune.types import UserError, ids_of, logprobs_of
@@ -42,8 +43,8 @@ def test_events_and_episodes_have_their_places(run: RunDirectory) -> None:
     run.append_episodes(3, [episode("a")])
     run.append_episodes(3, [episode("b")])
     assert (run.episodes / "stage-0003.jsonl").exists()
-    assert run.read_episodes(3) == [episode("a"), episode("b")]
-    assert run.read_episodes(4) == []
+    assert read_rows(run.episodes / "stage-0003.jsonl") == [episode("a"), episode("b")]
+    assert read_rows(run.episodes / "stage-0004.jsonl") == []
 
 
 # Cutting back
@@ -65,12 +66,12 @@ def test_truncate_restores_what_sizes_saw(run: RunDirectory) -> None:
     run.truncate(sizes)
     assert {path: path.read_bytes() for path in held} == held
     assert {path.name for path in run.episodes.iterdir()} == {path.name for path in names[1:]}
-    assert not run.finished
+    assert run.unfinished() is not None
     assert run.sizes() == sizes
     run.append_event(event("stage", stage=2))
     assert stages(run) == [1, 2]
     run.append_episodes(1, [episode("d")])
-    assert run.read_episodes(1) == [episode("a"), episode("d")]
+    assert read_rows(run.episodes / "stage-0001.jsonl") == [episode("a"), episode("d")]
 
 
 def test_sizes_of_a_run_without_lines(run: RunDirectory) -> None:
@@ -85,7 +86,7 @@ def test_what_a_file_has_lost_is_said_and_costs_nothing_else(run: RunDirectory) 
     run.append_event(event("stage", stage=1))
     run.append_episodes(1, [episode("a")])
     run.append_episodes(2, [episode("b")])
-    kept = run.read_episodes(1)
+    kept = read_rows(run.episodes / "stage-0001.jsonl")
     whole = run.sizes()
     run.append_event(event("stage", stage=2))
     with open(run.episodes / "stage-0001.jsonl", "ab") as file:
@@ -100,9 +101,10 @@ def test_what_a_file_has_lost_is_said_and_costs_nothing_else(run: RunDirectory) 
         "stage-0007.jsonl: holds 0 bytes where the checkpoint recorded 1",
     ]
     # The whole lines stay, the torn one would be glued to the next.
-    assert run.read_episodes(1) == kept and stages(run) == [1]
+    assert read_rows(run.episodes / "stage-0001.jsonl") == kept and stages(run) == [1]
     # Rows whose numbers are lost are set aside: they would be given those that come next.
-    assert run.read_episodes(2) == [] and not (run.episodes / "stage-0002.arrays").exists()
+    assert read_rows(run.episodes / "stage-0002.jsonl") == []
+    assert not (run.episodes / "stage-0002.arrays").exists()
     assert (run.episodes / "stage-0002.jsonl.damaged").exists()
     assert not (run.episodes / "stage-0007.jsonl").exists()
 
@@ -115,7 +117,7 @@ def test_a_directory_that_holds_a_run_is_refused(run: RunDirectory) -> None:
     assert not run.holds_run
     run.append_event(event("run", stages=1))
     assert run.holds_run
-    assert not run.finished
+    assert run.unfinished() is not None
     with pytest.raises(UserError, match=r"already holds a run; go on with it by --resume"):
         RunDirectory(run.path).start()
     RunDirectory(run.path).start(resume=True)
@@ -137,7 +139,7 @@ def test_a_run_is_finished_with_its_summary_and_its_whole_team(run: RunDirectory
     assert run.read_summary() == {"stages": 1, "reward_after": 1.0}
     assert run.unfinished() == f"{run.team / 'manifest.json'}: is missing"
     save_team(run)
-    assert run.finished
+    assert run.unfinished() is None
     (run.team / "ann" / "model.safetensors").unlink()
     assert run.unfinished() == f"{run.team / 'ann' / '*.safetensors'}: is missing"
     (run.team / "ann" / "model.safetensors").write_bytes(b"weights")
@@ -152,10 +154,10 @@ def test_a_run_that_is_going_back_is_not_finished(run: RunDirectory) -> None:
     assert run.intended is None
     with pytest.raises(ZeroDivisionError), run.going_back("stage-0001"):
         raise ZeroDivisionError
-    assert run.intended == "stage-0001" and not run.finished
+    assert run.intended == "stage-0001" and run.unfinished() is not None
     with run.going_back("stage-0000"):
         assert run.intended == "stage-0000"
-    assert run.intended is None and run.finished
+    assert run.intended is None and run.unfinished() is None
     run.intent.write_text("{}")
     with pytest.raises(UserError, match=r"going-back\.json: damaged; name the checkpoint"):
         run.intended  # noqa: B018

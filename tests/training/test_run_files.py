@@ -267,7 +267,7 @@ def test_damaged_events_cost_the_figures_alone(
     summary = go(recipe, run, "stages=3", resume=True)
     said = capsys.readouterr().err
     assert said.count(f"figures skipped: {run / 'events.jsonl'}, line 3: not JSON") == 1
-    assert summary["stages"] == 3 and RunDirectory(run).finished
+    assert summary["stages"] == 3 and RunDirectory(run).unfinished() is None
 
 
 # Two processes

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_world
+from satune.files.arrays import read_rows
 from satune.training.schedules import SCHEDULES, Hybrid, experience_for, needs_rollout
 from satune.training.self_check import Tolerance
 from satune.training.settings import TrainingSettings, UpdateSettings
@@ -172,7 +173,7 @@ def test_a_stage_of_three_agents_rolls_out_as_often_as_it_should(
     for event in updates[1:]:
         assert (event["ess"] == pytest.approx(12)) == whole
     # Episodes are rolled out from the versions of their step.
-    rows = tiny_world.RunDirectory(out).read_episodes(1)
+    rows = read_rows(tiny_world.RunDirectory(out).episodes / "stage-0001.jsonl")
     for row in rows:
         for turn in row["turns"]:
             updated_before = AGENTS.index(turn["agent"]) < row["step"] - 1

@@ -138,6 +138,12 @@ def find_recipe(given: str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
+def own_run(recipe: Path) -> Path | None:
+    """The run that keeps its recipe in this file; None for any other recipe."""
+    run = recipe.parent
+    return run if recipe.name == "recipe.yaml" and (run / "events.jsonl").is_file() else None
+
+
 def _recipe_folders() -> list[Path]:
     """In a checkout of the repository, and where an installed package has them."""
     installed = Path(sysconfig.get_path("data")) / "share" / "satune" / "recipes"

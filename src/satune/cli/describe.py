@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from satune.cli.common import (
+    AllowAddress,
     AsJson,
     Overrides,
     RecipeFile,
@@ -22,6 +23,7 @@ def describe(
     recipe: RecipeFile,
     overrides: Overrides = None,
     trust: TrustCode = False,
+    allow_address: AllowAddress = None,
     on: Annotated[
         str | None, typer.Option(help="a device (h200, a100, ...): seconds and memory on paper")
     ] = None,
@@ -37,7 +39,7 @@ def describe(
     """The resolved recipe, and what each agent needs, before anything is loaded."""
     from satune.commands.trust import given_recipe
 
-    spoken = trust_of(trust, overrides)
+    spoken = trust_of(trust, overrides, allow_address)
     loaded = given_recipe(shipped_recipe(recipe), overrides or [], spoken)
     # These load torch, which no mistake needs.
     from satune.commands.describe import describe_recipe

@@ -24,6 +24,7 @@ from satune.cli.common import (
     TrustCode,
     UnsafeChecks,
     open_console,
+    own_run,
     quiet_libraries,
     say,
     shipped_recipe,
@@ -59,7 +60,7 @@ def train(
     spoken = trust_of(trust, overrides, allow_address)
     loaded = given_recipe(path, overrides or [], spoken)
     resume = resume or resume_from is not None
-    directory = out or (resume and _own_run(path)) or Path("runs") / path.stem
+    directory = out or (resume and own_run(path)) or Path("runs") / path.stem
     command = [*_started(), "train", recipe, *(overrides or []), "--out", str(directory)]
     command += ["--resume"]
     command += ["--unsafe-checks"] if unsafe_checks else []
@@ -107,12 +108,6 @@ def _together(
             return None
     except Lost as lost:
         raise UserError(f"{lost}; go on with: {command}") from None
-
-
-def _own_run(recipe: Path) -> Path | None:
-    """The run that keeps its recipe in this file; None for any other recipe."""
-    run = recipe.parent
-    return run if recipe.name == "recipe.yaml" and (run / "events.jsonl").is_file() else None
 
 
 def run_training(

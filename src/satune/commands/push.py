@@ -16,7 +16,7 @@ from satune.files.names import refuse_links
 from satune.report.card import Member, card, licence_in
 from satune.report.public import without_places
 from satune.report.source import Source, read_source
-from satune.team import manifest_of
+from satune.team import manifest_of, refuse_hosted
 from satune.types import UserError
 
 INCLUDABLE = {
@@ -71,10 +71,6 @@ class Parcel:
     left_out: list[str] = field(default_factory=list)
 
     @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
-
-    @property
     def card(self) -> str:
         return next(file.content for file in self.files if file.path == _CARD).decode()
 
@@ -93,13 +89,14 @@ def pack(
 
     ``include`` has names of ``INCLUDABLE``. ``bases`` tells the hub id of a base that lies in the
     team (``base-0``), which then stays here. ``licence`` goes before what the bases say.
-    Raises UserError for a name that no repository can have, for what is no team, and for adapters
-    on several bases that lie here.
+    Raises UserError for a name that no repository can have, for what is no team, for a team with
+    an agent that lives with its owner, and for adapters on several bases that lie here.
     """
     if not _NAME.fullmatch(repo) or ".." in repo or "--" in repo or repo.endswith(".git"):
         raise UserError(f"{repo!r}: no name of a repository; give OWNER/NAME, as in ann/relay-team")
     team, run = _find(place)
     manifest = manifest_of(team)
+    refuse_hosted(manifest, team)
     refuse_links(team)
     parcel = Parcel(repo)
     roots = _roots(team, manifest, bases or {}, repo)
@@ -133,7 +130,7 @@ def _find(place: Path) -> tuple[Path, Path | None]:
     if (place / MANIFEST).is_file():
         above = place.resolve().parent
         is_run = place.resolve().name == "team" and (above / "events.jsonl").is_file()
-        return place, above if is_run else None
+        return (above / "team", above) if is_run else (place, None)
     if (place / "team" / MANIFEST).is_file():
         return place / "team", place
     if (place / "events.jsonl").is_file():
@@ -226,6 +223,8 @@ def _manifest(manifest: Mapping[str, Any]) -> bytes:
         if "served" in entry:
             entry["served"] = f"{NOWHERE}#{entry['served'].partition('#')[2]}"
             entry.pop("server", None)
+        if not _NAME.fullmatch(entry.get("base") or ""):
+            entry.pop("base", None)
         agents[name] = entry
     plays = {key: _told(manifest[key]) for key in ("protocol", "task")}
     return (json.dumps({**manifest, "agents": agents, **plays}, indent=2) + "\n").encode()
@@ -275,23 +274,24 @@ def _members(
         saved = saved_adapter(str(team / folder)) if folder else None
         noted = run.recipe.get(f"team.agents.{agent}.model") if run else None
         beside = Path(saved.base) if saved and Path(saved.base).is_dir() else None
-        base = saved.base if saved and beside is None else noted
+        named = saved.base if saved and beside is None else None
         if beside is not None and roots[beside] != repo:
-            base = roots[beside]
-        if folder is None:
-            base = entry["served"].partition("#")[2]
-        on_hub = base is not None and folder is not None and _is_hub_id(base)
+            named = roots[beside]
+        base, on_hub = _base_of(entry, named, noted)
         found = licence
         for place in (beside, Path(base) if base and not on_hub else None):
             if found is None and place is not None and place.is_dir():
                 found = licence_in(place)
         if found is None and on_hub and base is not None:
             found = look_up(base)
+        shown = base
+        if base is not None and not on_hub:  # of what lay somewhere the last name
+            shown = without_places(Path(base).name if folder else base)
         yield Member(
             agent,
             [seat for seat, filled_by in manifest["seats"].items() if filled_by == agent],
             folder,
-            base if on_hub or base is None else without_places(base),
+            shown,
             on_hub,
             found,
             saved is not None,
@@ -299,8 +299,19 @@ def _members(
         )
 
 
-def _is_hub_id(model: str) -> bool:
-    return bool(_NAME.fullmatch(model)) and not Path(model).exists()
+def _base_of(
+    entry: Mapping[str, Any], named: str | None, noted: str | None
+) -> tuple[str | None, bool]:
+    """The model that an agent was made from, and whether the hub has it: as its adapter ``named``
+    it, as the team says, else as the run ``noted`` it. Where the team says nothing, what is there
+    by that name from here is none of the hub's."""
+    if "dir" not in entry:
+        return entry["served"].partition("#")[2], False
+    if named is None and "base" in entry:
+        base = entry["base"]
+        return base or noted, base is not None and bool(_NAME.fullmatch(base))
+    base = named or noted
+    return base, base is not None and bool(_NAME.fullmatch(base)) and not Path(base).exists()
 
 
 # Sending
@@ -323,7 +334,8 @@ def send(parcel: Parcel, *, public: bool, overwrite: bool) -> str:
 
     A new repository is private unless ``public``. One that holds files is refused unless
     ``overwrite``, with which it holds the parcel and nothing else afterwards (its history keeps
-    what was there); one that is public is refused unless ``public`` says so.
+    what was there). One that is public is refused unless ``public`` says so, one that is private
+    where it does: neither is changed here.
     Raises UserError without a token, and for whatever the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -339,6 +351,11 @@ def send(parcel: Parcel, *, public: bool, overwrite: bool) -> str:
             if not info.private and not public:
                 raise UserError(
                     f"{parcel.repo}: is there and public; add --public, or give another name"
+                )
+            if info.private and public:
+                raise UserError(
+                    f"{parcel.repo}: is there and private; change that on the hub, or leave "
+                    "--public out"
                 )
             if held and not overwrite:
                 raise UserError(

@@ -35,6 +35,7 @@ def serve_team(contestant: Contestant, wanted: Wanted, limits: Mapping[str, int]
         "team": contestant.identity,
         "protocol": protocol,
         "sampling": [asdict(seat.sampling) for seat in seats],
+        "precision": asdict(contestant.precision),
     }
     digest = hashlib.sha256(json.dumps(played, sort_keys=True, default=str).encode()).hexdigest()
     if "concurrency" not in limits and contestant.conversations is not None:

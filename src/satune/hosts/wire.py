@@ -39,6 +39,14 @@ Plain = dict[str, Any]
 
 _TURN = ("seat", "agent", "moment", "own_index", "text", "finish_reason", "version", "dropped")
 _COUNTS = ("prompt_tokens", "completion_tokens")
+_MOST = 2**31 - 1
+_SAMPLING: dict[str, tuple[Any, int, int]] = {
+    # the kind, the least and the most of each value
+    "max_new_tokens": (int, 1, _MOST),
+    "temperature": ((int, float), 0, _MOST),
+    "top_p": ((int, float), 0, 1),
+    "top_k": (int, 0, _MOST),
+}
 
 
 def to_bytes(message: Mapping[str, Any]) -> bytes:
@@ -93,6 +101,12 @@ def sampling_to(sampling: Sampling) -> Plain:
 
 
 def sampling_from(plain: Mapping[str, Any]) -> Sampling:
+    """Raises UserError for a value of another kind or out of range: an engine that fails at one
+    request fails at all that it decodes."""
+    for name, (kind, least, most) in _SAMPLING.items():
+        value = plain.get(name, least)
+        if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
+            raise UserError(f"is asked for a {name} that is not between {least} and {most}")
     return Sampling(**plain)
 
 

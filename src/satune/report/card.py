@@ -14,7 +14,7 @@ import yaml
 
 from satune.files.events import EvalEvent, UpdateEvent
 from satune.report.charts import number
-from satune.report.public import without_places
+from satune.report.public import told, without_places
 from satune.report.source import Source
 from satune.report.training import outcome_of
 
@@ -119,8 +119,8 @@ _COUNTS = {"stages": "sweeps over the agents", "episodes": "episodes", "tokens":
 
 def _named(section: Mapping[str, Any]) -> str:
     options = [
-        f"{key} {without_places(str(value))}"
-        for key, value in section.items()
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in told(section).items()
         if key != "name" and value is not None
     ]
     name = without_places(str(section.get("name", UNKNOWN)))

@@ -91,9 +91,10 @@ def _library() -> _Inspect:
 
 def _rows(run: Path, event: EvalEvent, complaints: list[str]) -> Iterator[EpisodeRow]:
     """The conversations of an evaluation, texts alone."""
-    alone = run / "conversations.jsonl"
-    path = run / "episodes" / f"evaluation-{event['stage']:04d}.jsonl"
-    for number, row in scan_lines(alone if alone.is_file() else path):
+    path = run / "conversations.jsonl"
+    if not path.is_file():
+        path = run / "episodes" / f"evaluation-{event['stage']:04d}.jsonl"
+    for number, row in scan_lines(path):
         place = "line" if row is None else misfit(row, EpisodeRow)
         if row is None or place is not None:
             complaints.append(f"{path}, line {number}: no readable {place}; left out")
@@ -103,7 +104,8 @@ def _rows(run: Path, event: EvalEvent, complaints: list[str]) -> Iterator[Episod
 
 def _log(library: _Inspect, source: Source, event: EvalEvent, rows: Sequence[EpisodeRow]) -> Any:
     task = without_places(source.recipe.get("task.name", "") or "team")
-    named = f"{source.name} {event['stage']} {event['greedy']}"
+    # Directories of one name may hold different evaluations: their figures tell them apart.
+    named = json.dumps([source.name, event], sort_keys=True)
     digest = hashlib.blake2b(named.encode(), digest_size=11).hexdigest()
     created = event.get("time") or datetime.now(UTC).isoformat(timespec="seconds")
     model = f"satune/{source.name}"

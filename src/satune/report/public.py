@@ -10,7 +10,7 @@ from typing import Any
 from satune.report.source import flat
 
 WITHHELD = "(withheld)"
-_LEFT_OUT = {"cache", "api_key_env", "chat"}
+_LEFT_OUT = {"cache", "api_key_env", "host_token_env", "chat"}
 """Keys that say where things lie here, what a secret is called, or pages of text."""
 _ADDRESS = re.compile(r"\w+://[^\s#]*")
 _BEGINS = r"(?:(?:~|\.{1,2})/[^\s:,/]+|/[^\s:,/]+/[^\s:,/]+)"
@@ -24,11 +24,16 @@ altogether may have blanks in it."""
 def public(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The values of a recipe by dotted key, as texts. A path is its last name, an address is
     withheld; what servers are asked by and where caches lie is left out."""
-    return {
-        key: without_places(value)
-        for key, value in flat(recipe)
-        if not _LEFT_OUT & set(key.split("."))
-    }
+    return {key: value for key, value in flat(told(recipe)) if not _LEFT_OUT & set(key.split("."))}
+
+
+def told(value: Any) -> Any:
+    """The value with every text in it ``without_places``: each item of a list by itself."""
+    if isinstance(value, Mapping):
+        return {key: told(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [told(inner) for inner in value]
+    return without_places(value) if isinstance(value, str) else value
 
 
 def without_places(text: str) -> str:

@@ -18,9 +18,10 @@ _STRANGE = re.compile(r"[^A-Za-z0-9 ._-]")
 def scalars(event: Event) -> dict[str, float]:
     """Every finite number of an event by its dotted key's parts, after what it is a figure of:
     ``agent.NAME/kl/quantile``, ``held_out.sampled/reward``, ``swap.SEAT/after``, ``stage/reward``.
-    True is 1, false 0. Of lists there are the intervals' ends alone."""
+    True is 1, false 0. Of lists there are the intervals' ends alone, and of a run's beginning
+    ``run/self_check``: the rest of it are settings and the machine's."""
     if event["event"] == "run":
-        return {}
+        return dict(_numbers({"self_check": event["self_check"]}, "run"))
     if event["event"] == "swap":
         return {
             name: value

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
@@ -204,14 +205,17 @@ def _events(source: Source) -> Iterator[Event]:
 
 def _evaluation(source: Source) -> list[Event]:
     """What ``satune eval`` found, as the event of an evaluation that no stage came before."""
-    report = _object(source, source.path / "report.json")
+    path = source.path / "report.json"
+    report = _object(source, path)
     if report is None:
-        source.complaints.append(f"{source.path / 'report.json'}: is missing or damaged")
+        source.complaints.append(f"{path}: is missing or damaged")
         return []
+    written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     try:
         team: Mapping[str, Any] = report["team"]
         event = {
             "event": "eval",
+            "time": written.isoformat(timespec="seconds"),
             "stage": 0,
             "greedy": all(t == 0 for t in report["temperature"].values()),
             "reward": team["avg_at_k"],
@@ -230,7 +234,7 @@ def _evaluation(source: Source) -> list[Event]:
         event = {}
     place = misfit(event, EvalEvent)
     if place is not None:
-        source.complaints.append(f"{source.path / 'report.json'}: no readable {place or 'report'}")
+        source.complaints.append(f"{path}: no readable {place or 'report'}")
         return []
     return [cast(Event, event)]
 

@@ -63,7 +63,8 @@ class Reply:
     fingerprint: str
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    _last: dict[int, Turn] = field(default_factory=dict)
+    _told: dict[int, set[tuple[int, str]]] = field(default_factory=dict)
+    """What each answer's conversation has told: moment and seat."""
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = [
@@ -87,12 +88,14 @@ class Reply:
             yield self._piece(index, {"role": "assistant", "content": ""})
 
     def turn(self, index: int, turn: Turn) -> bytes:
-        """One more turn of an answer's conversation."""
-        before = self._last.get(index)
-        self._last[index] = turn
-        text = shown(turn, first=before is None)
-        if before is not None and turn.moment < before.moment:
+        """One more turn of an answer's conversation. A turn that was told already says that the
+        conversation was broken off: a seat speaks once in a moment."""
+        told, place = self._told.setdefault(index, set()), (turn.moment, turn.seat)
+        text = shown(turn, first=not told)
+        if place in told:
+            told.clear()
             text = f"\n\n(a server failed; the conversation begins anew){text}"
+        told.add(place)
         return self._piece(index, {"reasoning_content": text})
 
     def closing(self, answers: Sequence[Answer]) -> Iterator[bytes]:

@@ -18,6 +18,8 @@ from satune.types import Problem, Sampling
 
 COLDEST = 1e-3
 """The lowest temperature that is divided by; what lies below is greedy."""
+LARGEST = 2**31 - 1
+"""The largest top_k: beyond it no tensor holds the number, and no vocabulary is as large."""
 STOPS = 16
 """Stop sequences of one request."""
 
@@ -87,7 +89,7 @@ class _Body(BaseModel):
     stream_options: _StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 

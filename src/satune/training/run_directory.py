@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from satune.files.arrays import append_rows, files_of_rows, read_rows
+from satune.files.arrays import append_rows, files_of_rows
 from satune.files.events import Event, append_event, read_events
 from satune.files.lines import cut_torn_line
 from satune.files.lock import LOCK, locked
@@ -64,11 +64,6 @@ class RunDirectory:
             return False
         with open(self.events, "rb") as file:
             return file.read(len(_FIRST)) == _FIRST
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run here came to its end and still has what it came to."""
-        return self.unfinished() is None
 
     def unfinished(self) -> str | None:
         """What a run that says it is finished still lacks, "" where it does not say so; None where
@@ -213,10 +208,6 @@ class RunDirectory:
         Raises ``UserError`` with file and line for any other damaged line.
         """
         return read_events(self.events)
-
-    def read_episodes(self, stage: int) -> list[dict[str, Any]]:
-        """The conversations of ``stage``, as ``read_events``."""
-        return read_rows(self.episodes / f"stage-{stage:04d}.jsonl")
 
     def sizes(self) -> dict[str, Any]:
         """{"events": bytes, "episodes": {file name: bytes}}, safely on disk when this returns."""
