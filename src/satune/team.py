@@ -125,6 +125,7 @@ class Team:
         """What the manifest says of an agent. ``base`` is the hub id of the model it was made from,
         None where that lay here."""
         spec, policy = self.specs[name], self.policies.get(name)
+        entry: dict[str, Any]
         if policy is None:
             entry = {"host": spec.host} if spec.host else {"served": str(spec.model)}
         else:
