@@ -46,12 +46,13 @@ def probe(**environment: str) -> dict[str, float]:
 
 
 def test_freed_memory_is_kept_and_asked_for_in_large_pages() -> None:
-    found = probe()
-    if not found["kept"]:
+    found = [probe() for _ in range(3)]
+    if not found[0]["kept"]:
         pytest.skip("this system's C library is not glibc")
-    assert found["held"] > 60 and found["left"] > 60, found
+    assert all(each["held"] > 60 and each["left"] > 60 for each in found), found
+    # A system that is short of memory may lend none at the moment.
     if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
-        assert found["large"], found
+        assert any(each["large"] for each in found), found
 
 
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"])

@@ -16,6 +16,8 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """glibc's numbers of M_TRIM_THRESHOLD and M_MMAP_MAX (mallopt(3))."""
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14
+_LEAST = 2**28
+"""Bytes below which large pages are not worth asking for."""
 _PART = 0.75
 """What of the machine's memory the heap may reach in large pages. None of it is taken before it is
 used."""
@@ -41,12 +43,15 @@ def keep_freed_memory() -> bool:
 
 
 def _ask_for_large_pages(libc: ctypes.CDLL, size: int) -> None:
-    """Let the heap's next ``size`` bytes come in large pages: one piece is taken, marked, and given
-    back to the heap. Where there is no such piece, or no large pages, nothing happens."""
+    """Let the heap's next ``size`` bytes, or as many as it can have, come in large pages: one piece
+    is taken, marked, and given back to the heap. Where there are no large pages nothing happens."""
     libc.malloc.restype = ctypes.c_void_p
-    piece: int | None = libc.malloc(ctypes.c_size_t(size))
-    if piece is None:
-        return
+    piece: int | None = None
+    while piece is None:
+        if size < _LEAST:
+            return
+        piece = libc.malloc(ctypes.c_size_t(size))
+        size = size if piece is not None else size // 2
     start = -(-piece // _HUGE_PAGE) * _HUGE_PAGE
     length = (piece + size - start) // _HUGE_PAGE * _HUGE_PAGE
     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
