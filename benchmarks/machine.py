@@ -1,5 +1,4 @@
-"""What a machine gives: multiplications by the rows at a time, bandwidth, and what fresh memory
-costs with the allocator as satune sets it and as it comes.
+"""What a machine gives: multiplications by the rows at a time, and bandwidth.
 
     python benchmarks/machine.py [--threads 2]
 
@@ -9,10 +8,7 @@ The shapes are SmolLM2-135M's: hidden size 576, feed-forward 1,536, vocabulary 4
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,8 +16,6 @@ import torch
 
 HIDDEN, INNER, VOCABULARY = 576, 1536, 49152
 ROWS = (1, 8, 32, 64, 128, 512)
-LOGITS = 341
-"""States whose logits are 64 MiB in float32: what is scored at a time."""
 
 
 def seconds(work: Callable[[], object], repeats: int = 15) -> float:
@@ -49,27 +43,11 @@ def rates(dtype: torch.dtype) -> list[tuple[int, float, float]]:
     return found
 
 
-def fresh() -> tuple[float, float]:
-    """Milliseconds of a difference of 64 MiB of logits into new memory and into memory at hand."""
-    logits, shift = torch.randn(LOGITS, VOCABULARY), torch.randn(LOGITS, 1)
-    room = torch.empty_like(logits)
-    new = seconds(lambda: logits - shift)
-    return 1e3 * new, 1e3 * seconds(lambda: torch.sub(logits, shift, out=room))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="what this machine gives")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--fresh", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.fresh:
-        from satune.cli.allocator import keep_freed_memory
-
-        kept = keep_freed_memory()
-        new, old = fresh()
-        print(f"{'kept' if kept else 'as it comes'}: new memory {new:.1f} ms, at hand {old:.1f} ms")
-        return
     print(f"{arguments.threads} threads; rows, GFLOP/s of a layer, of the head")
     for dtype in (torch.float32, torch.bfloat16):
         for rows, layer, head in rates(dtype):
@@ -78,9 +56,6 @@ def main() -> None:
     room = torch.empty_like(weights)
     spent = seconds(lambda: room.copy_(weights))
     print(f"copying 256 MiB: {2 * weights.numel() * 4 / spent / 1e9:.1f} GB/s read and written")
-    command = [sys.executable, __file__, "--fresh", "--threads", str(arguments.threads)]
-    for environment in ({}, {"LD_PRELOAD": ""}):
-        subprocess.run(command, env={**os.environ, **environment}, check=True)
 
 
 if __name__ == "__main__":
