@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 
-.PHONY: quickstart models test test-slow test-browser lint format
-.PHONY: models study test-clients test-trackers
+.PHONY: quickstart models study test test-slow test-browser lint format
+.PHONY: test-clients test-trackers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart

@@ -27,6 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from satune.play.statistics import mean_estimate
 
 SEEDS = (0, 1, 2)
@@ -122,10 +124,10 @@ def gate(_: argparse.Namespace) -> Iterator[Run]:
                 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = "recipes/smollm2.yaml"
 SHORT = ("stages=8", "evaluate.problems=128", "checkpoint.every=4")
 """What makes a run of the recipe take some ten minutes on two cores."""
-ALONE = ("team.agents.second=null", "team.agents.third=null", "protocol=solo", "schedule=fresh")
 # As many messages a stage as three seats write in the recipe's 8 problems x 8 samples.
 AS_MANY_MESSAGES = ("rollout.problems=24",)
 FREE = ("trust_region.enabled=false", "trust_region.beta=0", "trust_region.adapt=false")
@@ -133,28 +135,27 @@ FAR = ("optimizer.lr=4e-5",)
 """Four times the recipe's step."""
 
 
-def smollm2(models: Path, *seats: str) -> tuple[str, ...]:
-    """The overrides that give these seats SmolLM2 from the directory of models."""
-    where = models / "smollm2-135m"
-    return tuple(f"team.agents.{seat}.model={where}" for seat in seats)
+def smollm2(models: Path, seats: int = 3) -> str:
+    """The override that puts SmolLM2, from the directory of models, into so many of the recipe's
+    seats."""
+    recipe = yaml.safe_load((ROOT / SMOLLM2).read_text(encoding="utf-8"))
+    agents = recipe["team"]["agents"]
+    model = {"model": str(models / "smollm2-135m")}
+    return f"team.agents={json.dumps({n: agents[n] | model for n in list(agents)[:seats]})}"
 
 
-def of_models(
-    arguments: argparse.Namespace,
-    rows: Mapping[str, tuple[str, ...]],
-    seats: Sequence[str] = ("first", "second", "third"),
-) -> Iterator[Run]:
+def of_models(arguments: argparse.Namespace, rows: Mapping[str, tuple[str, ...]]) -> Iterator[Run]:
     """A run of the recipe a row and seed, all rows of a seed before the next one's."""
+    team = smollm2(arguments.models)
     for seed in SEEDS:
         for label, overrides in rows.items():
-            alone = ALONE[0] in overrides
-            given = smollm2(arguments.models, *(seats[:1] if alone else seats))
-            yield Run(label, seed, SMOLLM2, (*SHORT, *given, *overrides))
+            yield Run(label, seed, SMOLLM2, (*SHORT, team, *overrides))
 
 
 def models_and_teams(arguments: argparse.Namespace) -> Iterator[Run]:
     """Three agents against one that writes as many messages."""
-    solo = (*ALONE, *AS_MANY_MESSAGES, *FREE)
+    alone = smollm2(arguments.models, seats=1)
+    solo = (alone, "protocol=solo", "schedule=fresh", *AS_MANY_MESSAGES, *FREE)
     rows = {
         "vote": (),
         "alone GRPO": (*solo, "objective=grpo"),
@@ -267,14 +268,13 @@ def against_the_first(runs: Sequence[Run], out: Path) -> str:
     first, *others = dict.fromkeys(run.label for run in runs)
     lines = [f"| minus {first} | problems | sampled | greedy |", "|---|---|---|---|"]
     for label in others:
-        seeds = [run.seed for run in runs if run.label == label]
         figures = []
         for greedy in (False, True):
             pairs = [
                 (_last(run, out, greedy), _last(base, out, greedy))
                 for run in runs
                 for base in runs
-                if run.label == label and base.label == first and run.seed == base.seed in seeds
+                if run.label == label and base.label == first and run.seed == base.seed
             ]
             differences = [
                 a - b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)

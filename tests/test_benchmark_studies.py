@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from satune.config.load import load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -31,6 +33,21 @@ def test_both_sides_of_the_gate_have_as_many_stages(study: ModuleType) -> None:
     runs = list(study.models_gate(Namespace(models=Path("models"))))
     stages = {run.label: [o for o in run.overrides if o.startswith("stages=")][-1] for run in runs}
     assert stages == {"ungated": "stages=3", "gated": "stages=3"}
+
+
+def test_every_run_of_a_model_has_a_recipe(study: ModuleType) -> None:
+    runs = [r for rows in study.OF_MODELS for r in rows(Namespace(models=Path("models")))]
+    for run in (run for run in runs if run.seed == 0):
+        recipe = load_recipe(ROOT / run.recipe, ["seed=0", *run.overrides])
+        alone = run.label.startswith("alone")
+        models = {name: agent.model for name, agent in recipe.team.agents.items()}
+        seats = ["first"] if alone else ["first", "second", "third"]
+        assert models == dict.fromkeys(seats, "models/smollm2-135m"), run.label
+        messages = recipe.rollout.problems * recipe.rollout.samples * len(seats)
+        assert messages == 192 and recipe.evaluate.problems == 128, run.label
+        far = "4 x step" in run.label
+        assert far == (recipe.optimizer.lr == 4 * 1e-5), run.label
+        assert recipe.trust_region.enabled != (alone or "no region" in run.label), run.label
 
 
 def test_after_a_run_that_fails_no_other_is_begun(

@@ -57,7 +57,10 @@ def _layers(policy: Policy) -> list[LoraLayer]:
     found += [m for m in modules if isinstance(m, LoraLayer) and policy.adapter in m.lora_A]
     weights = [getattr(layer.get_base_layer(), "weight", None) for layer in found]
     fit = all(
-        isinstance(weight, nn.Parameter) and weight.dtype in _EXACT and readers[id(weight)] == 1
+        isinstance(weight, nn.Parameter)
+        and weight.dim() == 2
+        and weight.dtype in _EXACT
+        and readers[id(weight)] == 1
         for weight in weights
     )
     return found if fit else []

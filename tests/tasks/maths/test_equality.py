@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import time
 from fractions import Fraction
 from itertools import product
@@ -692,6 +693,16 @@ COSTLY = {
 }
 
 
+@pytest.fixture
+def address_space():
+    """What a worker does to its own process is undone in this one, which other tests' processes
+    descend from."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.usefixtures("address_space")
 @pytest.mark.parametrize("name", COSTLY)
 def test_no_comparison_comes_near_the_limit(name):
     text = tidy(COSTLY[name])
