@@ -33,6 +33,7 @@ class StandIn:
         self.faults = faults
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.loads = 0
+        self.digest = ""
         self.dead = 0
         self.context = model.config.max_position_embeddings
         self._block = block
@@ -49,8 +50,12 @@ class StandIn:
                 return 500, {"error": {"message": "EngineCore encountered an issue"}}
             if path == "/v1/completions":
                 return self._complete(body)
+            if path == "/collective_rpc" and body["method"] == "satune_loaded":
+                return 200, {"results": [{"digest": self.digest}]}
             if path == "/collective_rpc":
-                return 200, {"results": [self._load(body["args"][0])]}
+                found = self._load(body["args"][0])
+                self.digest = found["digest"]
+                return 200, {"results": [found]}
             if path == "/v1/load_lora_adapter":
                 return self._adapter(body["lora_name"], body["lora_path"])
             if path == "/v1/unload_lora_adapter":
@@ -58,11 +63,17 @@ class StandIn:
                 return 200, "Success"
         return 404, {"error": {"message": f"no {path}"}}
 
+    def restart(self, model: Any) -> None:
+        """Be as it was before anything was loaded."""
+        self.model, self.digest = copy.deepcopy(model).eval(), ""
+        self._cache.clear()
+
     def _complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         ids, limit = list(body["prompt"]), body["max_tokens"]
-        if len(ids) + limit > self.context:
+        if len(ids) >= self.context:
             said = f"This model's maximum context length is {self.context} tokens"
             return 400, {"error": {"message": said, "type": "BadRequestError"}}
+        limit = min(limit, self.context - len(ids))
         if "@" in body.get("cache_salt", ""):
             return 400, {"error": {"message": "'cache_salt' must not contain '@'"}}
         if isinstance(self.model, PeftModel):

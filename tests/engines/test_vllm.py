@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import json
 import os
@@ -20,15 +19,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from satune.agents.policy import Policy
+from satune.engines.vllm import place as places
 from satune.engines.vllm import server as servers
 from satune.engines.vllm.engine import VLLMEngine
 from satune.engines.vllm.proof import compared, finding
 from satune.engines.vllm.settings import VLLMSettings
 from satune.engines.vllm.worker import satune_worker
 from satune.types import Completion, EpisodeFailure, Key, Prompt, Sampling, UserError, ids_of
-from tiny_models import EOS, Letters, completion_logprobs, tiny_lm
+from tiny_models import EOS, Letters, completion_logprobs, tiny_config, tiny_lm
 from vllm_standin import StandIn, serving
 
 KEY = Key(0, "train", stage=1, step=1)
@@ -125,9 +126,12 @@ def test_greedy_and_filters_reach_the_server():
     standin = StandIn(policy.model)
     with serving(standin) as address:
         engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address))
-        draw(engine, sampling=Sampling(4, temperature=0.0, top_p=0.9, top_k=3))
+        (whole,) = draw(engine)
+        (found,) = draw(engine, sampling=Sampling(4, temperature=0.0, top_p=0.9, top_k=3))
     asked = standin.asked[-1][1]
     assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.0, 0.9, 3)
+    # What a filter left is not the policy.
+    assert found.logprobs is None and whole.logprobs is not None
     assert asked["stop_token_ids"] == [EOS] and asked["ignore_eos"]
 
 
@@ -136,7 +140,7 @@ def test_a_prompt_without_room_fails_its_conversation_alone():
     with serving(StandIn(policy.model)) as address:
         engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address))
         with pytest.raises(EpisodeFailure, match="context overflow") as failed:
-            draw(engine, ids=[3] * 120)
+            draw(engine, ids=[3] * 128)
         assert failed.value.policy
         assert draw(engine)
 
@@ -157,11 +161,18 @@ def test_what_cannot_be_asked(change, said):
     assert str(refused.value) == said
 
 
-def test_models_that_it_is_not_given():
+def test_models_that_it_is_not_given(monkeypatch):
+    monkeypatch.setenv(servers.PYTHON, sys.executable)
     double = policy_of()
     double.model.double()
     with pytest.raises(UserError, match="agent a: vLLM does not compute in float64"):
         VLLMEngine({"a": double}, {"a": "a"}, settings())
+    with pytest.raises(UserError, match="agent a: Qwen3MoeForCausalLM names its weights otherwise"):
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+        sizes = {**tiny_config("qwen3").to_dict(), **experts, "model_type": "qwen3_moe"}
+        config = Qwen3MoeConfig(**sizes)
+        model = Qwen3MoeForCausalLM(config)
+        VLLMEngine({"a": Policy("a", model, Saved(), 0.8)}, {"a": "a"}, settings("http://x"))
     with pytest.raises(UserError, match=r"engine.servers: 1 addresses for 2 models \(a; b\)"):
         VLLMEngine({n: policy_of(n) for n in "ab"}, {"a": "a"}, settings("http://x"))
 
@@ -273,7 +284,8 @@ def test_adapters_share_a_server_and_go_by_a_fresh_name_each():
         torch.testing.assert_close(
             torch.tensor(list(found.logprobs or ())), expected, atol=1e-5, rtol=0
         )
-    names = [b["lora_name"] for path, b in standin.asked if path == "/v1/load_lora_adapter"]
+    asked = [b["lora_name"] for path, b in standin.asked if path == "/v1/load_lora_adapter"]
+    names = list(dict.fromkeys(asked))  # a server of others is asked before every rollout
     assert [name.split("@")[:2] for name in names] == [["a", "0"], ["b", "0"], ["b", "1"]]
     gone = [b["lora_name"] for path, b in standin.asked if path == "/v1/unload_lora_adapter"]
     assert gone == [names[1]]
@@ -287,12 +299,25 @@ def test_a_server_elsewhere_that_was_away_is_given_its_weights_again():
         engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address))
         engine.publish("a", 0, policy.export())
         expected = [c.ids for c in draw(engine, keys(3))]
-        standin.dead = 1
+        standin.restart(policy_of(seed=9).model)
         assert [c.ids for c in draw(engine, keys(3))] == expected
         assert standin.loads == 2
-        standin.dead = 100
-        with pytest.raises(UserError, match="vLLM died or did not answer 4 times"):
-            draw(engine, keys(3))
+        standin.dead = 1  # and well: it is asked again
+        assert [c.ids for c in draw(engine, keys(3))] == expected
+        assert standin.loads == 2
+
+
+def test_a_server_that_never_answers(monkeypatch):
+    monkeypatch.setattr(places, "_ATTEMPTS", 2)
+    policy = policy_of()
+    standin = StandIn(policy.model)
+    with serving(standin) as address:
+        engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address, restarts=1))
+        engine.publish("a", 0, policy.export())
+        standin.dead = 1000
+        with pytest.raises(UserError, match="vLLM died or did not answer 2 times") as ended:
+            draw(engine)
+        assert "\n" not in str(ended.value)
 
 
 # -- what a proof can show -------------------------------------------------------------------------
@@ -344,17 +369,21 @@ class Runner:
         self.model.load_state_dict(dict(weights_iterator), strict=False)
 
 
-def worker_of(model: Any, directory: Path) -> satune_worker.Extension:
-    worker = satune_worker.Extension()
-    worker.model_runner = Runner(model, directory)
-    return worker
+class Worker(satune_worker.Extension):
+    """vLLM's worker with the extension mixed in."""
+
+    def __init__(self, model: Any, directory: Path) -> None:
+        self.model_runner = Runner(model, directory)
+
+    def reload_weights(self, **given: Any) -> None:
+        self.model_runner.reload_weights(**given)
 
 
 def test_a_worker_loads_all_weights_or_none(tmp_path):
     model = tiny_lm("llama").float()
     held = {name: p.detach().clone() for name, p in model.named_parameters()}
     save_file(held, tmp_path / "model.safetensors")
-    worker = worker_of(model, tmp_path)
+    worker = Worker(model, tmp_path)
     (tmp_path / "new").mkdir()
     new, half = tmp_path / "new" / "a.safetensors", tmp_path / "new" / "half.safetensors"
     save_file({name: p + 1 for name, p in held.items()}, new)
@@ -362,7 +391,7 @@ def test_a_worker_loads_all_weights_or_none(tmp_path):
     digest = worker.satune_load(str(new))["digest"]
     assert worker.satune_loaded() == {"digest": digest}
     assert worker.satune_load(str(half)) == {
-        "fault": f"1 tensors too many or too few, {next(iter(held))} first"
+        "fault": f"1 tensors are missing, {next(iter(held))} first"
     }
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, held[name] + 1)
@@ -380,7 +409,7 @@ def test_a_head_that_shares_the_embeddings_is_packed_anew(tmp_path, tied):
     model.lm_head.quant_method = Packs()
     tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
-    worker_of(model, tmp_path).satune_load(str(tmp_path / "model.safetensors"))
+    Worker(model, tmp_path).satune_load(str(tmp_path / "model.safetensors"))
     assert packed == ([model.lm_head] if tied else [])
 
 
@@ -428,8 +457,16 @@ def test_a_server_that_dies_is_started_with_its_weights_and_asked_the_same(start
         expected = [c.ids for c in draw(engine, keys(4))]
         engine.publish("a", 1, moved(policy))
         loaded = notes(started)[-1]["loaded"]
-        for cause in ("/v1/completions", "killed"):
+        for cause in ("/v1/completions", "killed", "killed before weights come"):
             first = notes(started)[-1]["pid"]
+            if cause == "killed before weights come":
+                os.kill(first, signal.SIGKILL)
+                gone(first)
+                engine.publish("a", 2, moved(policy, seed=2))
+                loaded = notes(started)[-1]["loaded"]
+                found = draw(engine, keys(4))
+                assert [c.ids for c in found] == expected and {c.version for c in found} == {2}
+                continue
             if cause == "killed":
                 os.kill(first, signal.SIGKILL)
             else:
@@ -474,15 +511,40 @@ def test_without_publishing_a_team_plays_with_the_weights_that_it_has(started):
     assert begun[0]["arguments"]["--generation-config"] == "vllm"
 
 
+def test_who_gives_up_while_a_server_starts_waits_for_nothing(started, monkeypatch):
+    monkeypatch.setenv("SLOW", "1")
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+
+    async def given_up() -> None:
+        prompt = Prompt((), ids=ids_of(PROMPT))
+        asked = asyncio.ensure_future(engine.generate("a", prompt, SAMPLING, KEY))
+        while not started.exists():
+            await asyncio.sleep(0.02)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        await engine.close()
+
+    try:
+        asyncio.run(given_up())  # which waits for its threads
+        assert len(notes(started)) == 1
+        Path(f"{started}.ready").touch()
+        assert {c.version for c in draw(engine)} == {0}
+        assert len([note for note in notes(started) if "arguments" in note]) == 1
+    finally:
+        engine.stop()
+
+
 def test_a_server_that_does_not_start(started, monkeypatch):
     monkeypatch.setenv("BROKEN", "1")
     policy = policy_of()
     engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
     with pytest.raises(UserError) as refused:
         engine.publish("a", 0, policy.export())
-    assert str(refused.value) == (
-        "agent a: vLLM did not start (exit code 3): ImportError: no module named torch"
-    )
+    said, _, log = str(refused.value).partition("; its log: ")
+    assert said == "agent a: vLLM did not start (exit code 3): ImportError: no module named torch"
+    assert "INFO starting" in Path(log).read_text()
+    Path(log).unlink()
 
 
 def test_a_process_that_is_killed_leaves_no_server(started):
@@ -529,6 +591,5 @@ def test_adapters_have_room_for_one_more_than_there_are(tmp_path):
 def test_settings_of_a_recipe():
     from satune.engines.base import engine_settings
 
-    found = engine_settings("vllm", {"devices": ("0", "1"), "probe": 0})
-    assert dataclasses.asdict(found)["devices"] == ("0", "1")
+    found = engine_settings("vllm", {"devices": (0, 1), "probe": 0})
     assert found.conversations == 512

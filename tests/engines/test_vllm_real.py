@@ -171,7 +171,7 @@ def test_half_of_the_weights_are_refused(alone, monkeypatch):
     written = places.write_weights
     with monkeypatch.context() as half:
         half.setattr(places, "write_weights", halved)
-        with pytest.raises(UserError, match="tensors too many or too few"):
+        with pytest.raises(UserError, match="tensors are missing"):
             engine.publish("a", 6, stepped(policy, seed=6))
     engine.publish("a", 7, stepped(policy, seed=7))
     assert drawn_from(policy, draw(engine, [("a", 0)])[0]) < 1e-3
@@ -203,12 +203,12 @@ def test_a_server_that_is_killed(alone, when):
 
         Place._load = killed  # type: ignore[method-assign]
         try:
-            engine.publish("a", version, policy.export())
+            engine.publish("a", version, stepped(policy, rate=3e-4, seed=8))
         finally:
             Place._load = load  # type: ignore[method-assign]
     found = draw(engine, asked, tokens=64)
     assert engine._places["a"].server._process is not process
-    assert [c.ids for c in found] == expected
+    assert ([c.ids for c in found] == expected) == (when != "while it loads")
     assert drawn_from(policy, found[0]) < 1e-3
 
 

@@ -192,6 +192,7 @@ def team_engine(
     """What draws a team's completions: its own models here, those of served agents there, those
     that live with their owners at their ``hosts``."""
     settings = engine_of(recipe)
+    team.leave_room(getattr(settings, "context", None))
     if hosts:
         options = asdict(settings) if isinstance(settings, LocalSettings) else {}
         local: Engine = HostedEngine(

@@ -263,6 +263,7 @@ def _engine(team: Any, settings: EngineSettings) -> Engine:
     if size < 10_000_000:
         # Matrices too small to share: two threads were slower than one.
         torch.set_num_threads(1)
+    team.leave_room(getattr(settings, "context", None))
     return settings.make(team.policies, team.seats)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from satune.agents.memory import allowed_bytes
-from satune.agents.policy import Policy
+from satune.agents.policy import ENDLESS, Policy
 from satune.engines.vllm.settings import VLLMSettings
+from satune.types import UserError
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for."""
@@ -19,6 +20,12 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def dtype_of(policy: Policy) -> torch.dtype:
     """The type that the server computes in: the learner's."""
     return policy.autocast or next(policy.model.parameters()).dtype
+
+
+def context_of(policy: Policy, settings: VLLMSettings) -> int | None:
+    """The longest sequence of a server, in tokens; None where nobody says one."""
+    known = policy.context_limit if policy.context_limit < ENDLESS else None
+    return min(filter(None, (settings.context, known)), default=None)
 
 
 def arguments_of(
@@ -31,9 +38,10 @@ def arguments_of(
         "--model", str(model.resolve()),
         "--served-model-name", "base",
         "--dtype", str(dtype_of(first)).removeprefix("torch."),
-        "--max-model-len", str(settings.context or first.context_limit),
         "--max-num-seqs", str(settings.max_rows),
     ]  # fmt: skip
+    if (limit := context_of(first, settings)) is not None:
+        arguments += ["--max-model-len", str(limit)]
     arguments += _memory(first.device, settings, places)
     if first.adapter is not None:
         arguments += _adapters(policies)
@@ -44,8 +52,11 @@ def _adapters(policies: Mapping[str, Policy]) -> list[str]:
     ranks: list[int] = []
     for policy in policies.values():
         model: Any = policy.model
-        ranks.append(model.peft_config[policy.adapter].r)
-    count = len(policies)
+        config = model.peft_config[policy.adapter]
+        ranks += [config.r, *(config.rank_pattern or {}).values()]
+    count, most = len(policies), max(ranks)
+    if most > _RANKS[-1]:
+        raise UserError(f"lora.rank: vLLM takes at most {_RANKS[-1]}, got {most}")
     return [
         "--enable-lora",
         # Rows without an adapter are silently wrong where all places are taken, also by adapters
@@ -53,15 +64,17 @@ def _adapters(policies: Mapping[str, Policy]) -> list[str]:
         "--max-loras", str(count + 1),
         # While weights are given an agent has two.
         "--max-cpu-loras", str(2 * count + 1),
-        "--max-lora-rank", str(next(rank for rank in _RANKS if rank >= max(ranks))),
+        "--max-lora-rank", str(next(rank for rank in _RANKS if rank >= most)),
     ]  # fmt: skip
 
 
 def _memory(learner: torch.device, settings: VLLMSettings, places: int) -> list[str]:
-    if settings.devices or learner.type == "cuda":
-        if settings.memory > 1:
-            return ["--kv-cache-memory-bytes", str(int(settings.memory))]
+    on_gpu = bool(settings.devices) or learner.type == "cuda"
+    # Compiling for a CPU takes minutes and needs a compiler.
+    more = [] if on_gpu else ["--enforce-eager"]
+    if settings.memory > 1:
+        return ["--kv-cache-memory-bytes", str(int(settings.memory)), *more]
+    if on_gpu:
         return ["--gpu-memory-utilization", str(settings.memory)]
     share = allowed_bytes(settings.memory, torch.device("cpu")) // places
-    # Compiling for a CPU takes minutes and needs a compiler.
-    return ["--kv-cache-memory-bytes", str(share), "--enforce-eager"]
+    return ["--kv-cache-memory-bytes", str(share), *more]

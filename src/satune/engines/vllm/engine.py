@@ -18,8 +18,9 @@ import httpx
 import torch
 
 from satune.agents.policy import Policy
-from satune.engines.vllm.files import check_names
+from satune.engines.vllm.files import check_checkpoint
 from satune.engines.vllm.place import Place, places_of
+from satune.engines.vllm.server import KEPT, interpreter
 from satune.engines.vllm.settings import VLLMSettings
 from satune.types import Completion, Key, Prompt, Sampling, UserError
 
@@ -38,6 +39,8 @@ class VLLMEngine:
         self.settings = settings
         for name, policy in policies.items():
             _check(name, policy)
+        if not settings.servers:
+            interpreter()
         groups = places_of(policies)
         if settings.servers and len(settings.servers) != len(groups):
             raise UserError(
@@ -53,6 +56,7 @@ class VLLMEngine:
             place = Place(group, settings, directory, number, len(groups))
             self._places |= dict.fromkeys(group, place)
         self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+        self._confirmed: dict[int, asyncio.Future[None]] = {}
         self._starting: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def publish(
@@ -75,9 +79,10 @@ class VLLMEngine:
         place = self._places[agent]
         if not place.has(agent):
             async with self._lock():
-                self._launch_all()
+                await asyncio.to_thread(self._launch_all)
                 await place.ready(agent)
-        return await place.complete(self._connections(), agent, prompt.ids, sampling, key)
+        client = await self._connections(place)
+        return await place.complete(client, agent, prompt.ids, sampling, key)
 
     def begin(self, key: Key) -> None: ...
 
@@ -88,6 +93,7 @@ class VLLMEngine:
         if self._client is not None:
             await self._client[1].aclose()
             self._client = None
+        self._confirmed.clear()
 
     def stop(self) -> None:
         """End the servers that were started here."""
@@ -95,18 +101,31 @@ class VLLMEngine:
             place.server.stop()
 
     def _launch_all(self) -> None:
+        on_gpu = bool(self.settings.devices) or torch.cuda.is_available()
         for place in dict.fromkeys(self._places.values()):
-            place.launch()
+            if not place.server.started:
+                place.launch()
+                if on_gpu:  # a server measures what is free, while nobody else may take of it
+                    place.server.wait()
 
-    def _connections(self) -> httpx.AsyncClient:
+    async def _connections(self, place: Place) -> httpx.AsyncClient:
+        """The event loop's, with which this place has been asked whether it is what it was."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._client[0] is not loop:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            limits = httpx.Limits(
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEPT
+            )
             client = httpx.AsyncClient(
                 timeout=self.settings.timeout, limits=limits, trust_env=bool(self.settings.servers)
             )
             self._client = loop, client
-        return self._client[1]
+            self._confirmed.clear()
+        client = self._client[1]
+        if place.server.given is not None:
+            if id(place) not in self._confirmed:
+                self._confirmed[id(place)] = asyncio.ensure_future(place.confirm())
+            await asyncio.shield(self._confirmed[id(place)])
+        return client
 
     def _lock(self) -> asyncio.Lock:
         loop = asyncio.get_running_loop()
@@ -122,4 +141,4 @@ def _check(name: str, policy: Policy) -> None:
         )
     if next(policy.model.parameters()).dtype == torch.float64:
         raise UserError(f"agent {name}: vLLM does not compute in float64; take engine: local")
-    check_names(policy)
+    check_checkpoint(policy)

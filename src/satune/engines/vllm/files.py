@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from satune.agents.policy import Policy
 from satune.files.writing import tensor_errors
@@ -72,7 +73,9 @@ def write_weights(
         path = place / f"{policy.name}@{version}@{digest}{'' if adapter else '.safetensors'}"
         if not adapter:
             os.replace(written, path)
-        elif not path.exists():
+        elif path.exists():
+            written.unlink()
+        else:
             model: Any = policy.model
             model.peft_config[policy.adapter].save_pretrained(str(path))
             os.replace(written, path / "adapter_model.safetensors")
@@ -119,15 +122,21 @@ def link_weights(directory: Path, published: Published) -> None:
     os.replace(beside, directory / WEIGHTS)
 
 
-def check_names(policy: Policy) -> None:
-    """Raise UserError for a model whose parameters do not go by the names of its checkpoints, by
-    which a server takes them."""
+def check_checkpoint(policy: Policy) -> None:
+    """Raise UserError for a model whose parameters are not what its checkpoints hold, by which a
+    server takes them: those that go by other names here, and those that have more to keep."""
     causal_lm: Any = policy.causal_lm
-    renamed = getattr(causal_lm, "_checkpoint_conversion_mapping", None)
-    if renamed:
+    kind = type(causal_lm).__name__
+    if get_model_conversion_mapping(causal_lm, add_legacy=False):
         raise UserError(
-            f"agent {policy.name}: {type(causal_lm).__name__} names its weights otherwise than its "
-            "checkpoints do, and vLLM would not know them; take engine: local"
+            f"agent {policy.name}: {kind} names its weights otherwise than its checkpoints do, and "
+            "vLLM would not know them; take engine: local"
+        )
+    parameters = dict(causal_lm.named_parameters(remove_duplicate=False))
+    if set(causal_lm.state_dict()) - set(parameters):
+        raise UserError(
+            f"agent {policy.name}: {kind} keeps more than parameters, which vLLM is not given; "
+            "take engine: local"
         )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 
@@ -19,7 +21,8 @@ from satune.types import UserError
 
 PYTHON = "SATUNE_VLLM_PYTHON"
 """The environment variable that names the interpreter of vLLM's environment."""
-_BESIDE = Path(".venv-vllm/bin/python")
+_BESIDE = Path(__file__).resolve().parents[4] / ".venv-vllm" / "bin" / "python"
+"""Where ``make vllm`` puts it, in a checkout of satune."""
 _WORKER = Path(__file__).parent / "worker"
 _SWITCHES = {
     "VLLM_SERVER_DEV_MODE": "1",
@@ -36,10 +39,16 @@ ARGUMENTS = (
     "--enable-prefix-caching",
 )  # fmt: skip
 """What every server has to be started with, also one that is started otherwise."""
+KEPT = 4.0
+"""Seconds that an idle connection is kept: less than the server keeps it."""
 
 
 class Gone(Exception):
     """The server does not answer, or has given up."""
+
+
+class Cut(Exception):
+    """Nobody waits for the server any more."""
 
 
 def interpreter() -> str:
@@ -48,10 +57,10 @@ def interpreter() -> str:
     said = os.environ.get(PYTHON)
     path = Path(said).expanduser() if said else _BESIDE
     if not path.is_file():
-        where = f"${PYTHON}: {path}: no such file" if said else f"{_BESIDE} is not there"
+        where = f"${PYTHON}: {path}: no such file" if said else "no environment of vLLM is known"
         raise UserError(
-            f"engine vllm: {where}; make vLLM's environment with `make vllm`, or name the "
-            f"interpreter of yours in ${PYTHON}"
+            f"engine vllm: {where}; make one with `make vllm`, or name the interpreter of yours in "
+            f"${PYTHON}"
         )
     return str(path.absolute())
 
@@ -70,9 +79,12 @@ class Server:
         self._start_limit = start_limit
         self._address = (given or "").rstrip("/")
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending: Callable[[], Any] = lambda: None
+        self._answered = False
         self._log: Path | None = None
         self._cut = False
-        self._client = httpx.Client(timeout=limit, trust_env=given is not None)
+        limits = httpx.Limits(keepalive_expiry=KEPT)
+        self._client = httpx.Client(timeout=limit, limits=limits, trust_env=given is not None)
 
     @property
     def address(self) -> str:
@@ -84,8 +96,9 @@ class Server:
 
     def launch(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         """Start the process, or nothing where an address was given; ``wait`` waits for it."""
-        self.starts += 1
-        if self.given is not None or (self._process is not None and self._process.poll() is None):
+        self._answered = False
+        if self.given is not None:
+            self.starts += 1
             return
         port = _free_port()
         self._address = f"http://127.0.0.1:{port}"
@@ -104,22 +117,26 @@ class Server:
                 env={**own, **_SWITCHES, "PYTHONPATH": str(_WORKER), **environment},
                 start_new_session=True,
             )
-        weakref.finalize(self, _end, self._process)
+        self._ending = weakref.finalize(self, _end, self._process)
+        self.starts += 1
 
     def wait(self) -> None:
-        """Wait until it answers. Raises UserError where it ends before, or does not come in time,
-        and Gone after ``cut``."""
+        """Wait until it answers. Raises UserError where it ends before, or does not come in time;
+        Gone where it ends after it had answered, and Cut after ``cut``."""
         end = time.monotonic() + self._start_limit
         while time.monotonic() < end:
             if self._cut:
-                raise Gone("nobody waits for it")
+                raise Cut
             if self._process is not None and self._process.poll() is not None:
+                if self._answered:
+                    raise Gone(f"it ended with exit code {self._process.returncode}")
                 raise UserError(
                     f"{self.label}: vLLM did not start (exit code {self._process.returncode}): "
                     f"{self._last_words()}"
                 )
             try:
                 if self._client.get(f"{self._address}/health", timeout=5).status_code == 200:
+                    self._answered = True
                     return
             except httpx.HTTPError:
                 pass
@@ -129,14 +146,14 @@ class Server:
             "look whether it runs, or raise engine.start_seconds"
         )
 
-    def lost(self) -> bool:
-        """Whether it is gone for good: its process has ended, or it says that it is not well."""
+    def well(self) -> bool:
+        """Whether it is there and says that it can answer."""
         if self._process is not None and self._process.poll() is not None:
-            return True
+            return False
         try:
-            return self._client.get(f"{self._address}/health", timeout=10).status_code != 200
+            return self._client.get(f"{self._address}/health", timeout=10).status_code == 200
         except httpx.HTTPError:
-            return True
+            return False
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """What it answers. Raises Gone, and Refused for a status that is none of success."""
@@ -148,9 +165,8 @@ class Server:
 
     def stop(self) -> None:
         """End the process, if it is this one's."""
-        if self._process is not None:
-            _end(self._process)
-            self._process = None
+        self._ending()
+        self._process = None
 
     def cut(self) -> None:
         """Have whoever waits for it stop waiting."""
@@ -160,13 +176,16 @@ class Server:
         self._cut = False
 
     def _last_words(self) -> str:
-        """The last line of its log that names an error, else the last one."""
+        """The last line of its log that names a cause, else the last one; and where a copy of the
+        log lies."""
         assert self._log is not None
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines()]
         lines = [line for line in lines if line]
-        errors = [line for line in lines if "Error" in line and "Traceback" not in line]
+        errors = [x for x in lines if "Error" in x and "root cause" not in x and "Trace" not in x]
         said = (errors or lines or ["it said nothing"])[-1]
-        return said if len(said) <= 300 else f"{said[:300]}..."
+        kept = Path(tempfile.gettempdir(), f"satune-vllm-{os.getpid()}.log")
+        shutil.copy(self._log, kept)
+        return f"{said if len(said) <= 300 else f'{said[:300]}...'}; its log: {kept}"
 
 
 def answer(response: httpx.Response) -> Any:
@@ -191,13 +210,12 @@ def _free_port() -> int:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a server and what it has started."""
-    stdin: IO[bytes] | None = process.stdin
-    if stdin is not None:
-        stdin.close()
+    if process.stdin is not None:
+        process.stdin.close()
     for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):
             break
         try:
             process.wait(seconds)

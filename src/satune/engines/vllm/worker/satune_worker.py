@@ -7,6 +7,7 @@ into its worker (``--worker-extension-cls``) and calls its methods by name (``/c
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,22 @@ class Extension:
     """Mixed into vLLM's worker, which has the ``model_runner`` and its configuration."""
 
     model_runner: Any
+    reload_weights: Callable[..., None]
     satune_digest: str = ""
 
     def satune_load(self, path: str) -> dict[str, str]:
         """Load a model's weights, whole and in a checkpoint's names, from a safetensors file; gives
-        the ``digest`` of the file. Gives a ``fault``, and loads nothing, where it holds other
-        tensors than the model was started with: what is missing would silently stay as it was."""
+        the ``digest`` of the file. Gives a ``fault``, and loads nothing, where it lacks tensors
+        that the model was started with (but a head, which may be the embedding once more): they
+        would silently stay as they were."""
         digest = _digest(Path(path))
         tensors = load_file(path)
         expected = _names(Path(self.model_runner.vllm_config.model_config.model))
-        differing = sorted(set(tensors) ^ expected) if expected else []
-        if differing:
-            return {"fault": f"{len(differing)} tensors too many or too few, {differing[0]} first"}
+        missing = sorted(expected - set(tensors) - {"lm_head.weight"})
+        if missing:
+            return {"fault": f"{len(missing)} tensors are missing, {missing[0]} first"}
         self.satune_digest = ""
-        self.model_runner.reload_weights(
-            weights_iterator=iter(tensors.items()), is_checkpoint_format=True
-        )
+        self.reload_weights(weights_iterator=iter(tensors.items()), is_checkpoint_format=True)
         _pack_tied_head(self.model_runner.get_model())
         self.satune_digest = digest
         return {"digest": digest}

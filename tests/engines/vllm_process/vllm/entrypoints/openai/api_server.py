@@ -32,7 +32,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._send(None)
+        slow = os.environ.get("SLOW") and not Path(os.environ["STARTS"] + ".ready").exists()
+        self._send(None, 503 if slow else 200)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -52,9 +53,9 @@ class Handler(BaseHTTPRequestHandler):
         choice = {"finish_reason": "length", "token_ids": written, "logprobs": logprobs}
         self._send({"choices": [choice]})
 
-    def _send(self, data: Any) -> None:
+    def _send(self, data: Any, status: int = 200) -> None:
         content = json.dumps(data).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
