@@ -20,11 +20,12 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t
 from study import SEEDS, Run, perform_all
 
 METHODS = ("ppo", "grpo", "dapo", "m2po", "sat")
@@ -96,6 +97,25 @@ def at_distance(points: Sequence[tuple[float, float]], distance: float) -> float
     return None
 
 
+def excess(rows: Mapping[str, list[dict[str, float]]], method: str, rate: str) -> str:
+    """How much larger a method's violations are than SAT's at the same seed and at the distance of
+    SAT at a learning rate: mean and interval over seeds; empty where not all of them have both."""
+    sat = rows.get(f"sat lr {rate}", [])
+    swept = [rows.get(f"{method} lr {each}", []) for each in RATES]
+    if len(sat) < 2 or any(len(each) != len(sat) for each in swept):
+        return ""
+    found = []
+    for seed, own in enumerate(sat):
+        points = [(each[seed]["trajectory_kl"], each[seed]["violation_share"]) for each in swept]
+        share = at_distance(points, own["trajectory_kl"])
+        if share is None:
+            return ""
+        found.append(share - own["violation_share"])
+    mean, error = statistics.fmean(found), statistics.stdev(found) / math.sqrt(len(found))
+    half = float(t.ppf(0.975, len(found) - 1)) * error
+    return f"{mean:+.2%} [{mean - half:+.2%}, {mean + half:+.2%}]"
+
+
 def table(rows: dict[str, list[dict[str, float]]], missing: Sequence[str]) -> tuple[str, Any]:
     """A table of what was run, and one of the methods at SAT's distances; the latter as data."""
     head = (
@@ -127,6 +147,11 @@ def table(rows: dict[str, list[dict[str, float]]], missing: Sequence[str]) -> tu
         matched[f"{distance:.5f}"] = {"sat": share, **found}
         shown = ", ".join(f"{m} {'-' if v is None else f'{v:.4%}'}" for m, v in found.items())
         lines.append(f"trajectory KL {distance:.5f}: sat {share:.4%}, {shown}")
+    lines += ["", "more of them than SAT, seed by seed (mean and 95% interval by Student's t):"]
+    for rate in RATES:
+        told = [f"{m} {e}" for m in METHODS if m != "sat" and (e := excess(rows, m, rate))]
+        if told:
+            lines.append(f"at the distance of SAT's learning rate {rate}: {', '.join(told)}")
     if missing:
         lines += ["", f"without figures ({len(missing)}): {', '.join(missing)}"]
     return "\n".join(lines) + "\n", matched

@@ -117,3 +117,21 @@ def test_runs_of_other_lengths_are_not_taken_for_these(
         violations.main()
         assert json.loads((tmp_path / "violations.json").read_text())["stages"] == int(stages)
     assert len(set(places)) == 2
+
+
+def test_violations_are_compared_seed_by_seed(violations: ModuleType) -> None:
+    """Of two seeds a method has .02 and .04 more than SAT at SAT's distance, which lies half-way
+    between two of its rates in the logarithm; t at 1 degree of freedom is 12.706."""
+
+    def row(distance: float, share: float) -> dict[str, float]:
+        return {"trajectory_kl": distance, "violation_share": share}
+
+    rows = {f"ppo lr {rate}": [row(0.01, 0.0), row(0.01, 0.0)] for rate in violations.RATES[:2]}
+    rows |= {f"ppo lr {rate}": [row(1.0, 0.06), row(1.0, 0.12)] for rate in violations.RATES[2:]}
+    rows["sat lr 1e-3"] = [row(0.1, 0.01), row(0.1, 0.02)]
+    half = 12.706 * 0.01
+    assert violations.excess(rows, "ppo", "1e-3") == (
+        f"{0.03:+.2%} [{0.03 - half:+.2%}, {0.03 + half:+.2%}]"
+    )
+    rows["sat lr 1e-3"].pop()
+    assert violations.excess(rows, "ppo", "1e-3") == ""
