@@ -55,8 +55,8 @@ class Owners:
     servers: dict[str, Killable] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
 
-    def start(self, agent: str, port: int = 0) -> None:
-        recipe = load_recipe(self.recipe, self.overrides)
+    def start(self, agent: str, port: int = 0, *more: str) -> None:
+        recipe = load_recipe(self.recipe, [*self.overrides, *more])
         owner = assemble_owner(recipe, agent, self.out / agent)
         server = Killable(("127.0.0.1", port), owner, TOKEN)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -71,13 +71,13 @@ class Owners:
     def owner(self, agent: str) -> Owner:
         return self.servers[agent].owner
 
+    def url(self, agent: str) -> str:
+        return f"http://127.0.0.1:{self.servers[agent].server_address[1]}"
+
     @property
     def hosts(self) -> list[str]:
         """What names them to the run."""
-        return [
-            f"team.agents.{agent}.host=http://127.0.0.1:{server.server_address[1]}"
-            for agent, server in self.servers.items()
-        ]
+        return [f"team.agents.{agent}.host={self.url(agent)}" for agent in self.servers]
 
     def training(self, out: Path, *more: str, resume: bool = False) -> Training:
         return tiny_world.training(

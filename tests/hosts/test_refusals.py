@@ -173,7 +173,7 @@ def test_what_each_side_may_have_of_its_own(recipe: Path) -> None:
         assert facts_of(load_recipe(recipe, [common])) != ours, common
 
 
-def test_a_saved_team_with_a_reference_cannot_be_loaded(
+def test_a_saved_team_has_a_reference_in_an_agents_place(
     there: Owners, recipe: Path, tmp_path: Path
 ) -> None:
     cast = assemble(load_recipe(recipe, there.hosts))
@@ -181,10 +181,34 @@ def test_a_saved_team_with_a_reference_cannot_be_loaded(
     entry = json.loads((tmp_path / "team" / "manifest.json").read_text())["agents"]["bob"]
     assert entry["host"].startswith("http://127.0.0.1") and entry["digest"] == "d1"
     assert "dir" not in entry and not (tmp_path / "team" / "bob").exists()
-    with pytest.raises(UserError, match="agent bob lives with its owner"):
-        load_team(tmp_path / "team")
+    assert entry["host_token_env"] == "SATUNE_HOST_TOKEN"
+    team = load_team(tmp_path / "team", device="cpu", hosts={"bob": "http://elsewhere"})
+    assert list(team.policies) == ["ann"] and team.specs["bob"].host == "http://elsewhere"
     with pytest.raises(UserError, match="agent bob lives with its owner"):
         find_team(tmp_path / "team", None, Trust(code=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"host": "ftp://x"}, "its host is no plain http or https address"),
+        ({"host": "http://me:s3cret@x"}, "its host is no plain http or https address"),
+        ({"host_token_env": "A B"}, "its host_token_env is no name of an environment variable"),
+        ({"host_token_env": 1}, "its host_token_env is no name of an environment variable"),
+        ({"digest": None}, "it has no digest of the weights"),
+    ],
+)
+def test_a_reference_that_is_damaged(
+    there: Owners, recipe: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    cast = assemble(load_recipe(recipe, there.hosts))
+    cast.team.save(tmp_path / "team", digests={"bob": "d1"})
+    path = tmp_path / "team" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["agents"]["bob"].update(change)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"damaged manifest \(agents.bob: {said}"):
+        load_team(tmp_path / "team")
 
 
 # -- the owner -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from satune.engines.local import LocalEngine
 from satune.files.writing import written_beside
 from satune.hosts.owner import Owner
 from satune.hosts.vault import Vault
+from satune.hosts.visits import Visits
 from satune.protocols.named import load_protocol
 from satune.types import Progress, UserError, no_progress
 
@@ -50,9 +52,14 @@ def assemble_owner(
     team = load_agents(
         recipe, {agent: resolved.agents[agent]}, seats, protocol, progress, all_seats=resolved.seats
     )
-    engine = engine_of(recipe).make(team.policies, team.seats)
-    if not isinstance(engine, LocalEngine):
-        raise UserError(f"engine: '{recipe.engine.name}' cannot be a host's; take local")
+
+    def make_engine(seats: Mapping[str, str]) -> LocalEngine:
+        engine = engine_of(recipe).make(team.policies, seats)
+        if not isinstance(engine, LocalEngine):
+            raise UserError(f"engine: '{recipe.engine.name}' cannot be a host's; take local")
+        return engine
+
+    engine, renderer = make_engine(team.seats), team.renderers[agent]
     scratch = out / "optimizers"
     critics = make_critics(recipe, team, protocol, scratch, progress)
     remember(recipe.model_dump(mode="json"))
@@ -65,9 +72,16 @@ def assemble_owner(
         agent,
         learner_of(recipe, team.policies[agent], agent, scratch, critics.get(agent)),
         engine,
-        team.renderers[agent],
+        renderer,
         training_settings(recipe).update_of(agent),
         Vault(out / "checkpoints"),
         facts,
+        Visits(
+            agent,
+            make_engine,
+            renderer,
+            recipe.rollout.max_new_tokens,
+            {"template": asdict(team.specs[agent].template)},
+        ),
         save,
     )

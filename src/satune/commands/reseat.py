@@ -11,11 +11,19 @@ from weakref import WeakKeyDictionary
 
 from safetensors.torch import load_file
 
+from satune.agents.entries import model_of
 from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
 from satune.agents.pretrained import Precision, load_policies
 from satune.agents.weights import Weights
-from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
+from satune.commands.assemble import (
+    Cast,
+    agent_spec,
+    assemble,
+    engine_of,
+    model_path,
+    team_engine,
+)
 from satune.commands.trust import NOTHING, Trust
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, TeamSection
@@ -24,7 +32,7 @@ from satune.engines.servers import Servers
 from satune.engines.settings import ServerSettings
 from satune.files.names import refuse_links
 from satune.loading import nearest_hint
-from satune.team import Team, add_mixtures, manifest_of, model_of, refuse_hosted
+from satune.team import Team, add_mixtures, manifest_of, refuse_hosted
 from satune.training.checkpoint import Checkpoints
 from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
@@ -340,7 +348,7 @@ def with_policy(base: Reseated, name: str, policy: Policy) -> Reseated:
 
 def with_team(cast: Cast, recipe: Recipe, team: Team, numbers: Numbers) -> Cast:
     """The cast with another team, and an engine that serves it and has its weights."""
-    engine = team_engine(team, recipe, cast.servers)
+    engine = team_engine(team, engine_of(recipe), cast.servers)
     if isinstance(cast.engine, WithRoles):
         engine = WithRoles(engine, cast.engine.roles)
     for name, policy in team.policies.items():

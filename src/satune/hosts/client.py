@@ -22,6 +22,8 @@ _IDLE = 5.0
 and is opened anew."""
 
 
+_MEETINGS = ("hello", "visit")
+"""What a host that was lost is asked all the same, to see whether it is there again."""
 _LOST = (409, 502, 503, 504)
 """It was started anew, or a proxy says that there is nobody behind it."""
 
@@ -74,7 +76,7 @@ class Client:
         there is none, UserError for what it refuses."""
         body = to_bytes(message or {})
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
-        if self._gone is not None and verb != "hello":
+        if self._gone is not None and verb not in _MEETINGS:
             raise self._gone  # nobody waits for it twice
         if time.monotonic() - self._used > _IDLE:
             self._connection.close()

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from satune.hosts.owner import Estranged, Owner
-from satune.hosts.wire import Malformed, from_bytes, to_bytes
+from satune.hosts.owner import Owner
+from satune.hosts.wire import Estranged, Malformed, from_bytes, to_bytes
 from satune.types import UserError
 
 LARGEST = 1 << 30

@@ -65,6 +65,10 @@ class Malformed(UserError):
     """A message that has not its form."""
 
 
+class Estranged(UserError):
+    """A run or a visitor asks on as if nothing had happened in between."""
+
+
 @contextmanager
 def reading() -> Iterator[None]:
     """Inside the block, where nothing is done but to read a message, what goes wrong is its fault.
