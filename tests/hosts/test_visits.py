@@ -19,15 +19,17 @@ import pytest
 
 import tiny_world
 from command_line import Run
+from owners import TOKEN as HELD
 from owners import Owners, alone, owners
 from satune.agents.messages import TemplateSettings
 from satune.cli.served import load_served
-from satune.commands.host import assemble_owner
+from satune.commands.host import assemble_owners
 from satune.config.load import load_recipe
 from satune.engines.hosted import HostedEngine, HostedRequest, Turned
 from satune.engines.request import conversation_id
 from satune.hosts import visits as visits_module
 from satune.hosts.client import Client, HostLost
+from satune.hosts.owner import Owner
 from satune.hosts.visit import VisitedAgent
 from satune.hosts.wire import FORMAT, Estranged
 from satune.serve.refusal import Refusal
@@ -163,18 +165,22 @@ def test_a_chat_equals_one_process(
     assert said[0] == said[1] and said[0].count("ann:") == 2
 
 
+def owner_of(recipe: Path, place: Path, *more: str) -> Owner:
+    return assemble_owners(load_recipe(recipe, more), {"bob": place})["bob"]
+
+
 @pytest.mark.parametrize("more", [[], ["team.sharing=lora"]], ids=["whole", "adapter"])
 def test_an_agent_that_was_saved_has_the_digest_of_the_one_that_was_trained(
     world: World, tmp_path: Path, more: list[str]
 ) -> None:
-    owner = assemble_owner(load_recipe(world.recipe, more), "bob", tmp_path / "bob")
+    owner = owner_of(world.recipe, tmp_path / "bob", *more)
     for tensor in owner.learner.policy.trainable().values():  # type: ignore
         tensor.data.add_(0.01)
     digest = owner.answer("visit", {"seats": ["bob"]})["digest"]
     owner.answer("begin", {"run": "r"})
     assert owner.answer("save", {"run": "r", "forget": []})["digest"] == digest
     saved = f"team.agents.bob.model={tmp_path / 'bob' / 'agent' / 'bob'}"
-    again = assemble_owner(load_recipe(world.recipe, [*more, saved]), "bob", tmp_path / "again")
+    again = owner_of(world.recipe, tmp_path / "again", *more, saved)
     assert again.answer("visit", {"seats": ["bob"]})["digest"] == digest
 
 
@@ -182,7 +188,7 @@ def test_an_agent_that_was_saved_has_the_digest_of_the_one_that_was_trained(
 
 
 def visited(there: Owners, agent: str = "bob", **more: Any) -> VisitedAgent:
-    client = Client(agent, there.url(agent), there.servers[agent].token, 60)
+    client = Client(agent, there.url(agent), HELD, 60)
     return VisitedAgent(agent, client, [agent], version("satune"), READ, **more)
 
 
@@ -399,7 +405,7 @@ def test_a_host_that_is_not_there_or_another(
         return refused(satune, world.two, *given, "--out", tmp_path / "out")
 
     assert "agent bob: its host http://127.0.0.1:9 is lost" in line(ann, "bob=http://127.0.0.1:9")
-    assert "has agent 'ann', this team 'bob'" in line(ann, f"bob={world.there.url('ann')}")
+    assert "keeps no agent 'bob'; there is ann" in line(ann, f"bob={world.there.url('ann')}")
     assert "no agent 'bop' lives with its owner (nearest: bob" in line(bob, "bop=http://x")
     assert "--agent-host bob: its host is no plain http or https" in line(ann, "bob=ftp://x")
     assert "--agent-host bob: give NAME=URL" in line("bob")

@@ -51,7 +51,8 @@ class Owner:
 
     ``settings`` are those of its steps, δ included. ``facts`` is what a run has to agree on beside
     the agent (``hosts.agent.Facts`` as plain values). ``visits`` are of those who ask the agent and
-    do not train it. ``save`` writes the agent for good.
+    do not train it. ``save`` writes the agent for good. ``lock`` is that of all agents of a
+    process: they may share a base.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Owner:
         facts: Mapping[str, str],
         visits: Visits,
         save: Callable[[], None],
+        lock: threading.Lock,
     ) -> None:
         self.name = name
         self.learner = learner
@@ -74,7 +76,7 @@ class Owner:
         self.facts = dict(facts)
         self.visits = visits
         self._save = save
-        self._lock = threading.Lock()
+        self._lock = lock
         self._run = ""
         self._version = 0
         self._in_place: str | None = None

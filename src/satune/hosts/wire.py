@@ -32,7 +32,7 @@ from satune.types import (
     UserError,
 )
 
-FORMAT = 1
+FORMAT = 2
 """What both sides have to speak."""
 
 Plain = dict[str, Any]
