@@ -13,6 +13,8 @@ from satune.files.names import is_plain
 from satune.loading import HOST_VARIABLE, address_in, holds_key, model_in
 from satune.types import ServedModel, UserError
 
+PRIVATE = "private"
+"""What the model of an agent that lives with its owner is called here, where nobody loads it."""
 _TEMPLATE = {each.name for each in fields(TemplateSettings)}
 
 
@@ -74,8 +76,8 @@ def _is_inside(path: Path, directory: Path) -> bool:
 
 
 def model_of(entry: Mapping[str, Any], directory: Path) -> str | ServedModel:
-    """The model of an agent's entry in the manifest of ``directory``, nothing where its owner has
+    """The model of an agent's entry in the manifest of ``directory``, PRIVATE where its owner has
     it. Raises UserError for a served one whose address or name is missing."""
     if "host" in entry:
-        return ""
+        return PRIVATE
     return model_in(entry["served"]) if "served" in entry else str(directory / entry["dir"])

@@ -121,11 +121,12 @@ def assemble(
     servers: Servers | None = None,
     *,
     roles: bool = True,
-    visiting: bool = False,
+    visiting: Mapping[str, str] | None = None,
 ) -> Cast:
     """Load or build everything a recipe names; without ``roles`` the engine is the team's alone,
     for a caller who attaches them. With ``visiting`` the agents that live with their owners are
-    asked as they are, and no run begins there. Raises UserError for whatever cannot be had."""
+    asked and no run begins there: it has the digests of their weights, as far as these are known.
+    Raises UserError for whatever cannot be had."""
     servers = servers or Servers()
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
@@ -133,8 +134,12 @@ def assemble(
         recipe.protocol.name, list(resolved.seats), None, **recipe.protocol.options
     )
     team = load_agents(recipe, resolved.agents, resolved.seats, protocol, progress)
-    hosts = {} if visiting else open_hosts(recipe)
-    visited = visit_hosts(team, {}, recipe.hosts.timeout) if visiting else {}
+    hosts: dict[str, HostedAgent] = {}
+    visited: dict[str, VisitedAgent] = {}
+    if visiting is None:
+        hosts = open_hosts(recipe)
+    else:
+        visited = visit_hosts(team, visiting, recipe.hosts.timeout)
     engine = with_roles(
         team_engine(team, engine_of(recipe), servers, hosts or visited),
         role_player_of(task) if roles else None,

@@ -174,7 +174,7 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
     from satune.commands.assemble import assemble, engine_of
 
     # Its roles are those of whatever task is played: the examination attaches them.
-    cast = assemble(recipe, progress, servers, roles=False, visiting=True)
+    cast = assemble(recipe, progress, servers, roles=False, visiting={})
     named = (a.model for a in recipe.team.agents.values())
     hosted = {name: host.digest for name, host in cast.visited.items()}
     models = {model for model in named if isinstance(model, str) and Path(model).exists()}
