@@ -57,6 +57,13 @@ class Team:
             for name, spec in self.specs.items()
         }
 
+    def leave_room(self, context: int | None) -> None:
+        """Have prompts and messages fit into so many tokens together, where an engine takes no
+        more."""
+        for renderer in self.renderers.values():
+            if context is not None and isinstance(renderer, ChatRenderer):
+                renderer.context_limit = min(renderer.context_limit, context)
+
     @property
     def served(self) -> dict[str, AgentSpec]:
         """The agents whose models are served elsewhere."""

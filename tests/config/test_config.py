@@ -434,6 +434,31 @@ def test_a_template_that_is_neither_text_nor_file(relay: Path) -> None:
     )
 
 
+def test_what_vllm_is_not_given(relay: Path) -> None:
+    assert message(relay, "engine=vllm").startswith(
+        "relay.yaml: team.agents.ada.model: is too small a model for vLLM; use engine: local"
+    )
+    real = ["team.agents.ada.model=org/M", "team.agents.ben.model=org/M", "engine=vllm"]
+    assert load_recipe(relay, real).engine.options["probe"] == 320
+    devices = load_recipe(relay, [*real, "engine.devices=[1, 2]"]).engine.options["devices"]
+    assert devices == (1, 2)
+    assert message(relay, *real, "engine.servers=[localhost:8000]") == (
+        "command line: engine.servers[0]: expected http://HOST:PORT, got 'localhost:8000'"
+    )
+    assert "expected http://HOST:PORT" in message(relay, *real, "engine.servers=[http://h:1/v1]")
+    assert "leave them out" in message(relay, *real, "engine.servers=[http://me:word@h:1]")
+    assert message(relay, *real, "engine.context=100") == (
+        "command line: engine.context: must be above rollout.max_new_tokens (512), or no prompt has"
+        " room, got 100"
+    )
+    assert message(relay, *real, "team.dtype=float64") == (
+        "command line: team.dtype: vLLM does not compute in float64; use float32 or engine: local"
+    )
+    assert message(relay, *real, "engine.rows=3") == (
+        "command line: engine.rows: unknown key; did you mean engine.max_rows?"
+    )
+
+
 # Documentation
 
 

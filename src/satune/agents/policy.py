@@ -28,6 +28,10 @@ _DROPOUTS = (
 """What architectures call their dropout rates where they apply it as a function."""
 
 
+ENDLESS = 1 << 30
+"""The context of a model that names none, in tokens."""
+
+
 class Policy:
     """A Hugging Face causal LM (or one adapter of a shared one) and its sampling temperature.
 
@@ -98,7 +102,7 @@ class Policy:
     @property
     def context_limit(self) -> int:
         """Longest sequence in tokens the model takes."""
-        return int(getattr(self.config, "max_position_embeddings", 1 << 30))
+        return int(getattr(self.config, "max_position_embeddings", ENDLESS))
 
     @property
     def attends_to_everything(self) -> bool:

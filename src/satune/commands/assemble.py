@@ -224,6 +224,7 @@ def team_engine(
     """What draws a team's completions: its own models here, those of served agents there, those
     that live with their owners at their ``hosts``. Raises UserError for an engine that serves none
     of those."""
+    team.leave_room(getattr(settings, "context", None))
     if hosts:
         if not isinstance(settings, LocalSettings):
             raise UserError(

@@ -4,7 +4,7 @@ seats."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,8 +26,10 @@ from satune.commands.assemble import (
     visit_hosts,
 )
 from satune.commands.trust import NOTHING, Trust
+from satune.config.derive import Named
 from satune.config.load import load_recipe
 from satune.config.schema import AgentSection, Recipe, TeamSection
+from satune.engines.base import LocalSettings
 from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
 from satune.engines.settings import ServerSettings
@@ -177,6 +179,10 @@ def check_seat(found: Found, seat: str) -> None:
 
 def load_found(found: Found, progress: Progress, servers: Servers | None = None) -> Reseated:
     """The team as it is in the checkpoint, ready to play, with no newcomer in it."""
+    if found.recipe.engine.name == "vllm":
+        # Teams with and without a newcomer play in turn: a server each would be too many.
+        local = found.recipe.model_copy(update={"engine": Named("local", asdict(LocalSettings()))})
+        found = replace(found, recipe=local)
     cast = assemble(found.recipe, progress, servers, visiting=found.digests)
     if found.run is None:
         manifest, section = manifest_of(found.path), found.recipe.team

@@ -113,8 +113,8 @@ class LocalWorld:
         problems = self.cast.train_problems(count, offset)
         return rollout_sync(self.cast.match(), problems, self.cast.recipe.rollout.samples, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
-        self.cast.engine.publish(agent, version, weights)
+    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> Any:
+        return self.cast.engine.publish(agent, version, weights)
 
     def evaluate(
         self,

@@ -6,6 +6,7 @@ Each check yields ``(path, message)``: the dotted key at fault, and what is wron
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from urllib.parse import urlsplit
 
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.settings import ServerSettings
@@ -306,6 +307,30 @@ def _shards_are_learners(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _vllm_is_given_models_that_it_knows(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.engine.name != "vllm":
+        return
+    for name, agent in recipe.team.agents.items():
+        if isinstance(agent.model, str) and agent.model.startswith("tiny:"):
+            yield f"team.agents.{name}.model", "is too small a model for vLLM; use engine: local"
+    options = recipe.engine.options
+    for at, server in enumerate(options["servers"]):
+        path = f"engine.servers[{at}]"
+        if address_in(server) is None or urlsplit(server).path.strip("/"):
+            yield path, f"expected http://HOST:PORT, got '{server}'"
+        elif holds_key(server):
+            yield path, "its address holds a user, a password or a query; leave them out"
+    context, longest = options["context"], recipe.rollout.max_new_tokens
+    if context is not None and longest >= context:
+        yield (
+            "engine.context",
+            f"must be above rollout.max_new_tokens ({longest}), or no prompt has room, got"
+            f" {context}",
+        )
+    if recipe.team.dtype == "float64":
+        yield "team.dtype", "vLLM does not compute in float64; use float32 or engine: local"
+
+
 CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _seats_name_agents,
     _every_agent_sits,
@@ -324,4 +349,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _certificates_are_sound,
     _overlap_has_two_sides,
     _shards_are_learners,
+    _vllm_is_given_models_that_it_knows,
 )

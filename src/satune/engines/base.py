@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
+from satune.engines.vllm.settings import VLLMSettings
 from satune.loading import check_options, load_object
 from satune.ranges import Count, MayChange, Positive
-from satune.types import Engine
+from satune.types import Engine, UserError
 
 if TYPE_CHECKING:
     from satune.agents.policy import Policy
@@ -60,7 +61,22 @@ class LocalSettings:
         return LocalEngine(policies, seats, **given)
 
 
-ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings}
+class VLLM(VLLMSettings):
+    __doc__ = VLLMSettings.__doc__
+
+    def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> Engine:
+        """No server is started before it is needed. Raises UserError without the package that asks,
+        and as ``VLLMEngine``."""
+        try:
+            from satune.engines.vllm.engine import VLLMEngine
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"engine: to ask vLLM needs {error.name}; pip install 'satune[openai]'"
+            ) from None
+        return VLLMEngine(policies, seats, self)
+
+
+ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings, "vllm": VLLM}
 
 
 def engine_settings(name: str, options: Mapping[str, Any]) -> EngineSettings:

@@ -1,0 +1,80 @@
+"""What a server of vLLM is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from satune.agents.memory import allowed_bytes
+from satune.agents.policy import ENDLESS, Policy
+from satune.engines.vllm.settings import VLLMSettings
+from satune.types import UserError
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for."""
+
+
+def dtype_of(policy: Policy) -> torch.dtype:
+    """The type that the server computes in: the learner's."""
+    return policy.autocast or next(policy.model.parameters()).dtype
+
+
+def context_of(policy: Policy, settings: VLLMSettings) -> int | None:
+    """The longest sequence of a server, in tokens; None where nobody says one."""
+    known = policy.context_limit if policy.context_limit < ENDLESS else None
+    return min(filter(None, (settings.context, known)), default=None)
+
+
+def arguments_of(
+    policies: Mapping[str, Policy], settings: VLLMSettings, model: Path, places: int
+) -> list[str]:
+    """The arguments for a server of ``model``, which one agent has alone or several have adapters
+    on. ``places`` servers share a CPU's memory."""
+    first = next(iter(policies.values()))
+    arguments = [
+        "--model", str(model.resolve()),
+        "--served-model-name", "base",
+        "--dtype", str(dtype_of(first)).removeprefix("torch."),
+        "--max-num-seqs", str(settings.max_rows),
+    ]  # fmt: skip
+    if (limit := context_of(first, settings)) is not None:
+        arguments += ["--max-model-len", str(limit)]
+    arguments += _memory(first.device, settings, places)
+    if first.adapter is not None:
+        arguments += _adapters(policies)
+    return arguments
+
+
+def _adapters(policies: Mapping[str, Policy]) -> list[str]:
+    ranks: list[int] = []
+    for policy in policies.values():
+        model: Any = policy.model
+        config = model.peft_config[policy.adapter]
+        ranks += [config.r, *(config.rank_pattern or {}).values()]
+    count, most = len(policies), max(ranks)
+    if most > _RANKS[-1]:
+        raise UserError(f"lora.rank: vLLM takes at most {_RANKS[-1]}, got {most}")
+    return [
+        "--enable-lora",
+        # Rows without an adapter are silently wrong where all places are taken, also by adapters
+        # that were unloaded: every seat has one, at first one that changes nothing.
+        "--max-loras", str(count + 1),
+        # While weights are given an agent has two.
+        "--max-cpu-loras", str(2 * count + 1),
+        "--max-lora-rank", str(next(rank for rank in _RANKS if rank >= most)),
+    ]  # fmt: skip
+
+
+def _memory(learner: torch.device, settings: VLLMSettings, places: int) -> list[str]:
+    on_gpu = bool(settings.devices) or learner.type == "cuda"
+    # Compiling for a CPU takes minutes and needs a compiler.
+    more = [] if on_gpu else ["--enforce-eager"]
+    if settings.memory > 1:
+        return ["--kv-cache-memory-bytes", str(int(settings.memory)), *more]
+    if on_gpu:
+        return ["--gpu-memory-utilization", str(settings.memory)]
+    share = allowed_bytes(settings.memory, torch.device("cpu")) // places
+    return ["--kv-cache-memory-bytes", str(share), *more]
