@@ -195,7 +195,7 @@ def visited(there: Owners, agent: str = "bob", **more: Any) -> VisitedAgent:
 def written(agent: VisitedAgent, samples: int = 3, tokens: int = 6) -> list[str]:
     """What the agent says to one text, a few times at once."""
     engine = HostedEngine({}, {"bob": "bob"}, {"bob": agent})
-    entry = Entry("problem", "", ({"type": "text", "text": "1+1"},))
+    entry = Entry("problem", parts=({"type": "text", "text": "1+1"},))
     prompt = Prompt(({"at": 0, "entries": (entry,)},))
 
     async def one(sample: int) -> str:

@@ -46,7 +46,7 @@ class VisitedAgent:
         self.seats = list(seats)
         self.satune = satune
         self.template = dict(template)
-        self.digest = digest
+        self.digest = digest or ""
         self._busy = threading.Lock()
         self._visit: str | None = None
         self._open: set[ConversationId] = set()
@@ -65,9 +65,8 @@ class VisitedAgent:
                 f"{where} was started with another template; ask the owner for the team's "
                 f"(team.agents.{self.agent}.template)"
             )
-        if self.digest is None:
-            self.digest = said["digest"]
-        elif said["digest"] != self.digest:
+        self.digest = self.digest or said["digest"]
+        if said["digest"] != self.digest:
             raise UserError(
                 f"{where} has weights with the digest {said['digest']}, the team was saved with "
                 f"{self.digest}; ask the owner to start it with the agent of that run"
