@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 import tiny_world
-from satune.commands.host import assemble_owner
+from satune.commands.host import assemble_owners
 from satune.commands.hosted import train_with_hosts
 from satune.commands.train import tolerance_of
 from satune.config.load import load_recipe
 from satune.hosts.agent import HostedAgent
 from satune.hosts.owner import Owner
-from satune.hosts.server import HostServer
+from satune.hosts.server import HostServer, Kept
 from satune.training.run import Training
 from satune.training.trainer import train
 
@@ -47,7 +47,7 @@ class Killable(HostServer):
 
 @dataclass
 class Owners:
-    """Some agents of a recipe, each behind its own server. ``out`` holds what they keep."""
+    """Some agents of a recipe, behind a server each or behind one. ``out`` holds what they keep."""
 
     recipe: Path
     out: Path
@@ -55,12 +55,17 @@ class Owners:
     servers: dict[str, Killable] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
 
-    def start(self, agent: str, port: int = 0) -> None:
-        recipe = load_recipe(self.recipe, self.overrides)
-        owner = assemble_owner(recipe, agent, self.out / agent)
-        server = Killable(("127.0.0.1", port), owner, TOKEN)
+    def start(self, agent: str, port: int = 0, *more: str) -> None:
+        self.start_together([agent], port, *more)
+
+    def start_together(self, agents: Sequence[str], port: int = 0, *more: str) -> None:
+        """These agents behind one server, as one process keeps them."""
+        recipe = load_recipe(self.recipe, [*self.overrides, *more])
+        there = assemble_owners(recipe, {agent: self.out / agent for agent in agents})
+        kept = {agent: Kept(owner, TOKEN) for agent, owner in there.items()}
+        server = Killable(("127.0.0.1", port), kept)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        self.servers[agent] = server
+        self.servers |= dict.fromkeys(agents, server)
 
     def stop(self, agent: str) -> int:
         """As a process that is killed: its memory is gone. Gives its port."""
@@ -69,15 +74,15 @@ class Owners:
         return server.server_address[1]
 
     def owner(self, agent: str) -> Owner:
-        return self.servers[agent].owner
+        return self.servers[agent].agents[agent].owner
+
+    def url(self, agent: str) -> str:
+        return f"http://127.0.0.1:{self.servers[agent].server_address[1]}"
 
     @property
     def hosts(self) -> list[str]:
         """What names them to the run."""
-        return [
-            f"team.agents.{agent}.host=http://127.0.0.1:{server.server_address[1]}"
-            for agent, server in self.servers.items()
-        ]
+        return [f"team.agents.{agent}.host={self.url(agent)}" for agent in self.servers]
 
     def training(self, out: Path, *more: str, resume: bool = False) -> Training:
         return tiny_world.training(
@@ -109,14 +114,19 @@ class Owners:
 
 @contextmanager
 def owners(
-    recipe: Path, out: Path, agents: Sequence[str], overrides: Sequence[str] = ()
+    recipe: Path,
+    out: Path,
+    agents: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    together: bool = False,
 ) -> Iterator[Owners]:
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("SATUNE_HOST_TOKEN", TOKEN)
         found = Owners(recipe, out, tuple(overrides))
         stack.callback(lambda: [found.stop(agent) for agent in list(found.servers)])
-        for agent in agents:
-            found.start(agent)
+        for those in [agents] if together else [[agent] for agent in agents]:
+            found.start_together(those)
         yield found
 
 

@@ -1,5 +1,5 @@
 """What a user names in a recipe: objects as ``path/to/file.py:name`` or ``package.module:name``,
-models at a server as ``http://ADDRESS/v1#MODEL``.
+models at a server as ``http://ADDRESS/v1#MODEL``, agents at their owner as ``host:URL``.
 
 Standard library only.
 """
@@ -16,6 +16,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,29 @@ def model_in(text: str) -> str | ServedModel:
             f"a model at {parts.hostname or 'no address'}: give http://ADDRESS/v1#MODEL"
         )
     return ServedModel(address, name)
+
+
+@dataclass(frozen=True, slots=True)
+class HostAddress:
+    """Where an owner keeps an agent, and the environment variable with the token for it."""
+
+    address: str
+    variable: str = HOST_VARIABLE
+
+    def __str__(self) -> str:
+        return f"host:{self.address}"
+
+
+def host_in(text: str) -> HostAddress | None:
+    """The host that ``text`` names, ``host:URL`` or ``host:URL=VARIABLE``; None for any other text.
+    Raises UserError for what is no plain address."""
+    kind, _, rest = text.partition(":")
+    if kind != "host":
+        return None
+    url, _, variable = rest.partition("=")
+    if address_in(url) is None or holds_key(url) or "#" in url:
+        raise UserError("a host is named by host:URL or host:URL=VARIABLE, without user or query")
+    return HostAddress(url, variable or HOST_VARIABLE)
 
 
 def holds_key(address: str) -> bool:

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from satune.agents.entries import fault_of_agent, fault_of_host, is_name, model_of
 from satune.agents.messages import EntryRenderer, MessageRenderer, TemplateSettings
 from satune.agents.mixture import MixturePolicy
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision, load_policies
 from satune.agents.rendering import ChatRenderer
-from satune.agents.sources import convert, saved_adapter, source_of
+from satune.agents.sources import convert, source_of
 from satune.agents.specs import ALL_LINEAR, LoraSpec
 from satune.files.manifest import FORMAT, MANIFEST, read_manifest
-from satune.files.names import is_plain
 from satune.files.writing import written_beside
-from satune.loading import address_in, model_in
-from satune.types import Renderer, Sampling, Seat, ServedModel, UserError
-
-_TEMPLATE = {each.name for each in fields(TemplateSettings)}
+from satune.loading import HOST_VARIABLE, nearest_hint
+from satune.types import Renderer, Sampling, Seat, UserError
 
 
 @dataclass(slots=True)
@@ -134,7 +132,8 @@ class Team:
         spec, policy = self.specs[name], self.policies.get(name)
         entry: dict[str, Any]
         if policy is None:
-            entry = {"host": spec.host} if spec.host else {"served": str(spec.model)}
+            there = {"host": spec.host, "host_token_env": spec.host_token_env}
+            entry = there if spec.host else {"served": str(spec.model)}
         else:
             # Whether a name is the hub's is told by what lies here, which others cannot see.
             entry = {"dir": name, "base": None if Path(spec.source).exists() else spec.source}
@@ -229,63 +228,13 @@ def manifest_of(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     path = directory / MANIFEST
     for seat in manifest["seats"]:
-        if not _is_name(seat):
+        if not is_name(seat):
             raise UserError(f"{path}: damaged manifest (the seat {seat!r} has no plain name)")
     for name, entry in manifest["agents"].items():
-        fault = _fault_of_agent(name, entry, directory)
+        fault = fault_of_agent(name, entry, directory)
         if fault is not None:
             raise UserError(f"{path}: damaged manifest (agents.{name}: {fault})")
     return manifest
-
-
-def _is_name(name: str) -> bool:
-    return is_plain(name) and "." not in name
-
-
-def _fault_of_agent(name: str, entry: Any, directory: Path) -> str | None:
-    """What is wrong with an agent's entry in a manifest; None for nothing."""
-    if not _is_name(name):
-        return "its name has other characters than letters, digits, '-' and '_'"
-    template = entry["template"]
-    if not isinstance(template, dict) or not set(template) <= _TEMPLATE:
-        return f"its template has other keys than {', '.join(sorted(_TEMPLATE))}"
-    chat = template.get("chat")
-    if chat is not None and not (isinstance(chat, str) and "{" in chat):
-        return "its template.chat is no Jinja text"
-    if entry.get("attention") not in (None, "sdpa", "eager"):
-        return "its attention is neither sdpa nor eager"  # transformers would fetch others' code
-    if "host" in entry:
-        return None if address_in(entry["host"]) else "its host is no http or https address"
-    if "served" in entry:
-        try:
-            model = model_of(entry, directory)
-        except UserError as error:
-            return str(error)
-        return None if isinstance(model, ServedModel) else "served is not http://ADDRESS/v1#MODEL"
-    if not isinstance(entry.get("base"), str | None):
-        return "its base is no text"
-    for holder in (entry, entry.get("mixture") or {"dir": name}):
-        folder = holder.get("dir") if isinstance(holder, dict) else None
-        if not is_plain(folder):
-            return f"its directory is {folder!r}, which is no name of one beside the manifest"
-        place = directory / str(folder)
-        if not _is_inside(place, directory):
-            return f"its directory {folder} leads out of the team's"
-        saved = saved_adapter(str(place))
-        base = Path(saved.base) if saved else place
-        if (base.is_absolute() or ".." in base.parts) and not _is_inside(base, directory):
-            return f"the base of its adapter is {base}, which lies outside of the team's directory"
-    return None
-
-
-def _is_inside(path: Path, directory: Path) -> bool:
-    return path.resolve().is_relative_to(directory.resolve())
-
-
-def model_of(entry: Mapping[str, Any], directory: Path) -> str | ServedModel:
-    """The model of an agent's entry in the manifest of ``directory``. Raises UserError for a served
-    one whose address or name is missing."""
-    return model_in(entry["served"]) if "served" in entry else str(directory / entry["dir"])
 
 
 def refuse_hosted(manifest: Mapping[str, Any], directory: Path) -> None:
@@ -298,13 +247,38 @@ def refuse_hosted(manifest: Mapping[str, Any], directory: Path) -> None:
             )
 
 
+def digests_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of the weights of a saved team's agents that live with their owners."""
+    agents = manifest["agents"].items()
+    return {name: entry["digest"] for name, entry in agents if "host" in entry}
+
+
+def moved_hosts(manifest: Mapping[str, Any], hosts: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest with other addresses for agents that live with their owners. Raises UserError
+    for an agent that does not, and for what is no address."""
+    agents = dict(manifest["agents"])
+    for name, url in hosts.items():
+        if "host" not in agents.get(name, {}):
+            hint = nearest_hint(name, list(digests_of(manifest)))
+            raise UserError(f"--agent-host: no agent {name!r} lives with its owner{hint}")
+        agents[name] = {**agents[name], "host": url}
+        fault = fault_of_host(agents[name])
+        if fault is not None:
+            raise UserError(f"--agent-host {name}: {fault}")
+    return {**manifest, "agents": agents}
+
+
 def load_team(
-    directory: Path, *, dtype: str = "float32", device: str = "auto", seed: int = 0
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    seed: int = 0,
+    hosts: Mapping[str, str] | None = None,
 ) -> Team:
-    """The team in a directory written by ``Team.save``. Raises UserError where one of its agents
-    lives with its owner."""
+    """The team in a directory written by ``Team.save``. Of agents that live with their owners there
+    is a spec alone; ``hosts`` has the addresses of those that have moved."""
     manifest = manifest_of(directory)
-    refuse_hosted(manifest, directory)
     specs: list[AgentSpec] = []
     sharing = "separate"
     for name, entry in manifest["agents"].items():
@@ -319,6 +293,8 @@ def load_team(
                 delta=entry["delta"],
                 attention=entry.get("attention"),
                 server=entry.get("server", {}),
+                host=(hosts or {}).get(name, entry.get("host")),
+                host_token_env=entry.get("host_token_env", HOST_VARIABLE),
             )
         )
     team = build_team(

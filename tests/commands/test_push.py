@@ -291,7 +291,7 @@ def test_an_agent_that_lives_with_its_owner_is_not_sent(
 ) -> None:
     team = tmp_path / "team"
     shutil.copytree(trained / "team", team)
-    changed(team, "bob", dir=None, host="http://10.0.0.7:9000")
+    changed(team, "bob", dir=None, host="http://10.0.0.7:9000", digest="d1")
     line = refused(satune("push", team, REPO, "--dry-run"))
     assert line.startswith(f"{team}: agent bob lives with its owner (http://10.0.0.7:9000)")
 

@@ -22,11 +22,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_equal(
-    recipe: Path, tmp_path: Path, overrides: Sequence[str], hosted: Sequence[str] = AGENTS
+    recipe: Path,
+    tmp_path: Path,
+    overrides: Sequence[str],
+    hosted: Sequence[str] = AGENTS,
+    *,
+    together: bool = False,
 ) -> list[dict]:
     """The update events of both runs, once they have been found equal."""
     one = alone(recipe, tmp_path / "one", *overrides)
-    with owners(recipe, tmp_path / "owners", hosted, overrides) as there:
+    with owners(recipe, tmp_path / "owners", hosted, overrides, together=together) as there:
         run = there.train(tmp_path / "two")
         assert tiny_world.events(tmp_path / "one") == tiny_world.events(tmp_path / "two")
         for agent, learner in one.learners.items():
@@ -41,6 +46,27 @@ def test_two_owners_equal_one_process(recipe: Path, tmp_path: Path) -> None:
     # Hybrid reuses what was drawn, so w crosses; and the region has shrunk some of the steps.
     assert any(e["ess"] < e["episodes"] for e in updates)
     assert any(0 < e["scale"] < 1 for e in updates)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        pytest.param(["team.sharing=lora", "optimizer.lr=1e-2"], marks=pytest.mark.slow),
+        pytest.param(["credit={name: gae}", "critic.kind=head"], marks=pytest.mark.slow),
+    ],
+    ids=["apart", "on one base", "with critics"],
+)
+def test_two_agents_of_one_owner_equal_one_process(
+    recipe: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    updates = assert_equal(recipe, tmp_path, ["stages=2", *overrides], together=True)
+    assert any(e["accepted"] for e in updates)
+    kept = sorted(path.name for path in (tmp_path / "owners").iterdir())
+    assert kept == list(AGENTS)  # checkpoints of each in a folder of its own
+    for agent in AGENTS:
+        saved = {path.name for path in (tmp_path / "owners" / agent / "agent").iterdir()}
+        assert agent in saved and not saved & set(AGENTS) - {agent}
 
 
 @pytest.mark.slow

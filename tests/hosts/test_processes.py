@@ -134,6 +134,20 @@ def test_killed_on_either_side(
     assert_same(one, out, tmp_path)
 
 
+def test_one_process_keeps_two_agents(
+    whole: tuple[Path, Path], processes: Processes, tmp_path: Path
+) -> None:
+    recipe, one = whole
+    words = ["host", str(recipe), *OVERRIDES, "--agent", "ann", "--agent", "bob", "--port", "0"]
+    both = processes.start("both", *words, "--out", str(tmp_path / "both"))
+    until(lambda: "ctrl-C ends it" in processes.log("both"), both, lambda: processes.log("both"))
+    (url,) = {*re.findall(r"http://[^,\s]+:\d+", processes.log("both"))}
+    run = processes.start("run", *words_of(recipe, tmp_path / "run", [url, url]))
+    assert run.wait() == 0, processes.log("run")
+    assert_same(one, tmp_path / "run", tmp_path / "both")
+    assert all(f"{agent}: step" in processes.log("both") for agent in AGENTS)
+
+
 # -- namespaces ----------------------------------------------------------------------------------
 
 
@@ -243,7 +257,7 @@ def test_two_owners_in_namespaces_and_a_cut_link(
     assert_same(one, out, tmp_path)
 
     seen = capture.stop()
-    assert b"POST /improve" in seen and b"log_ratio_E" in seen
+    assert b"/improve HTTP" in seen and b"log_ratio_E" in seen
     for agent in AGENTS:
         weights = load_file(tmp_path / agent / "agent" / agent / "model.safetensors")
         for tensor in weights.values():

@@ -17,7 +17,7 @@ import pytest
 import tiny_world
 from owners import TOKEN, Owners, owners
 from satune.commands.assemble import assemble
-from satune.commands.host import assemble_owner
+from satune.commands.host import assemble_owners, own_agents
 from satune.commands.recipe_digest import facts_of
 from satune.commands.reseat import find_team
 from satune.commands.trust import Trust
@@ -25,7 +25,7 @@ from satune.config.load import load_recipe
 from satune.hosts import owner as owner_module
 from satune.hosts import server as server_module
 from satune.hosts.client import Client, HostLost
-from satune.hosts.server import LARGEST, HostServer
+from satune.hosts.server import LARGEST, HostServer, Kept
 from satune.team import load_team
 from satune.types import UserError
 
@@ -74,7 +74,7 @@ def test_a_host_that_is_another(
     there: Owners, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"http://127.0.0.1:{port_of(there)}"
-    assert "has agent 'bob', this run 'ann'" in refusal(recipe, f"team.agents.ann.host={url}")
+    assert "keeps no agent 'ann'; there is bob" in refusal(recipe, f"team.agents.ann.host={url}")
     monkeypatch.setenv("SATUNE_HOST_TOKEN", "guessed")
     assert "the token is not the owner's" in refusal(recipe, *there.hosts)
 
@@ -173,7 +173,7 @@ def test_what_each_side_may_have_of_its_own(recipe: Path) -> None:
         assert facts_of(load_recipe(recipe, [common])) != ours, common
 
 
-def test_a_saved_team_with_a_reference_cannot_be_loaded(
+def test_a_saved_team_has_a_reference_in_an_agents_place(
     there: Owners, recipe: Path, tmp_path: Path
 ) -> None:
     cast = assemble(load_recipe(recipe, there.hosts))
@@ -181,10 +181,34 @@ def test_a_saved_team_with_a_reference_cannot_be_loaded(
     entry = json.loads((tmp_path / "team" / "manifest.json").read_text())["agents"]["bob"]
     assert entry["host"].startswith("http://127.0.0.1") and entry["digest"] == "d1"
     assert "dir" not in entry and not (tmp_path / "team" / "bob").exists()
-    with pytest.raises(UserError, match="agent bob lives with its owner"):
-        load_team(tmp_path / "team")
+    assert entry["host_token_env"] == "SATUNE_HOST_TOKEN"
+    team = load_team(tmp_path / "team", device="cpu", hosts={"bob": "http://elsewhere"})
+    assert list(team.policies) == ["ann"] and team.specs["bob"].host == "http://elsewhere"
     with pytest.raises(UserError, match="agent bob lives with its owner"):
         find_team(tmp_path / "team", None, Trust(code=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"host": "ftp://x"}, "its host is no plain http or https address"),
+        ({"host": "http://me:s3cret@x"}, "its host is no plain http or https address"),
+        ({"host_token_env": "A B"}, "its host_token_env is no name of an environment variable"),
+        ({"host_token_env": 1}, "its host_token_env is no name of an environment variable"),
+        ({"digest": None}, "it has no digest of the weights"),
+    ],
+)
+def test_a_reference_that_is_damaged(
+    there: Owners, recipe: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    cast = assemble(load_recipe(recipe, there.hosts))
+    cast.team.save(tmp_path / "team", digests={"bob": "d1"})
+    path = tmp_path / "team" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["agents"]["bob"].update(change)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"damaged manifest \(agents.bob: {said}"):
+        load_team(tmp_path / "team")
 
 
 # -- the owner -----------------------------------------------------------------------------------
@@ -194,9 +218,11 @@ def test_an_owner_of_nobody(recipe: Path, tmp_path: Path, there: Owners) -> None
     with pytest.raises(
         UserError, match=r"--agent: the team has no agent 'bop'; did you mean 'bob'"
     ):
-        assemble_owner(load_recipe(recipe), "bop", tmp_path)
+        assemble_owners(load_recipe(recipe), {"bop": tmp_path})
+    with pytest.raises(UserError, match="--agent bob: is named twice"):
+        own_agents(load_recipe(recipe), ["bob", "ann", "bob"])
     with pytest.raises(UserError, match="cannot listen there"):
-        HostServer(("127.0.0.1", port_of(there)), there.owner("bob"), TOKEN)
+        HostServer(("127.0.0.1", port_of(there)), {"bob": Kept(there.owner("bob"), TOKEN)})
 
 
 def post(there: Owners, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
@@ -211,22 +237,52 @@ def post(there: Owners, path: str, body: bytes, **headers: str) -> tuple[int, di
 
 def test_who_has_no_token_is_told_nothing(there: Owners) -> None:
     for token in ("", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff"):
-        status, said = post(there, "/hello", b"{}", Authorization=token)
+        status, said = post(there, "/bob/hello", b"{}", Authorization=token)
         assert (status, said) == (401, {"error": "the token is not the owner's"})
+
+
+def test_each_agent_of_an_owner_has_a_token_of_its_own(there: Owners) -> None:
+    kept = {name: Kept(there.owner("bob"), f"token of {name}") for name in ("ann", "bob", "cem")}
+    kept["dan"] = Kept(there.owner("bob"), "token of ann")
+    with HostServer(("127.0.0.1", 0), kept) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+
+        def hello(agent: str, token: str) -> dict[str, Any]:
+            return Client(agent, url, f"token of {token}", 30).ask("hello")
+
+        assert hello("ann", "ann")["agent"] == hello("dan", "ann")["agent"] == "bob"
+        for agent in ("bob", "cem"):
+            with pytest.raises(UserError, match=f"agent {agent}: .*: the token is not the owner's"):
+                hello(agent, "ann")
+        with pytest.raises(UserError, match=r"keeps no agent 'eve'; there is ann, dan$"):
+            hello("eve", "ann")  # who may ask some is told of no others
+        with pytest.raises(UserError, match="the token is not the owner's"):
+            hello("eve", "eve")
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
     ("path", "body", "status", "said"),
     [
-        ("/hello", b"[]", 400, "no JSON object"),
-        ("/hello", b"\xff{", 400, "no JSON object"),
-        ("/nothing", b"{}", 400, "no verb 'nothing'"),
-        ("/__init__", b"{}", 400, "no verb '__init__'"),
-        ("/begin", b"{}", 400, "of another form"),
-        ("/publish", b"{}", 409, "stands nowhere"),
-        ("/publish", b'{"run": "x", "forget": [], "version": 1}', 409, "stands nowhere"),
-        ("/stand", b'{"run": "x", "name": "../../etc", "digest": ""}', 400, "has no checkpoint"),
-        ("/prefix/hello", b"{}", 200, None),
+        ("/bob/hello", b"[]", 400, "no JSON object"),
+        ("/bob/hello", b"\xff{", 400, "no JSON object"),
+        ("/bob/nothing", b"{}", 400, "no verb 'nothing'"),
+        ("/bob/__init__", b"{}", 400, "no verb '__init__'"),
+        ("/bob/begin", b"{}", 400, "of another form"),
+        ("/bob/publish", b"{}", 409, "stands nowhere"),
+        ("/bob/publish", b'{"run": "x", "forget": [], "version": 1}', 409, "stands nowhere"),
+        (
+            "/bob/stand",
+            b'{"run": "x", "name": "../../etc", "digest": ""}',
+            400,
+            "has no checkpoint",
+        ),
+        ("/prefix/bob/hello", b"{}", 200, None),
+        ("/ann/hello", b"{}", 404, "keeps no agent 'ann'; there is bob"),
+        ("/hello", b"{}", 404, "keeps no agent ''"),
+        ("hello", b"{}", 404, "keeps no agent ''"),
+        ("/bob/hello/", b"{}", 404, "keeps no agent 'hello'"),
     ],
 )
 def test_what_an_owner_answers(
@@ -238,14 +294,14 @@ def test_what_an_owner_answers(
 
 
 def test_a_message_has_to_say_how_long_it_is(there: Owners) -> None:
-    status, answer = post(there, "/hello", b"", Content_Length=str(LARGEST + 1))
+    status, answer = post(there, "/bob/hello", b"", Content_Length=str(LARGEST + 1))
     assert status == 413 and "at most" in answer["error"]
-    status, answer = post(there, "/hello", b"", Content_Length="-1")
+    status, answer = post(there, "/bob/hello", b"", Content_Length="-1")
     assert status == 411
 
 
 def test_a_run_cannot_ask_for_more_than_the_recipe_has(there: Owners, recipe: Path) -> None:
-    assert post(there, "/begin", b'{"run": "r1"}')[0] == 200
+    assert post(there, "/bob/begin", b'{"run": "r1"}')[0] == 200
     key = {"seed": 0, "purpose": "train", "problem": "p", "seat": "bob"}
     asked = {"number": 1, "key": key, "sampling": {"max_new_tokens": 7}, "at": 0, "entries": []}
     for change, said in (
@@ -255,20 +311,20 @@ def test_a_run_cannot_ask_for_more_than_the_recipe_has(there: Owners, recipe: Pa
     ):
         message = {"run": "r1", "forget": [], "news": [], "decode": True}
         body = json.dumps({**message, "requests": [{**asked, **change}]}).encode()
-        status, answer = post(there, "/decode", body)
+        status, answer = post(there, "/bob/decode", body)
         assert status == 400 and said in answer["error"]
     unknown = json.dumps({"run": "r1", "forget": [], "name": "0-1"}).encode()
     for verb in ("place", "revert", "digest"):
-        assert post(there, f"/{verb}", unknown)[0] == 400
+        assert post(there, f"/bob/{verb}", unknown)[0] == 400
 
 
 def ask(there: Owners, verb: str, **message: Any) -> tuple[int, dict[str, Any]]:
-    return post(there, f"/{verb}", json.dumps({"run": "r1", "forget": [], **message}).encode())
+    return post(there, f"/bob/{verb}", json.dumps({"run": "r1", "forget": [], **message}).encode())
 
 
 def test_weights_are_placed_no_further_than_they_are(there: Owners) -> None:
     """Beyond them the region has not looked."""
-    assert post(there, "/begin", b'{"run": "r1"}')[0] == 200
+    assert post(there, "/bob/begin", b'{"run": "r1"}')[0] == 200
     (anchor, target) = (ask(there, "hold")[1]["name"] for _ in range(2))
     for scale in (0, 0.5, 1):
         assert ask(there, "place", anchor=anchor, name=target, scale=scale)[0] == 200
@@ -285,7 +341,7 @@ def test_a_fault_of_the_host_is_not_the_messages(
         raise KeyError("/home/owner/secret")
 
     monkeypatch.setattr(owner_module, "improve", fails)
-    assert post(there, "/begin", b'{"run": "r1"}')[0] == 200
+    assert post(there, "/bob/begin", b'{"run": "r1"}')[0] == 200
     told: dict[str, Any] = {
         "experience": {"episodes": [], "log_weights": [], "log_ratios": None},
         "key": {"seed": 0, "purpose": "update"},

@@ -28,6 +28,7 @@ from satune.agents.sources import (
     source_of,
 )
 from satune.agents.specs import ALL_LINEAR, LoraSpec
+from satune.loading import HOST_VARIABLE
 from satune.types import ServedModel, UserError
 
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -38,7 +39,8 @@ class AgentSpec:
     """What an agent is made from. ``model`` is a directory, a file or a hub id, or a served model;
     ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe. ``attention`` names
     an implementation of transformers', None what the model says is best for it. With a ``host``,
-    the address at which its owner keeps it, nothing of the model is here."""
+    the address at which its owner keeps it, nothing of the model is here; ``host_token_env`` names
+    the environment variable with the token that is sent there."""
 
     name: str
     model: str | ServedModel
@@ -50,6 +52,7 @@ class AgentSpec:
     attention: str | None = None
     server: Mapping[str, Any] = field(default_factory=dict)
     host: str | None = None
+    host_token_env: str = HOST_VARIABLE
 
     @property
     def here(self) -> bool:

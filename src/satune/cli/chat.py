@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from satune.cli.common import AllowAddress, Overrides, TrustCode, open_console, say
+from satune.cli.common import AgentHost, AllowAddress, Overrides, TrustCode, open_console, say
 from satune.cli.served import (
     MaxNewTokens,
     Protocol,
@@ -54,6 +54,7 @@ def chat(
     seed: Seed = None,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
+    agent_host: AgentHost = None,
 ) -> None:
     """Talk to a team. Of what is no terminal each line is a message, and answered by its text."""
     wanted = {
@@ -62,7 +63,7 @@ def chat(
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
     }
-    served = load_served(team, overrides, wanted, {}, trust, allow_address)
+    served = load_served(team, overrides, wanted, {}, trust, allow_address, agent_host)
     from satune.serve.chat import Chat
 
     model = MODEL if seat is None else f"{MODEL}/{seat}"

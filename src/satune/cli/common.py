@@ -58,6 +58,15 @@ BreakLock = Annotated[
         "--break-lock", help="take a lock that a process on another machine left on the directory"
     ),
 ]
+AgentHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=URL",
+        help="where the owner of an agent keeps it now",
+        show_default="as the team says",
+        rich_help_panel=SERVERS,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
 _UNBOUNDED = 1_000_000
@@ -92,6 +101,22 @@ def trust_of(
     for text in given:
         override(named, text)
     return Trust.of(code, addresses or [], [named, said])
+
+
+def agent_hosts(given: list[str] | None) -> dict[str, str]:
+    """The addresses in ``--agent-host NAME=URL`` by agent. Raises UserError for another form."""
+    found: dict[str, str] = {}
+    for text in given or []:
+        name, _, url = text.partition("=")
+        if not name or not url or name in found:
+            raise UserError(f"--agent-host {text}: give NAME=URL, each agent once")
+        found[name] = url
+    return found
+
+
+def said_of_hosts(hosts: Mapping[str, str]) -> Any:
+    """What ``trust_of`` is told of them: with these addresses go the tokens of agents' owners."""
+    return {"agents": {name: {"host": url} for name, url in hosts.items()}}
 
 
 class PlainConsole(Console):

@@ -16,6 +16,7 @@ import typer
 
 from satune.cli.common import (
     SERVERS,
+    AgentHost,
     AllowAddress,
     AsJson,
     BreakLock,
@@ -23,9 +24,11 @@ from satune.cli.common import (
     Overrides,
     TrustCode,
     UnsafeChecks,
+    agent_hosts,
     find_recipe,
     open_console,
     quiet_libraries,
+    said_of_hosts,
     show_result,
     trust_of,
 )
@@ -224,6 +227,7 @@ def evaluate(
     unsafe_checks: UnsafeChecks = False,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
+    agent_host: AgentHost = None,
     break_lock: BreakLock = False,
     as_json: AsJson = False,
 ) -> None:
@@ -272,7 +276,10 @@ def evaluate(
     server |= ({"stream": True} if stream else {}) | ({} if server_seed else {"seed": False})
     usual = KEY_VARIABLE if base_url is None else ENVIRONMENT_KEY
     servers = Servers(server, usual, directory / "answers.jsonl")
-    said = [benchmark, protocol, options, environment_url]
+    hosts = agent_hosts(agent_host)
+    if hosts and base_url is not None:
+        raise UserError("--agent-host: is for a team's agents; drop it or --base-url")
+    said = [benchmark, protocol, options, environment_url, said_of_hosts(hosts)]
     spoken = trust_of(trust, overrides, allow_address, said)
 
     def contestant_of(display: Display) -> Contestant:
@@ -286,7 +293,14 @@ def evaluate(
         else:
             quiet_libraries()
             contestant = local_contestant(
-                team, find_recipe(team), seats, overrides or [], display.progress, servers, spoken
+                team,
+                find_recipe(team),
+                seats,
+                overrides or [],
+                display.progress,
+                servers,
+                spoken,
+                hosts=hosts,
             )
             if environment_url is not None:
                 if environment_model is None:
@@ -305,6 +319,7 @@ def evaluate(
         try:
             return await examine(contestant, wanted, directory, display.progress)
         finally:
+            await contestant.engine.close()
             await servers.close()
 
     try:

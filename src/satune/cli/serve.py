@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from satune.cli.common import AllowAddress, Overrides, TrustCode, say
+from satune.cli.common import AgentHost, AllowAddress, Overrides, TrustCode, say
 from satune.cli.served import (
     MaxNewTokens,
     Protocol,
@@ -78,6 +78,7 @@ def serve(
     ] = _USUAL.body // _MIB,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
+    agent_host: AgentHost = None,
 ) -> None:
     """A team behind an OpenAI-compatible endpoint, until ctrl-C."""
     key = None if api_key_env is None else os.environ.get(api_key_env)
@@ -99,7 +100,7 @@ def serve(
     }
     # A port that is taken is told before a model is loaded.
     with listening(host, port) as place:
-        served = load_served(team, overrides, wanted, limits, trust, allow_address)
+        served = load_served(team, overrides, wanted, limits, trust, allow_address, agent_host)
         everywhere = host in ("0.0.0.0", "::", "")
         names = [*(allow_host or []), host]
         app = endpoint(served, seed=seed, key=key, hosts=names, numbers=everywhere)

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from satune.cli.common import find_recipe, open_console, quiet_libraries, trust_of
+from satune.cli.common import (
+    agent_hosts,
+    find_recipe,
+    open_console,
+    quiet_libraries,
+    said_of_hosts,
+    trust_of,
+)
 
 if TYPE_CHECKING:  # its libraries take seconds to load
     from satune.serve.served import ServedTeam
@@ -55,6 +62,7 @@ def load_served(
     limits: dict[str, int],
     trust: bool,
     allow_address: list[str] | None,
+    agent_host: list[str] | None = None,
 ) -> ServedTeam:
     """The team, loaded and ready to be asked. ``wanted`` are fields of ``evaluate.Wanted``, the
     protocol's options as they were given; ``limits`` are ``ServeSettings``. Raises UserError for
@@ -69,7 +77,9 @@ def load_served(
     options: dict[str, Any] = {}
     for text in wanted.pop("protocol_options") or []:
         override(options, text)
-    spoken = trust_of(trust, overrides, allow_address, [wanted["protocol"], options])
+    hosts = agent_hosts(agent_host)
+    said = [wanted["protocol"], options, said_of_hosts(hosts)]
+    spoken = trust_of(trust, overrides, allow_address, said)
     quiet_libraries()
     with Display(open_console(stderr=True)) as display:
         contestant = local_contestant(
@@ -81,5 +91,6 @@ def load_served(
             Servers(),
             spoken,
             "throughput",
+            hosts,
         )
         return serve_team(contestant, Wanted(**wanted, protocol_options=options), limits)

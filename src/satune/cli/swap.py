@@ -10,14 +10,17 @@ from rich.table import Table
 
 from satune.cli.common import (
     SERVERS,
+    AgentHost,
     AllowAddress,
     AsJson,
     BreakLock,
     Out,
     TrustCode,
     UnsafeChecks,
+    agent_hosts,
     open_console,
     quiet_libraries,
+    said_of_hosts,
     show_result,
     trust_of,
 )
@@ -40,7 +43,9 @@ def swap(
     model: Annotated[
         list[str],
         typer.Option(
-            "--with", help="a directory, hub id, tiny:<family>-<size> or http://ADDRESS/v1#MODEL"
+            "--with",
+            help="a directory, hub id, tiny:<family>-<size>, http://ADDRESS/v1#MODEL or "
+            "host:ADDRESS[=VARIABLE]",
         ),
     ],
     method: Annotated[str, typer.Option(help="auto, project or handover")] = "auto",
@@ -98,6 +103,7 @@ def swap(
     unsafe_checks: UnsafeChecks = False,
     trust: TrustCode = False,
     allow_address: AllowAddress = None,
+    agent_host: AgentHost = None,
     as_json: AsJson = False,
 ) -> None:
     """Give seats of a trained team to other models."""
@@ -107,7 +113,9 @@ def swap(
     server: dict[str, Any] = {}
     for text in server_option or []:
         override(server, text)
-    named = [{"model": each, "server": server} for each in model]
+    hosts = agent_hosts(agent_host)
+    # What is asked at a host is the user's word already, and no name of code.
+    named = [{"model": m, "server": server} for m in model if not m.startswith("host:")]
     settings = HandOverSettings(tolerance, confidence, problems, samples, looks)
     request = SwapRequest(
         source=source,
@@ -120,8 +128,9 @@ def swap(
         otherwise=otherwise,
         rounds=rounds,
         server=server,
+        hosts=hosts,
         recipe=recipe,
-        trust=trust_of(trust, None, allow_address, named),
+        trust=trust_of(trust, None, allow_address, [named, said_of_hosts(hosts)]),
         out=out,
         break_lock=break_lock,
         hand_over=settings,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,13 @@ from satune.agents.pretrained import AgentSpec, Precision
 from satune.commands.recipe_digest import facts_of
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.base import EngineSettings, LocalSettings, engine_settings
-from satune.engines.hosted import HostedEngine
+from satune.engines.hosted import Decoder, HostedEngine
 from satune.engines.roles import with_roles
 from satune.engines.servers import Servers, with_served
 from satune.files.writing import tensor_errors
 from satune.hosts.agent import HostedAgent
 from satune.hosts.client import Client, token_in
+from satune.hosts.visit import VisitedAgent
 from satune.play.evaluation import Evaluation, evaluate
 from satune.play.match import Match
 from satune.protocols.named import load_protocol
@@ -59,6 +61,7 @@ class Cast:
     progress: Progress = no_progress
     servers: Servers = field(default_factory=Servers)
     hosts: Mapping[str, HostedAgent] = field(default_factory=dict)
+    visited: Mapping[str, VisitedAgent] = field(default_factory=dict)
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
         return take(self.task, "train", count, offset)
@@ -118,9 +121,12 @@ def assemble(
     servers: Servers | None = None,
     *,
     roles: bool = True,
+    visiting: Mapping[str, str] | None = None,
 ) -> Cast:
     """Load or build everything a recipe names; without ``roles`` the engine is the team's alone,
-    for a caller who attaches them. Raises UserError for whatever cannot be had."""
+    for a caller who attaches them. With ``visiting`` the agents that live with their owners are
+    asked and no run begins there: it has the digests of their weights, as far as these are known.
+    Raises UserError for whatever cannot be had."""
     servers = servers or Servers()
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
@@ -128,15 +134,20 @@ def assemble(
         recipe.protocol.name, list(resolved.seats), None, **recipe.protocol.options
     )
     team = load_agents(recipe, resolved.agents, resolved.seats, protocol, progress)
-    hosts = open_hosts(recipe)
+    hosts: dict[str, HostedAgent] = {}
+    visited: dict[str, VisitedAgent] = {}
+    if visiting is None:
+        hosts = open_hosts(recipe)
+    else:
+        visited = visit_hosts(team, visiting, recipe.hosts.timeout)
     engine = with_roles(
-        team_engine(team, recipe, servers, hosts),
+        team_engine(team, engine_of(recipe), servers, hosts or visited),
         role_player_of(task) if roles else None,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
         open_server=servers.model,
     )
-    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers, hosts)
+    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers, hosts, visited)
 
 
 def load_agents(
@@ -186,18 +197,41 @@ def open_hosts(recipe: Recipe) -> dict[str, HostedAgent]:
     }
 
 
+def visit_hosts(team: Team, digests: Mapping[str, str], timeout: float) -> dict[str, VisitedAgent]:
+    """The agents of the team that live with their owners, as they are asked and not trained; an
+    answer may take ``timeout`` seconds. ``digests`` are those of the weights that the team was
+    saved with. Raises UserError for a token that is missing, and as ``VisitedAgent``."""
+    return {
+        name: VisitedAgent(
+            name,
+            Client(name, spec.host, token_in(spec.host_token_env, name), timeout),
+            team.seats_of(name),
+            version("satune"),
+            asdict(spec.template),
+            digests.get(name),
+        )
+        for name, spec in team.specs.items()
+        if spec.host is not None
+    }
+
+
 def team_engine(
-    team: Team, recipe: Recipe, servers: Servers, hosts: Mapping[str, HostedAgent] | None = None
+    team: Team,
+    settings: EngineSettings,
+    servers: Servers,
+    hosts: Mapping[str, Decoder] | None = None,
 ) -> Engine:
     """What draws a team's completions: its own models here, those of served agents there, those
-    that live with their owners at their ``hosts``."""
-    settings = engine_of(recipe)
+    that live with their owners at their ``hosts``. Raises UserError for an engine that serves none
+    of those."""
     team.leave_room(getattr(settings, "context", None))
     if hosts:
-        options = asdict(settings) if isinstance(settings, LocalSettings) else {}
-        local: Engine = HostedEngine(
-            team.policies, team.seats, hosts, **{k: v for k, v in options.items() if v is not None}
-        )
+        if not isinstance(settings, LocalSettings):
+            raise UserError(
+                f"engine: serves no agent that lives elsewhere ({', '.join(hosts)}); take local"
+            )
+        options = {k: v for k, v in asdict(settings).items() if v is not None}
+        local: Engine = HostedEngine(team.policies, team.seats, hosts, **options)
     else:
         local = settings.make(team.policies, team.seats)
     return with_served(local, team.served, team.seats, servers)
@@ -221,6 +255,7 @@ def agent_spec(name: str, section: AgentSection, model: str | ServedModel) -> Ag
         attention=section.attention,
         server=asdict(section.server) if section.server else {},
         host=section.host,
+        host_token_env=section.host_token_env,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,13 +14,15 @@ from pydantic import TypeAdapter, ValidationError
 from satune.agents.messages import MessageRenderer, TemplateSettings
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.agents.sources import misspelt_path
+from satune.commands.identity import digest_of, fingerprint
 from satune.commands.trust import NOTHING, Trust, given_recipe
 from satune.config.derive import Named, section_of
 from satune.config.load import load_recipe, override, recipe_text
 from satune.config.schema import EngineChoice, Recipe
 from satune.engines.base import ENGINES, EngineSettings, engine_settings
 from satune.engines.roles import OpenServer
-from satune.engines.servers import Servers, with_served
+from satune.engines.servers import Servers
+from satune.hosts.settings import HostSettings
 from satune.loading import nearest_hint
 from satune.training.settings import RolloutSettings
 from satune.types import FAILURES, GRADING_SECONDS, Engine, Sampling, Seat, UserError
@@ -119,19 +120,24 @@ def local_contestant(
     servers: Servers,
     trust: Trust = NOTHING,
     order: str | None = None,
+    hosts: Mapping[str, str] | None = None,
 ) -> Contestant:
     """The team that ``given`` names; ``path`` is where a recipe of that name lies, if one does.
+    ``hosts`` has the addresses of agents that live with their owners and have moved.
 
     Overrides are those of the recipe; other teams take protocol.*, task.*, engine.*,
-    team.device, team.dtype, rollout.failures and rollout.grading_seconds. ``order`` is the local
-    engine's where nobody has said one. Raises UserError for whatever cannot be had, and for what
-    ``trust`` does not admit.
+    team.device, team.dtype, rollout.failures, rollout.grading_seconds and hosts.timeout. ``order``
+    is the local engine's where nobody has said one. Raises UserError for whatever cannot be had,
+    and for what ``trust`` does not admit.
     """
-    place = Path(given)
+    place, hosts = Path(given), hosts or {}
     if path is not None and not place.is_dir():
         _one_of_each(copies, "a recipe")
-        recipe = given_recipe(path, overrides, trust)
-        recipe = recipe.model_copy(update={"engine": _in_order(recipe.engine, order)})
+        moved = [f"team.agents.{name}.host={url}" for name, url in hosts.items()]
+        recipe = given_recipe(path, [*overrides, *moved], trust)
+        hosted = any(agent.host for agent in recipe.team.agents.values())
+        engine = _in_order(recipe.engine, None if hosted else order)
+        recipe = recipe.model_copy(update={"engine": engine})
         contestant = _of_recipe(recipe, progress, servers)
         given_here: dict[str, Any] = {}
         for text in overrides:
@@ -142,7 +148,9 @@ def local_contestant(
     keys = _keys(overrides)
     if (place / "manifest.json").is_file() or (place / "team" / "manifest.json").is_file():
         _one_of_each(copies, "a team")
-        return _of_directory(place, keys, servers, trust, order)
+        return _of_directory(place, keys, servers, trust, order, hosts)
+    if hosts:
+        raise UserError("--agent-host: is for a team with agents that live with their owners")
     if place.is_dir() and not any(
         any(place.glob(name)) for name in ("config.json", "adapter_config.json", "*.gguf")
     ):
@@ -166,15 +174,17 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
     from satune.commands.assemble import assemble, engine_of
 
     # Its roles are those of whatever task is played: the examination attaches them.
-    cast = assemble(recipe, progress, servers, roles=False)
+    cast = assemble(recipe, progress, servers, roles=False, visiting={})
     named = (a.model for a in recipe.team.agents.values())
+    hosted = {name: host.digest for name, host in cast.visited.items()}
     models = {model for model in named if isinstance(model, str) and Path(model).exists()}
     return Contestant(
         cast.team.seats_for(recipe.rollout.max_new_tokens),
         cast.engine,
         {
-            "recipe": _digest(recipe_text(recipe).encode()),
-            "models": {model: _fingerprint(Path(model)) for model in sorted(models)},
+            "recipe": digest_of(recipe_text(recipe).encode()),
+            "models": {model: fingerprint(Path(model)) for model in sorted(models)},
+            **({"hosts": hosted} if hosted else {}),
         },
         protocol=recipe.protocol.model_dump(),
         task=recipe.task.model_dump(),
@@ -189,24 +199,34 @@ def _of_recipe(recipe: Recipe, progress: Any, servers: Servers) -> Contestant:
 
 
 def _of_directory(
-    place: Path, keys: dict[str, Any], servers: Servers, trust: Trust, order: str | None
+    place: Path,
+    keys: dict[str, Any],
+    servers: Servers,
+    trust: Trust,
+    order: str | None,
+    hosts: Mapping[str, str],
 ) -> Contestant:
-    from satune.team import load_team, manifest_of
+    from satune.commands.assemble import visit_hosts
+    from satune.team import digests_of, load_team, manifest_of, moved_hosts
 
     directory = place if (place / "manifest.json").is_file() else place / "team"
     admit = partial(trust.admit, where=directory / "manifest.json")
-    admit({"agents": manifest_of(directory)["agents"]})
-    team = load_team(directory, **keys["team"])
+    manifest = moved_hosts(manifest_of(directory), hosts)
+    admit({"agents": manifest["agents"]})
+    team = load_team(directory, **keys["team"], hosts=hosts)
     # A run's team plays as it was trained: the recipe beside it says how long a message may be.
     written = directory.parent / "recipe.yaml"
     beside = directory.name == "team" and written.is_file()
     recipe = load_recipe(written, alone=True) if beside else None
+    digests = digests_of(manifest)
+    order = None if digests else order
     section = _engine_settings(keys, recipe, order, partial(trust.admit, where=written))
+    visited = visit_hosts(team, digests, _host_timeout(keys, recipe))
     limit = recipe.rollout.max_new_tokens if recipe else team.max_new_tokens or _room(team)
     return Contestant(
         team.seats_for(limit),
-        with_served(_engine(team, section), team.served, team.seats, servers),
-        {"team": _fingerprint(directory)},
+        _engine(team, section, servers, visited),
+        {"team": fingerprint(directory)},
         protocol=dict(team.protocol),
         asked=keys["protocol"],
         task={**team.task, **keys["task"]},
@@ -234,8 +254,8 @@ def _of_model(given: str, copies: int, keys: dict[str, Any], order: str | None) 
     local = Path(given).exists()
     return Contestant(
         team.seats_for(_room(team)),
-        _engine(team, section),
-        {"model": _fingerprint(Path(given)) if local else given, "seats": copies},
+        _engine(team, section, Servers()),
+        {"model": fingerprint(Path(given)) if local else given, "seats": copies},
         asked=keys["protocol"],
         task=keys["task"],
         asked_task=keys["task"],
@@ -256,15 +276,18 @@ def _room(team: Any) -> int:
     return min([PAPER_TOKENS, *(p.context_limit // 2 for p in team.policies.values())])
 
 
-def _engine(team: Any, settings: EngineSettings) -> Engine:
+def _engine(
+    team: Any, settings: EngineSettings, servers: Servers, visited: Mapping[str, Any] | None = None
+) -> Engine:
     import torch
+
+    from satune.commands.assemble import team_engine
 
     size = sum(p.numel() for policy in team.policies.values() for p in policy.model.parameters())
     if size < 10_000_000:
         # Matrices too small to share: two threads were slower than one.
         torch.set_num_threads(1)
-    team.leave_room(getattr(settings, "context", None))
-    return settings.make(team.policies, team.seats)
+    return team_engine(team, settings, servers, visited)
 
 
 def _engine_settings(
@@ -295,6 +318,13 @@ def _borne(keys: dict[str, Any], recipe: Recipe | None = None) -> dict[str, Any]
     return {name: getattr(found, name) for name in _HEEDED["rollout"]}
 
 
+def _host_timeout(keys: dict[str, Any], recipe: Recipe | None) -> float:
+    """Seconds that an answer of a host may take."""
+    written = asdict(recipe.hosts) if recipe else {}
+    section = section_of(HostSettings)
+    return _checked(lambda given: section(**given), "hosts", written, keys).model_dump()["timeout"]
+
+
 def _checked(
     check: Callable[[dict[str, Any]], _T],
     name: str,
@@ -313,13 +343,17 @@ def _checked(
 
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_HEEDED = {"team": ("device", "dtype"), "rollout": ("failures", "grading_seconds")}
+_HEEDED = {
+    "team": ("device", "dtype"),
+    "rollout": ("failures", "grading_seconds"),
+    "hosts": ("timeout",),
+}
 """The keys of these sections that an evaluation of what is no recipe takes."""
 
 
 def _keys(
     overrides: Sequence[str],
-    known: Sequence[str] = ("protocol", "task", "engine", "team", "rollout"),
+    known: Sequence[str] = ("protocol", "task", "engine", "team", "rollout", "hosts"),
 ) -> dict[str, Any]:
     """The overrides of a team that is no recipe, by section."""
     data: dict[str, Any] = {}
@@ -360,31 +394,3 @@ def _seat_names(models: Sequence[str], copies: int) -> dict[str, str]:
         for at, name in enumerate(short)
     ]
     return dict(zip(names, models, strict=True))
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def file_identity(given: str | None) -> str | None:
-    """A file (also of ``file.py:name``) by its content, wherever it lies; the rest by its name."""
-    file, _, name = (given or "").partition(":")
-    if given is None or not Path(file).is_file():
-        return given
-    return _digest(Path(file).read_bytes()) + (f":{name}" if name else "")
-
-
-def _fingerprint(model: Path) -> str:
-    """A model's file, or a directory's files by name, size, and what they begin and end with:
-    weights that were trained differ in every part, and reading a large model whole would take
-    minutes."""
-    found = hashlib.blake2b(digest_size=16)
-    files = [model] if model.is_file() else [p for p in model.rglob("*") if p.is_file()]
-    for path in sorted(files):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(model)}:{size}\n".encode())
-        with open(path, "rb") as file:
-            found.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            found.update(file.read())
-    return found.hexdigest()

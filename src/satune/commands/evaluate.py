@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from satune.commands.contestant import Contestant, file_identity
+from satune.commands.contestant import Contestant
+from satune.commands.identity import file_identity
 from satune.engines.roles import with_roles
 from satune.files.lines import JsonLines
 from satune.files.lock import LOCK, locked

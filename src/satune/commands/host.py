@@ -1,8 +1,10 @@
-"""An agent that lives here and trains in a team that is driven elsewhere."""
+"""Agents that live here and train in a team that is driven elsewhere."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from satune.commands.assemble import engine_of, load_agents
@@ -13,61 +15,106 @@ from satune.config.checks import no_such
 from satune.config.schema import Recipe
 from satune.engines.local import LocalEngine
 from satune.files.writing import written_beside
+from satune.hosts.agent import Facts
 from satune.hosts.owner import Owner
 from satune.hosts.vault import Vault
+from satune.hosts.visits import Visits
 from satune.protocols.named import load_protocol
-from satune.types import Progress, UserError, no_progress
+from satune.team import Team
+from satune.types import Progress, TeamProtocol, UserError, no_progress
 
 
-def own_agent(recipe: Recipe, agent: str) -> Recipe:
-    """The recipe as the owner of ``agent`` has it: that one lives here, and δ may be its own.
+def own_agents(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe as the owner of these agents has it: they live here, and δ may be its own.
 
-    Raises UserError for an agent that the team does not have, or whose model cannot be trained.
+    Raises UserError for an agent that the team does not have, or whose model cannot be trained, and
+    for one that is named twice.
     """
     agents = recipe.team.resolved().agents
-    if agent not in agents:
-        raise UserError(f"--agent: {no_such('agent', agent, agents)}")
-    if not isinstance(agents[agent].model, str):
-        raise UserError(
-            f"team.agents.{agent}.model: a served model has no owner here; name the model"
-        )
-    here = recipe.team.agents[agent].model_copy(update={"host": None})
-    team = recipe.team.model_copy(update={"agents": {**recipe.team.agents, agent: here}})
+    here = dict(recipe.team.agents)
+    for name in names:
+        if name not in agents:
+            raise UserError(f"--agent: {no_such('agent', name, agents)}")
+        if list(names).count(name) > 1:
+            raise UserError(f"--agent {name}: is named twice; name each agent once")
+        if not isinstance(agents[name].model, str):
+            raise UserError(
+                f"team.agents.{name}.model: a served model has no owner here; name the model"
+            )
+        here[name] = recipe.team.agents[name].model_copy(update={"host": None})
+    team = recipe.team.model_copy(update={"agents": here})
     return recipe.model_copy(update={"team": team})
 
 
-def assemble_owner(
-    recipe: Recipe, agent: str, out: Path, progress: Progress = no_progress
-) -> Owner:
-    """The agent of a recipe with its learner and engine, and the checkpoints in ``out``. Raises
-    UserError for a model that cannot be had."""
-    facts = asdict(facts_of(recipe))
-    recipe = own_agent(recipe, agent)
+def assemble_owners(
+    recipe: Recipe, places: Mapping[str, Path], progress: Progress = no_progress
+) -> dict[str, Owner]:
+    """Agents of a recipe, each with its learner and engine and the checkpoints in its place. Where
+    the recipe has them share a base they share it here. Raises UserError for a model that cannot be
+    had."""
+    facts = facts_of(recipe)
+    recipe = own_agents(recipe, list(places))
     resolved = recipe.team.resolved()
-    seats = {seat: filled for seat, filled in resolved.seats.items() if filled == agent}
+    seats = {seat: agent for seat, agent in resolved.seats.items() if agent in places}
     options = recipe.protocol.options
     protocol = load_protocol(recipe.protocol.name, list(resolved.seats), None, **options)
     team = load_agents(
-        recipe, {agent: resolved.agents[agent]}, seats, protocol, progress, all_seats=resolved.seats
+        recipe,
+        {name: resolved.agents[name] for name in places},
+        seats,
+        protocol,
+        progress,
+        all_seats=resolved.seats,
     )
-    engine = engine_of(recipe).make(team.policies, team.seats)
-    if not isinstance(engine, LocalEngine):
-        raise UserError(f"engine: '{recipe.engine.name}' cannot be a host's; take local")
-    scratch = out / "optimizers"
-    critics = make_critics(recipe, team, protocol, scratch, progress)
+    lock = threading.Lock()
+    owners = {
+        agent: _owner(recipe, team, agent, place, protocol, facts, lock, progress)
+        for agent, place in places.items()
+    }
     remember(recipe.model_dump(mode="json"))
+    return owners
+
+
+def _owner(
+    recipe: Recipe,
+    team: Team,
+    agent: str,
+    place: Path,
+    protocol: TeamProtocol,
+    facts: Facts,
+    lock: threading.Lock,
+    progress: Progress,
+) -> Owner:
+    """One agent of the team that lives here."""
+    policies, renderer = {agent: team.policies[agent]}, team.renderers[agent]
+
+    def make_engine(seats: Mapping[str, str]) -> LocalEngine:
+        engine = engine_of(recipe).make(policies, seats)
+        if not isinstance(engine, LocalEngine):
+            raise UserError(f"engine: '{recipe.engine.name}' cannot be a host's; take local")
+        return engine
 
     def save() -> None:
-        with written_beside(out / "agent") as beside:
-            team.save_agent(agent, beside, out / "agent", {})
+        with written_beside(place / "agent") as beside:
+            team.save_agent(agent, beside, place / "agent", {})
 
+    scratch = place / "optimizers"
+    critics = make_critics(recipe, replace(team, policies=policies), protocol, scratch, progress)
     return Owner(
         agent,
         learner_of(recipe, team.policies[agent], agent, scratch, critics.get(agent)),
-        engine,
-        team.renderers[agent],
+        make_engine(dict.fromkeys(team.seats_of(agent), agent)),
+        renderer,
         training_settings(recipe).update_of(agent),
-        Vault(out / "checkpoints"),
-        facts,
+        Vault(place / "checkpoints"),
+        asdict(facts),
+        Visits(
+            agent,
+            make_engine,
+            renderer,
+            recipe.rollout.max_new_tokens,
+            {"template": asdict(team.specs[agent].template)},
+        ),
         save,
+        lock,
     )

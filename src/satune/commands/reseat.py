@@ -11,11 +11,20 @@ from weakref import WeakKeyDictionary
 
 from safetensors.torch import load_file
 
+from satune.agents.entries import PRIVATE, model_of
 from satune.agents.mixture import tokenizer_difference
 from satune.agents.policy import Policy
 from satune.agents.pretrained import Precision, load_policies
 from satune.agents.weights import Weights
-from satune.commands.assemble import Cast, agent_spec, assemble, model_path, team_engine
+from satune.commands.assemble import (
+    Cast,
+    agent_spec,
+    assemble,
+    engine_of,
+    model_path,
+    team_engine,
+    visit_hosts,
+)
 from satune.commands.trust import NOTHING, Trust
 from satune.config.derive import Named
 from satune.config.load import load_recipe
@@ -25,8 +34,9 @@ from satune.engines.roles import WithRoles
 from satune.engines.servers import Servers
 from satune.engines.settings import ServerSettings
 from satune.files.names import refuse_links
-from satune.loading import nearest_hint
-from satune.team import Team, add_mixtures, manifest_of, model_of, refuse_hosted
+from satune.loading import HOST_VARIABLE, HostAddress, nearest_hint
+from satune.swap.directory import Model
+from satune.team import Team, add_mixtures, digests_of, manifest_of, moved_hosts
 from satune.training.checkpoint import Checkpoints
 from satune.training.ledger import Ledger
 from satune.training.run_directory import RunDirectory
@@ -40,7 +50,8 @@ class Found:
 
     A team directory has neither ``run`` nor ``checkpoint``; its recipe is made from its manifest,
     and from a file of the user's where one is given. ``room_said`` tells whether the manifest or
-    that file says how long a message may be. ``state`` holds what the checkpoint's state.json has,
+    that file says how long a message may be, ``digests`` are those of the weights of its agents
+    that live with their owners. ``state`` holds what the checkpoint's state.json has,
     ``passed`` a line for each newer checkpoint that was damaged and so not used.
     """
 
@@ -51,6 +62,7 @@ class Found:
     state: dict[str, Any] = field(default_factory=dict)
     passed: Sequence[str] = ()
     room_said: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seats(self) -> Mapping[str, str]:
@@ -75,20 +87,26 @@ class Found:
         return self.state["offset"] if self.state else 0
 
 
-def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
+def find_team(
+    path: Path,
+    recipe: Path | None,
+    trust: Trust = NOTHING,
+    hosts: Mapping[str, str] | None = None,
+) -> Found:
     """The team in a run's newest undamaged checkpoint, or in a team directory; loads no model.
 
-    ``recipe``, which is the user's own, gives a team directory what its manifest does not hold.
+    ``recipe``, which is the user's own, gives a team directory what its manifest does not hold;
+    ``hosts`` has the addresses of agents that live with their owners and have moved.
     Raises UserError where there is no team, or nothing complete of one, and for what ``trust`` does
     not admit.
     """
     if (path / "manifest.json").is_file():
-        manifest = manifest_of(path)
-        refuse_hosted(manifest, path)
+        manifest = moved_hosts(manifest_of(path), hosts or {})
         used = ("agents",) if recipe else ("agents", "task", "protocol")
         trust.admit({part: manifest[part] for part in used}, path / "manifest.json")
         said = recipe is not None or manifest.get("max_new_tokens") is not None
-        return Found(path, _recipe_of_team(path, manifest, recipe), room_said=said)
+        found = _recipe_of_team(path, manifest, recipe)
+        return Found(path, found, room_said=said, digests=digests_of(manifest))
     run = RunDirectory(path)
     if not run.recipe.is_file():
         what = "holds neither a run nor a team" if path.is_dir() else "no such directory"
@@ -101,8 +119,8 @@ def find_team(path: Path, recipe: Path | None, trust: Trust = NOTHING) -> Found:
     for agent, section in loaded.team.agents.items():
         if section.host is not None:
             raise UserError(
-                f"{path}: agent {agent} lives with its owner ({section.host}); a swap needs every "
-                "agent of the team here"
+                f"{path}: agent {agent} lives with its owner ({section.host}), and no training "
+                f"could go on from such a swap; give {path / 'team'}, of which a team comes"
             )
     found = Checkpoints(run.checkpoints, loaded.checkpoint.keep).latest(run.intended)
     if found is None:
@@ -129,6 +147,7 @@ def _recipe_of_team(path: Path, manifest: Mapping[str, Any], recipe: Path | None
                 "template": entry["template"],
                 "delta": entry["delta"],
                 "lora": lora,
+                **{key: entry[key] for key in ("host", "host_token_env") if key in entry},
             }
         )
     seats: dict[str, str] = manifest["seats"]
@@ -164,7 +183,7 @@ def load_found(found: Found, progress: Progress, servers: Servers | None = None)
         # Teams with and without a newcomer play in turn: a server each would be too many.
         local = found.recipe.model_copy(update={"engine": Named("local", asdict(LocalSettings()))})
         found = replace(found, recipe=local)
-    cast = assemble(found.recipe, progress, servers)
+    cast = assemble(found.recipe, progress, servers, visiting=found.digests)
     if found.run is None:
         manifest, section = manifest_of(found.path), found.recipe.team
         add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
@@ -259,7 +278,7 @@ class Reseated:
 
     cast: Cast
     numbers: Numbers
-    newcomers: dict[str, str | ServedModel] = field(default_factory=dict)
+    newcomers: dict[str, Model] = field(default_factory=dict)
 
     def agent_of(self, seat: str) -> str:
         return self.cast.team.seats[seat]
@@ -268,7 +287,7 @@ class Reseated:
 def with_newcomer(
     base: Reseated,
     seat: str,
-    model: str | ServedModel,
+    model: Model,
     *,
     loaded: Policy | None = None,
     tiny: Mapping[str, Any] | None = None,
@@ -276,34 +295,37 @@ def with_newcomer(
 ) -> Reseated:
     """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training but for the
     settings in ``tiny``; one that is served is asked as ``server`` says, and from then on frozen.
-    ``loaded`` is the policy where there is one already. Raises UserError where the model does not
-    load."""
+    A host is asked for the agent that fills the seat, by its name, as it is there now. ``loaded``
+    is the policy where there is one already. Raises UserError where the model does not load."""
     cast = base.cast
     recipe, team = cast.recipe, cast.team
     incumbent = team.seats[seat]
     # A text that was written for the incumbent's template says nothing to another tokenizer.
     had = recipe.team.resolved().agents[incumbent]
     at_server = isinstance(model, ServedModel)
+    there = isinstance(model, HostAddress)
+    named = model
     section = had.model_copy(
         update={
-            "model": model,
+            "model": PRIVATE if there else model,
+            "host": model.address if there else None,
+            "host_token_env": model.variable if there else HOST_VARIABLE,
             "trust_remote_code": False,
             "attention": None,
-            "lora": None if at_server else had.lora,
+            "lora": None if at_server or there else had.lora,
             "frozen": at_server or (had.frozen and incumbent in team.policies),
             "server": _server_of(recipe.team, model.address, server or {}) if at_server else None,
         }
     )
-    if loaded is None:
+    if loaded is None and not isinstance(model, HostAddress):
         taught = recipe.model_copy(update={"tiny": replace(recipe.tiny, **(tiny or {}))})
-        model = model_path(section, taught, cast.protocol, team.seats, cast.progress)
-    section = section.model_copy(update={"model": model})
+        named = model_path(section, taught, cast.protocol, team.seats, cast.progress)
+        section = section.model_copy(update={"model": named})
     sections, name = reseated(recipe.team, seat, section)
     section = sections.resolved().agents[name]
-    policy = loaded if loaded or at_server else _load(recipe, sections, name, section)
-    if section.template.chat is not None and not _same_tokenizer(
-        team.policies.get(incumbent), policy
-    ):
+    policy = loaded if loaded or at_server or there else _load(recipe, sections, name, section)
+    same = there or _same_tokenizer(team.policies.get(incumbent), policy)
+    if section.template.chat is not None and not same:
         plain = replace(section.template, chat=None)
         section = section.model_copy(update={"template": plain})
         sections = sections.model_copy(update={"agents": {**sections.agents, name: section}})
@@ -317,8 +339,9 @@ def with_newcomer(
     )
     new_recipe = recipe.model_copy(update={"team": sections})
     kept = {n: m for n, m in base.newcomers.items() if n in resolved.agents}
-    new_cast = with_team(cast, new_recipe, new_team, base.numbers)
-    return Reseated(new_cast, base.numbers, kept | {name: model})
+    known = {agent: host for agent, host in cast.visited.items() if agent != name}
+    new_cast = with_team(replace(cast, visited=known), new_recipe, new_team, base.numbers)
+    return Reseated(new_cast, base.numbers, kept | {name: named})
 
 
 def _server_of(team: TeamSection, address: str, given: Mapping[str, Any]) -> ServerSettings:
@@ -345,13 +368,16 @@ def with_policy(base: Reseated, name: str, policy: Policy) -> Reseated:
 
 
 def with_team(cast: Cast, recipe: Recipe, team: Team, numbers: Numbers) -> Cast:
-    """The cast with another team, and an engine that serves it and has its weights."""
-    engine = team_engine(team, recipe, cast.servers)
+    """The cast with another team, and an engine that serves it and has its weights. Each cast
+    visits the hosts of its agents on its own, and means the weights that were there before."""
+    digests = {name: host.digest for name, host in cast.visited.items()}
+    visited = visit_hosts(team, digests, recipe.hosts.timeout)
+    engine = team_engine(team, engine_of(recipe), cast.servers, visited)
     if isinstance(cast.engine, WithRoles):
         engine = WithRoles(engine, cast.engine.roles)
     for name, policy in team.policies.items():
         engine.publish(name, numbers.of(name, policy), Weights(policy.export))
-    return replace(cast, recipe=recipe, team=team, engine=engine)
+    return replace(cast, recipe=recipe, team=team, engine=engine, visited=visited)
 
 
 def _load(recipe: Recipe, team: TeamSection, name: str, section: AgentSection) -> Policy:

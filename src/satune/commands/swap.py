@@ -197,7 +197,8 @@ class _Swap:
             if incumbent is None or newcomer is None:
                 if asked == "project":
                     raise UserError(
-                        f"--seat {seat}: is filled by a served model; use --method handover"
+                        f"--seat {seat}: is filled by a model whose weights are elsewhere, and a "
+                        "projection needs them; use --method handover"
                     )
                 return "handover"
             difference = tokenizer_difference(incumbent.tokenizer, newcomer.tokenizer)
@@ -363,6 +364,7 @@ class _Swap:
         return Outcome(
             team=team,
             newcomers=self.team.newcomers,
+            digests={name: host.digest for name, host in cast.visited.items()},
             versions={name: numbers.of(name, policy) for name, policy in team.policies.items()},
             issued=numbers.issued,
             trainable=any(not sections[name].frozen for name in team.policies),

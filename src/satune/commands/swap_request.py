@@ -19,8 +19,8 @@ from satune.config.derive import section_of
 from satune.engines.settings import ServerSettings
 from satune.files.lock import LOCK, locked
 from satune.files.writing import disk_errors
-from satune.loading import model_in, nearest_hint
-from satune.swap.directory import refuse_existing
+from satune.loading import HostAddress, host_in, model_in, nearest_hint
+from satune.swap.directory import Model, refuse_existing
 from satune.swap.settings import DistillSettings, HandOverSettings
 from satune.types import ServedModel, UserError
 
@@ -28,7 +28,7 @@ Given = Literal["project", "handover"]
 """How a seat is given to a newcomer."""
 Method = Literal["auto", "project", "handover"]
 METHODS = ("auto", "project", "handover")
-Pair = tuple[str, str | ServedModel]
+Pair = tuple[str, Model]
 """A seat, and the model that it is to be given to."""
 
 
@@ -38,7 +38,8 @@ class SwapRequest:
     of a projection outside it; None: a hand-over, or a refusal where projection was asked for by
     name. ``rounds``: the most that a distillation takes. ``tiny``: keys of the recipe's section by
     that name which a tiny newcomer is taught by instead. ``server``: how a served newcomer is
-    asked, as ``team.agents.*.server`` of a recipe. ``out`` None: beside the source."""
+    asked, as ``team.agents.*.server`` of a recipe. ``hosts``: addresses of agents that live with
+    their owners and have moved. ``out`` None: beside the source."""
 
     source: Path
     seats: Sequence[str]
@@ -51,6 +52,7 @@ class SwapRequest:
     rounds: int = DistillSettings().rounds
     tiny: Mapping[str, Any] = field(default_factory=dict)
     server: Mapping[str, Any] = field(default_factory=dict)
+    hosts: Mapping[str, str] = field(default_factory=dict)
     recipe: Path | None = None
     trust: Trust = NOTHING
     out: Path | None = None
@@ -75,7 +77,7 @@ class SwapRequest:
                 "in the same order, or one for all"
             )
         try:
-            models = [model_in(model) for model in self.models]
+            models = [host_in(model) or model_in(model) for model in self.models]
         except UserError as error:
             raise UserError(f"--with: {error}") from None
         models = models if len(models) > 1 else models * len(self.seats)
@@ -97,15 +99,30 @@ def check_request(request: SwapRequest, pairs: Sequence[Pair]) -> tuple[Found, P
     out = request.out or source.with_name(source.resolve().name + "-swapped")
     if not request.dry_run:
         refuse_existing(out)
-    found = find_team(source, request.recipe, request.trust)
+    found = find_team(source, request.recipe, request.trust, request.hosts)
     for seat, model in pairs:
         check_seat(found, seat)
         if isinstance(model, ServedModel) and request.method == "project":
             raise UserError(
                 f"--with {model}: a server shows no distributions to project; use --method handover"
             )
+        if isinstance(model, HostAddress):
+            _check_host(model, found, request)
     _check_server(request, pairs)
     return found, out
+
+
+def _check_host(model: HostAddress, found: Found, request: SwapRequest) -> None:
+    if request.method == "project":
+        raise UserError(
+            f"--with {model}: its owner gives no weights, and a projection needs them; use "
+            "--method handover"
+        )
+    if found.run is not None:
+        raise UserError(
+            f"--with {model}: an owner trains in the run that began with it, so no training can go "
+            f"on from such a swap; give {found.path / 'team'}, of which a team comes"
+        )
 
 
 @contextmanager

@@ -42,7 +42,8 @@ Answer = tuple[int, Completion | EpisodeFailure]
 
 
 class Decoder(Protocol):
-    """What draws an agent's completions at its host (``hosts.agent.HostedAgent``)."""
+    """What draws an agent's completions at its host: ``hosts.agent.HostedAgent`` for the run that
+    trains it, ``hosts.visit.VisitedAgent`` for whoever only asks it."""
 
     def decode(
         self, news: Sequence[Turned], requests: Sequence[HostedRequest], *, decode: bool
@@ -59,6 +60,10 @@ class Decoder(Protocol):
 
     def cut(self) -> None:
         """Have a call that is under way in another thread end, with whatever error."""
+        ...
+
+    def leave(self) -> None:
+        """Nothing is asked for now; whoever only visits may be forgotten."""
         ...
 
 
@@ -120,6 +125,11 @@ class HostedEngine(LocalEngine):
             key, ids_of(), sampling, future, key, number=self._count, prompt=prompt
         )
         return await self._written(agent, request)
+
+    async def close(self) -> None:
+        await super().close()
+        for host in self.hosts.values():
+            await asyncio.to_thread(host.leave)
 
     async def _next(self) -> str | None:
         # Which agent is next depends on how many wait for it, and a prompt without a place never

@@ -145,7 +145,7 @@ class HostedAgent:
         answer = self._ask(
             "decode",
             news=[[*turned.conversation, turned.begun] for turned in news],
-            requests=[_asked(request) for request in requests],
+            requests=[asked(request) for request in requests],
             decode=decode,
         )
         return [answer_from(each) for each in answer["answers"]]
@@ -155,6 +155,9 @@ class HostedAgent:
 
     def cut(self) -> None:
         self.client.cut()
+
+    def leave(self) -> None:
+        """The agent is this run's still when a rollout is over."""
 
     # -- its learner -----------------------------------------------------------------------------
 
@@ -244,7 +247,8 @@ def _name(weights: Mapping[str, Tensor]) -> str:
     return weights.name
 
 
-def _asked(request: HostedRequest) -> Plain:
+def asked(request: HostedRequest) -> Plain:
+    """A request as a host is told of it."""
     (message,) = request.prompt.messages
     return {
         "number": request.number,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from satune.hosts.wire import Plain, from_bytes, to_bytes
 from satune.types import UserError
@@ -22,6 +22,8 @@ _IDLE = 5.0
 and is opened anew."""
 
 
+_MEETINGS = ("hello", "visit")
+"""What a host that was lost is asked all the same, to see whether it is there again."""
 _LOST = (409, 502, 503, 504)
 """It was started anew, or a proxy says that there is nobody behind it."""
 
@@ -35,9 +37,10 @@ class HostSilent(HostLost):
 
 
 class Client:
-    """A host at ``url`` (http or https, with or without a path); ``token`` is sent to it and nobody
-    else. An answer may take ``timeout`` seconds. ``wire`` counts calls, bytes sent and bytes
-    received by verb, bodies only. Raises UserError for what is no address.
+    """The agent ``agent`` at a host, which ``url`` names (http or https, with or without a path);
+    ``token`` is sent to it and nobody else. An answer may take ``timeout`` seconds. ``wire`` counts
+    calls, bytes sent and bytes received by verb, bodies only. Raises UserError for what is no
+    address.
     """
 
     def __init__(self, agent: str, url: str, token: str, timeout: float) -> None:
@@ -55,7 +58,7 @@ class Client:
         self._timeout = timeout
         self._used = time.monotonic()
         self._gone: HostLost | None = None
-        self._path = parts.path.rstrip("/")
+        self._path = f"{parts.path.rstrip('/')}/{quote(agent, safe='')}"
         if parts.scheme == "https":
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
                 parts.hostname, port, timeout=timeout, context=ssl.create_default_context()
@@ -74,7 +77,7 @@ class Client:
         there is none, UserError for what it refuses."""
         body = to_bytes(message or {})
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
-        if self._gone is not None and verb != "hello":
+        if self._gone is not None and verb not in _MEETINGS:
             raise self._gone  # nobody waits for it twice
         if time.monotonic() - self._used > _IDLE:
             self._connection.close()

@@ -22,8 +22,10 @@ from satune.agents.weights import weights_digest
 from satune.engines.local import LocalEngine
 from satune.hosts.speaker import Speaker
 from satune.hosts.vault import Vault, unplaced
+from satune.hosts.visits import Visits
 from satune.hosts.wire import (
     FORMAT,
+    Estranged,
     Plain,
     episodes_from,
     experience_from,
@@ -44,15 +46,13 @@ _STEPS = "steps"
 """The name under which a flat snapshot has its number of steps."""
 
 
-class Estranged(UserError):
-    """A run asks on as if nothing had happened in between."""
-
-
 class Owner:
     """The agent ``name`` with its learner, its engine (which serves no other) and its renderer.
 
     ``settings`` are those of its steps, δ included. ``facts`` is what a run has to agree on beside
-    the agent (``hosts.agent.Facts`` as plain values). ``save`` writes the agent for good.
+    the agent (``hosts.agent.Facts`` as plain values). ``visits`` are of those who ask the agent and
+    do not train it. ``save`` writes the agent for good. ``lock`` is that of all agents of a
+    process: they may share a base.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class Owner:
         settings: UpdateSettings,
         vault: Vault,
         facts: Mapping[str, str],
+        visits: Visits,
         save: Callable[[], None],
+        lock: threading.Lock,
     ) -> None:
         self.name = name
         self.learner = learner
@@ -72,10 +74,12 @@ class Owner:
         self.settings = settings
         self.vault = vault
         self.facts = dict(facts)
+        self.visits = visits
         self._save = save
-        self._lock = threading.Lock()
+        self._lock = lock
         self._run = ""
         self._version = 0
+        self._in_place: str | None = None
         self._speaker = Speaker(name, engine, renderer, settings.max_new_tokens)
         self._kept: dict[str, Snapshot | Mapping[str, Tensor]] = {}
         self._forget_all()
@@ -84,6 +88,8 @@ class Owner:
         """What comes of a verb. Raises UserError, one line, for one that there is not, and for what
         it cannot do; Malformed for a message that has not its form."""
         with self._lock:
+            if verb not in _STILL:
+                self._in_place = None
             if verb in _OPEN:
                 return _OPEN[verb](self, message)
             if verb not in _VERBS:
@@ -120,6 +126,13 @@ class Owner:
         if not isinstance(kept, Snapshot):
             raise UserError("has no such snapshot of the agent; resume the run")
         return kept
+
+    @property
+    def in_place(self) -> str:
+        """The digest of the weights that the agent has now."""
+        if self._in_place is None:
+            self._in_place = weights_digest(self.learner.export())
+        return self._in_place
 
     def _episodes(self, message: Mapping[str, Any]) -> list[Episode]:
         return self._speaker.written.fill(self.name, episodes_from(message["episodes"]))
@@ -185,6 +198,38 @@ class Owner:
             news, requests = message["news"], message["requests"]
             decode = bool(message["decode"])
         return {"answers": self._speaker.decode(news, requests, decode=decode)}
+
+    # -- visitors, who are no run ----------------------------------------------------------------
+
+    def _visit(self, message: Mapping[str, Any]) -> Plain:
+        """Who comes to ask the agent as it is, for its seats in a team."""
+        with reading():
+            seats = [str(seat) for seat in message["seats"]]
+        return {
+            "format": FORMAT,
+            "agent": self.name,
+            **self.facts,
+            **self.visits.facts,
+            "digest": self.in_place,
+            "visit": self.visits.enter(seats),
+        }
+
+    def _speak(self, message: Mapping[str, Any]) -> Plain:
+        with reading():
+            speaker, digest = self.visits.speaker(message["visit"]), message["digest"]
+            news, requests = message["news"], message["requests"]
+            decode = bool(message["decode"])
+        if digest != self.in_place:
+            raise UserError(
+                "has other weights than when it was first asked: a run trains the agent; ask again "
+                "when that is over"
+            )
+        return {"answers": speaker.decode(news, requests, decode=decode)}
+
+    def _leave(self, message: Mapping[str, Any]) -> Plain:
+        with reading():
+            self.visits.leave(message["visit"])
+        return {}
 
     # -- its learner -----------------------------------------------------------------------------
 
@@ -313,8 +358,17 @@ def _flat(snapshot: Snapshot) -> dict[str, Tensor]:
 
 
 Verb = Callable[[Owner, Mapping[str, Any]], Plain]
-_OPEN: dict[str, Verb] = {"hello": Owner._hello, "begin": Owner._begin, "stand": Owner._stand}
-"""What a run asks before the agent is its own."""
+_OPEN: dict[str, Verb] = {
+    "hello": Owner._hello,
+    "begin": Owner._begin,
+    "stand": Owner._stand,
+    "visit": Owner._visit,
+    "speak": Owner._speak,
+    "leave": Owner._leave,
+}
+"""What a run asks before the agent is its own, and what visitors ask."""
+_STILL = {"hello", "publish", "decode", "visit", "speak", "leave", "hold", "digest", "keep"}
+"""Verbs that leave the weights in place as they are, for certain."""
 _VERBS: dict[str, Verb] = {
     "publish": Owner._publish,
     "decode": Owner._decode,

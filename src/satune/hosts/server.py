@@ -1,19 +1,22 @@
-"""An owner over HTTP: ``POST /verb`` with a JSON object, one answer at a time.
+"""Agents of one owner over HTTP: ``POST /AGENT/verb`` with a JSON object, one answer at a time;
+whatever stands before them in the path is a proxy's.
 
-What is asked without the token is answered with 401 and does nothing. TLS is the business of a
-proxy in front.
+What is asked without the agent's token is answered with 401 and does nothing. TLS is the business
+of a proxy in front.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
-from satune.hosts.owner import Estranged, Owner
-from satune.hosts.wire import Malformed, from_bytes, to_bytes
+from satune.hosts.owner import Owner
+from satune.hosts.wire import Estranged, Malformed, from_bytes, to_bytes
 from satune.types import UserError
 
 LARGEST = 1 << 30
@@ -23,9 +26,21 @@ _SECONDS = 600.0
 """So long a connection may send nothing, and take nothing; a run opens it anew."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An agent with its owner, for whoever has its ``token``."""
+
+    owner: Owner
+    token: str
+
+    def lets(self, given: str) -> bool:
+        """Whether this is what a header says that has the token."""
+        return hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode())
+
+
 class HostServer(ThreadingHTTPServer):
-    """Serves ``owner`` at ``address``, (name, port), to whoever has the ``token``. ``tell`` is
-    shown a line a step. Raises UserError where the address cannot be had."""
+    """Serves ``agents`` by their names at ``address``, (name, port). ``tell`` is shown a line a
+    step. Raises UserError where the address cannot be had."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -33,12 +48,10 @@ class HostServer(ThreadingHTTPServer):
     def __init__(
         self,
         address: tuple[str, int],
-        owner: Owner,
-        token: str,
+        agents: Mapping[str, Kept],
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.owner = owner
-        self.token = token
+        self.agents = dict(agents)
         self.tell = tell
         try:
             super().__init__(address, _Handler)
@@ -63,22 +76,30 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         given = self.headers.get("Authorization", "")
         length = self.headers.get("Content-Length", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode()):
+        *_, agent, verb = ["", *map(unquote, self.path.split("/"))]
+        kept, names = self.server.agents.get(agent), self._open_to(given)
+        if kept is None and names:
+            self._refuse(404, f"keeps no agent {agent!r}; there is {', '.join(names)}")
+        elif kept is None or not kept.lets(given):
             self._refuse(401, "the token is not the owner's")
         elif not (length.isascii() and length.isdigit()):
             self._refuse(411, "a message needs a Content-Length")
         elif int(length) > LARGEST:
             self._refuse(413, f"a message has at most {LARGEST:,} bytes")
         else:
-            self._answer(self.path.rpartition("/")[2], self.rfile.read(int(length)))
+            self._answer(kept.owner, verb, self.rfile.read(int(length)))
 
-    def _answer(self, verb: str, body: bytes) -> None:
+    def _open_to(self, given: str) -> list[str]:
+        """The agents whose token is given."""
+        return [name for name, kept in self.server.agents.items() if kept.lets(given)]
+
+    def _answer(self, owner: Owner, verb: str, body: bytes) -> None:
         try:
             message = from_bytes(body)
         except ValueError:
             return self._refuse(400, "the message is no JSON object")
         try:
-            answer = self.server.owner.answer(verb, message)
+            answer = owner.answer(verb, message)
         except Estranged as error:
             return self._reply(409, {"error": str(error)})
         except Malformed as error:
@@ -90,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             _LOG.exception("%s failed", verb)
             return self._reply(500, {"error": f"{verb} failed; its log says why"})
         if verb == "improve":
-            self.server.tell(_line(answer["event"]))
+            self.server.tell(f"{owner.name}: {_line(answer['event'])}")
         self._reply(200, answer)
 
     def _refuse(self, status: int, why: str) -> None:

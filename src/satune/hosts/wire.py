@@ -32,7 +32,7 @@ from satune.types import (
     UserError,
 )
 
-FORMAT = 1
+FORMAT = 2
 """What both sides have to speak."""
 
 Plain = dict[str, Any]
@@ -63,6 +63,10 @@ def from_bytes(data: bytes) -> Plain:
 
 class Malformed(UserError):
     """A message that has not its form."""
+
+
+class Estranged(UserError):
+    """A run or a visitor asks on as if nothing had happened in between."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,14 @@ from satune.files.writing import (
     write_atomically,
     written_beside,
 )
+from satune.loading import HostAddress
 from satune.team import Team, manifest_of
 from satune.training.run_directory import RunDirectory
 from satune.training.state_file import read_state, write_state
 from satune.types import ServedModel, UserError
 
+Model = str | ServedModel | HostAddress
+"""What a newcomer is made from: a model here, one at a server, or an agent at its owner."""
 NEWCOMERS = "newcomers"
 """The folder of a run in which the models of newcomers lie."""
 
@@ -60,7 +63,8 @@ class Source:
 class Outcome:
     """The team that a swap makes, and how training is to go on with it.
 
-    ``newcomers`` has the model that each was made from, ``versions`` the numbers of their weights
+    ``newcomers`` has the model that each was made from, ``digests`` those of the weights of agents
+    that live with their owners, ``versions`` the numbers of their weights
     and ``issued`` the highest number that any weights of each agent have had. ``trainable`` tells
     whether any agent is still trained. A newcomer's penalty begins at ``beta``; ``reference``:
     whether its weights are to be its reference as well. ``certify_offset`` problems of the stream
@@ -70,7 +74,8 @@ class Outcome:
     """
 
     team: Team
-    newcomers: Mapping[str, str | ServedModel]
+    newcomers: Mapping[str, Model]
+    digests: Mapping[str, str]
     versions: Mapping[str, int]
     issued: Mapping[str, int]
     trainable: bool
@@ -91,7 +96,7 @@ def write_result(source: Source, outcome: Outcome, out: Path, event: SwapEvent) 
     refuse_existing(out)
     with written_beside(out) as beside:
         if source.run is None:
-            _write_team(source.path, team, outcome.newcomers, beside, out)
+            _write_team(source.path, outcome, beside, out)
         elif not goes_on:
             team.save(beside, final=out)
         if source.run is None or not goes_on:
@@ -286,9 +291,8 @@ def _save_newcomer(team: Team, name: str, model: str, beside: Path, final: Path)
     return str(final.resolve() / name)
 
 
-def _write_team(
-    source: Path, team: Team, newcomers: Collection[str], beside: Path, out: Path
-) -> None:
+def _write_team(source: Path, outcome: Outcome, beside: Path, out: Path) -> None:
+    team, newcomers = outcome.team, outcome.newcomers
     manifest = manifest_of(source)
     old = manifest["agents"]
     kept = {n: old[n] for n in team.specs if n not in newcomers}
@@ -298,6 +302,8 @@ def _write_team(
     for name in team.specs:
         entry = kept[name] if name in kept else team.entry(name)
         entries[name] = entry | {"sharing": team.sharing}
+        if name in outcome.digests:
+            entries[name] |= {"host": team.specs[name].host, "digest": outcome.digests[name]}
     for folder in (f for n in newcomers for f in _folders(entries[n])):
         if (source / folder).exists() and folder not in left_out:
             raise UserError(f"{source}: holds a {folder!r} that is no agent; move it away")
