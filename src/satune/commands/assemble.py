@@ -13,7 +13,7 @@ from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.commands.recipe_digest import facts_of
 from satune.config.schema import AgentSection, Recipe
-from satune.engines.base import EngineSettings, LocalSettings, engine_settings
+from satune.engines.base import EngineSettings, LocalSettings, engine_settings, keeps_weights
 from satune.engines.hosted import HostedEngine
 from satune.engines.roles import with_roles
 from satune.engines.servers import Servers, with_served
@@ -48,7 +48,8 @@ GATE_PROBLEMS = 128
 
 @dataclass(slots=True)
 class Cast:
-    """A recipe brought to life: everything that rollouts need."""
+    """A recipe brought to life: everything that rollouts need. ``copies`` are the models that the
+    engine draws with of agents whose learners do not share theirs with it."""
 
     recipe: Recipe
     task: Task
@@ -59,6 +60,7 @@ class Cast:
     progress: Progress = no_progress
     servers: Servers = field(default_factory=Servers)
     hosts: Mapping[str, HostedAgent] = field(default_factory=dict)
+    copies: Mapping[str, Policy] = field(default_factory=dict)
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
         return take(self.task, "train", count, offset)
@@ -118,9 +120,11 @@ def assemble(
     servers: Servers | None = None,
     *,
     roles: bool = True,
+    apart: bool = False,
 ) -> Cast:
     """Load or build everything a recipe names; without ``roles`` the engine is the team's alone,
-    for a caller who attaches them. Raises UserError for whatever cannot be had."""
+    for a caller who attaches them. With ``apart`` it draws with copies of the agents that learn,
+    unless it keeps weights of its own. Raises UserError for whatever cannot be had."""
     servers = servers or Servers()
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
@@ -129,14 +133,27 @@ def assemble(
     )
     team = load_agents(recipe, resolved.agents, resolved.seats, protocol, progress)
     hosts = open_hosts(recipe)
+    apart = apart and not keeps_weights(engine_of(recipe))
+    copies = copies_of(team, resolved.agents) if apart else {}
     engine = with_roles(
-        team_engine(team, recipe, servers, hosts),
+        team_engine(team, recipe, servers, hosts, copies),
         role_player_of(task) if roles else None,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
         open_server=servers.model,
     )
-    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers, hosts)
+    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers, hosts, copies)
+
+
+def copies_of(team: Team, agents: Mapping[str, AgentSection]) -> dict[str, Policy]:
+    """Copies of the agents that learn, over models that nobody else has; a base that they share is
+    copied once."""
+    copies: dict[int, Any] = {}
+    return {
+        name: policy.copied(name, copies)
+        for name, policy in team.policies.items()
+        if not agents[name].frozen
+    }
 
 
 def load_agents(
@@ -187,10 +204,14 @@ def open_hosts(recipe: Recipe) -> dict[str, HostedAgent]:
 
 
 def team_engine(
-    team: Team, recipe: Recipe, servers: Servers, hosts: Mapping[str, HostedAgent] | None = None
+    team: Team,
+    recipe: Recipe,
+    servers: Servers,
+    hosts: Mapping[str, HostedAgent] | None = None,
+    copies: Mapping[str, Policy] | None = None,
 ) -> Engine:
-    """What draws a team's completions: its own models here, those of served agents there, those
-    that live with their owners at their ``hosts``."""
+    """What draws a team's completions: its own models here, or ``copies`` of them, those of served
+    agents there, those that live with their owners at their ``hosts``."""
     settings = engine_of(recipe)
     if hosts:
         options = asdict(settings) if isinstance(settings, LocalSettings) else {}
@@ -198,7 +219,7 @@ def team_engine(
             team.policies, team.seats, hosts, **{k: v for k, v in options.items() if v is not None}
         )
     else:
-        local = settings.make(team.policies, team.seats)
+        local = settings.make({**team.policies, **(copies or {})}, team.seats)
     return with_served(local, team.served, team.seats, servers)
 
 

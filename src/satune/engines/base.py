@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class EngineSettings(Protocol):
-    """What is known of an engine before it is made."""
+    """What is known of an engine before it is made. One that keeps weights of its own, so that it
+    draws as well while the policies that it was made over change, may say so by a further
+    attribute, ``own_weights = True``: nothing is then copied for it (``rollout.ahead``)."""
 
     @property
     def conversations(self) -> int:
@@ -58,6 +60,11 @@ class LocalSettings:
         if self.cache_tokens is not None:
             given["cache_tokens"] = self.cache_tokens
         return LocalEngine(policies, seats, **given)
+
+
+def keeps_weights(settings: EngineSettings) -> bool:
+    """Whether the engine has weights of its own: it does not change with a learner's."""
+    return getattr(settings, "own_weights", False)
 
 
 ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings}

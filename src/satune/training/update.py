@@ -27,6 +27,7 @@ from satune.training.ascent import (
     NothingLearnt,
     advantages_by_token,
     group_lesson,
+    mismatch,
     own_turns,
     teaching,
 )
@@ -95,7 +96,7 @@ def improve(
     tell(passes)
     if settings.gauge.due(key.stage):
         event["rounding"] = _gauged(learner, agent, heard.episodes, before, settings, lesson.per)
-    event["mismatch"] = _mismatch(ascent.anchor)
+    event["mismatch"] = mismatch(ascent.anchor.logprobs_T, ascent.anchor.packed.sampled_T)
     seconds = ascent.seconds
     event["seconds"] = {**seconds, "update": time.perf_counter() - started - sum(seconds.values())}
     event |= climbed
@@ -252,14 +253,3 @@ def _gauged(
         learner.rest()
         raise UserError(f"{warning}; {MEND}")
     return {**figures, "warning": warning}
-
-
-def _mismatch(anchor: Anchor) -> dict[str, float]:
-    """Written (here: anchor) minus sampled log-probabilities of turns the anchor itself wrote.
-
-    Only meaningful for those; turns of an older version differ by the update, not by the engine.
-    """
-    if anchor.packed.sampled_T is None:
-        return {}
-    difference_T = anchor.logprobs_T.double() - anchor.packed.sampled_T.double()
-    return {"mean": float(-difference_T.mean()), "max": float(difference_T.abs().max())}
