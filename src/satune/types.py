@@ -326,13 +326,13 @@ class Engine(Protocol):
         self, seat: str, prompt: Prompt, sampling: Sampling, key: Key
     ) -> Completion: ...
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
-        """Take an agent's weights, tensors by parameter name, under their version number.
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> Any:
+        """Take an agent's weights, tensors by parameter name, under their version number; give what
+        was seen of their arrival, figures by name for the run's events, or None.
 
         A number names one set of weights for ever; the same set may be given again under its own.
-        ``weights`` are good for as long as the call takes: an engine that shares the learner's
-        parameters ignores them, every other one copies them now.
-        """
+        ``weights`` are good while the call takes: an engine that shares the learner's parameters
+        ignores them, every other one copies them now."""
         ...
 
     def begin(self, key: Key) -> None: ...

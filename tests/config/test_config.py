@@ -448,6 +448,20 @@ def test_a_template_that_is_neither_text_nor_file(relay: Path) -> None:
     )
 
 
+def test_what_vllm_is_not_given(relay: Path) -> None:
+    assert message(relay, "engine=vllm").startswith(
+        "relay.yaml: team.agents.ada.model: is too small a model for vLLM; use engine: local"
+    )
+    real = ["team.agents.ada.model=org/M", "team.agents.ben.model=org/M", "engine=vllm"]
+    assert load_recipe(relay, real).engine.options["probe"] == 320
+    assert message(relay, *real, "team.dtype=float64") == (
+        "command line: team.dtype: vLLM does not compute in float64; use float32 or engine: local"
+    )
+    assert message(relay, *real, "engine.rows=3") == (
+        "command line: engine.rows: unknown key; did you mean engine.max_rows?"
+    )
+
+
 # Documentation
 
 

@@ -184,6 +184,30 @@ def test_an_update_event_says_what_was_done(recipe: Path, tmp_path: Path) -> Non
             assert event["memory"]["peak"] > 1 << 20
 
 
+def test_what_the_engine_says_of_new_weights_stands_beside_the_step(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an accepted step alone: the weights of the beginning are nobody's step, and where nothing
+    was taken nothing is given."""
+    out = tmp_path / "run"
+    run = tiny_world.training(recipe, out, ["team.agents.bob.delta=1e-9"])
+    given: list[tuple[str, int]] = []
+
+    def publish(agent: str, version: int, weights: object) -> dict[str, float]:
+        given.append((agent, version))
+        return {"error": version / 100}
+
+    monkeypatch.setattr(run.world, "publish", publish)
+    monkeypatch.setattr(type(run), "_check_versions", lambda run, episodes: None)
+    train(run, tolerance=TOLERANCE)
+    assert given[:2] == [("ann", 0), ("bob", 0)]
+    updates = tiny_world.events(out, "update")
+    assert {event["accepted"] for event in updates} == {True, False}
+    for event in updates:
+        shown = {"error": event["version"] / 100}
+        assert event.get("publish") == (shown if event["accepted"] else None)
+
+
 def test_the_own_tokens_of_the_agents_are_the_sampled_ones(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     summary = train(tiny_world.training(recipe, out, ["schedule=reuse"]), tolerance=TOLERANCE)

@@ -17,7 +17,7 @@ from satune.core.trust_region import LineSearch, TrustRegionSettings
 from satune.training.run import Training
 from satune.training.settings import UpdateSettings
 from satune.training.update import Outcome, improve
-from satune.types import Experience, Failure, Grade, Key, Turn
+from satune.types import Experience, Failure, Grade, Key, Turn, logprobs_of
 
 KEY = Key(0, "train", 1, 1)
 
@@ -99,6 +99,26 @@ def test_an_accepted_step_is_inside_delta_by_a_measurement_of_its_own(
     assert recorded["mean"] == pytest.approx(float(kl_T.mean()), rel=1e-3)
     assert recorded["max"] == pytest.approx(float(kl_T.max()), rel=1e-3)
     assert recorded["states"] == len(kl_T)
+
+
+def test_what_the_engine_is_off_by_stands_beside_delta(recipe: Path, tmp_path: Path) -> None:
+    """An engine that says .1 more of every token than the anchor: KL(sampled‖anchor) is estimated
+    by exp(-.1) - 1 + .1 a token."""
+    run, experience = fresh(recipe, tmp_path / "run")
+    off = [
+        replace(e, turns=tuple(
+            replace(turn, sampled_logprobs=logprobs_of([v + 0.1 for v in turn.sampled_logprobs]))
+            for turn in e.turns
+        ))
+        for e in experience.episodes
+    ]  # fmt: skip
+    outcome = step(run, replace(experience, episodes=tuple(off)), delta=0.02)
+    found = outcome.event["mismatch"]
+    assert found["mean"] == pytest.approx(0.1, abs=1e-4)
+    assert found["max"] == pytest.approx(0.1, abs=1e-3)
+    kl = math.exp(-0.1) - 1 + 0.1
+    assert found["kl"] == pytest.approx(kl, rel=1e-2)
+    assert found["of_delta"] == pytest.approx(kl / 0.02, rel=1e-2)
 
 
 def test_without_a_trust_region_a_large_step_stays_large(recipe: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,9 @@ def processes_of(recipe: Recipe) -> Iterator[Processes]:
 class ShardedWorld(LocalWorld):
     """The world on rank 0, whose engine has models apart from the learners' shards."""
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> Any:
         self.cast.team.policies[agent].load_weights(weights)
-        super().publish(agent, version, weights)
+        return super().publish(agent, version, weights)
 
 
 def sharded_parts(processes: Processes) -> Parts:

@@ -37,8 +37,8 @@ class LocalWorld:
         problems = self.cast.train_problems(count, offset)
         return rollout_sync(self.cast.match(), problems, self.cast.recipe.rollout.samples, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
-        self.cast.engine.publish(agent, version, weights)
+    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> Any:
+        return self.cast.engine.publish(agent, version, weights)
 
     def evaluate(
         self,
@@ -78,7 +78,8 @@ class AheadWorld(LocalWorld):
     ``training.ports.Drawer``.
 
     The engine has one team at a time. What is published while a batch is being drawn it is given
-    after that, and whoever asks it for something else waits so long.
+    after that, and whoever asks it for something else waits so long. What it says of the arrival is
+    told to nobody: it may come after the step's event is written.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from typing import Any
 from satune.loading import nearest
 from satune.types import UserError
 
-NAMED = ("task", "protocol", "schedule", "order", "objective", "credit")
+NAMED = ("task", "protocol", "schedule", "order", "objective", "credit", "engine")
 """Sections that may be given by their name alone."""
 
 Layer = tuple[Path, dict[str, Any]]

@@ -343,6 +343,16 @@ def _ahead_is_corrected(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _vllm_is_given_models_that_it_knows(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.engine.name != "vllm":
+        return
+    for name, agent in recipe.team.agents.items():
+        if isinstance(agent.model, str) and agent.model.startswith("tiny:"):
+            yield f"team.agents.{name}.model", "is too small a model for vLLM; use engine: local"
+    if recipe.team.dtype == "float64":
+        yield "team.dtype", "vLLM does not compute in float64; use float32 or engine: local"
+
+
 CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _seats_name_agents,
     _every_agent_sits,
@@ -362,4 +372,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _overlap_has_two_sides,
     _shards_are_learners,
     _ahead_is_corrected,
+    _vllm_is_given_models_that_it_knows,
 )

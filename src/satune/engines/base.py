@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
+from satune.engines.vllm.settings import VLLMSettings
 from satune.loading import check_options, load_object
 from satune.ranges import Count, MayChange, Positive
-from satune.types import Engine
+from satune.types import Engine, UserError
 
 if TYPE_CHECKING:
     from satune.agents.policy import Policy
 
 
 class EngineSettings(Protocol):
-    """What is known of an engine before it is made. One that keeps weights of its own, so that it
-    draws as well while the policies that it was made over change, may say so by a further
-    attribute, ``own_weights = True``: nothing is then copied for it (``rollout.ahead``)."""
+    """What is known of an engine before it is made. One that, once it is made, neither draws nor
+    checks anything with the policies that it was made over may say so by a further attribute,
+    ``own_weights = True``: nothing is then copied for it where they change while it draws
+    (``rollout.ahead``)."""
 
     @property
     def conversations(self) -> int:
@@ -63,11 +65,26 @@ class LocalSettings:
 
 
 def keeps_weights(settings: EngineSettings) -> bool:
-    """Whether the engine has weights of its own: it does not change with a learner's."""
+    """Whether the engine has weights of its own, and does not look at the policies'."""
     return getattr(settings, "own_weights", False)
 
 
-ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings}
+class VLLM(VLLMSettings):
+    __doc__ = VLLMSettings.__doc__
+
+    def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> Engine:
+        """No server is started before it is needed. Raises UserError without the package that asks,
+        and as ``VLLMEngine``."""
+        try:
+            from satune.engines.vllm.engine import VLLMEngine
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"engine: to ask vLLM needs {error.name}; pip install 'satune[openai]'"
+            ) from None
+        return VLLMEngine(policies, seats, self)
+
+
+ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings, "vllm": VLLM}
 
 
 def engine_settings(name: str, options: Mapping[str, Any]) -> EngineSettings:

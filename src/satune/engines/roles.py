@@ -69,8 +69,8 @@ class WithRoles:
         chosen = self.roles if key.purpose == _ROLE else self.team
         return await chosen.generate(seat, prompt, sampling, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
-        self.team.publish(agent, version, weights)
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> Any:
+        return self.team.publish(agent, version, weights)
 
     def begin(self, key: Key) -> None:
         self.team.begin(key)

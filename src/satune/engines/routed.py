@@ -30,8 +30,8 @@ class RoutedEngine:
     async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
         return await self.seats.get(seat, self.engine).generate(seat, prompt, sampling, key)
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
-        self.agents.get(agent, self.engine).publish(agent, version, weights)
+    def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> Any:
+        return self.agents.get(agent, self.engine).publish(agent, version, weights)
 
     def begin(self, key: Key) -> None:
         for engine in self.engines:

@@ -104,11 +104,10 @@ class Certificate(TypedDict):
 class UpdateEvent(TypedDict):
     """One agent's step. What only a measured proposal has is absent where none was made.
 
-    ``version`` is the number of the agent's weights after it, ``failures`` are those in the batch,
-    ``scale`` is how much of the proposal was taken; ``seconds`` has rollout, update and measure at
-    least. ``rounding`` is what training.gauge found, ``masked`` counts episodes that the world
-    ended, ``at_least`` has scales whose statistic is a lower bound, ``critic`` what the agent's
-    values explained, their mean and loss; ``host`` whose owners alone know that it is so."""
+    ``version`` numbers the agent's weights after it, ``scale`` is how much of the proposal was
+    taken. ``rounding`` is what training.gauge found, ``masked`` counts episodes that the world
+    ended, ``at_least`` has scales whose statistic is a lower bound, ``critic`` what its values
+    explained, ``publish`` how the engine took the weights, ``host`` whose owners vouch for it."""
 
     event: Literal["update"]
     time: NotRequired[str]
@@ -138,6 +137,7 @@ class UpdateEvent(TypedDict):
     optimizer_steps: NotRequired[int]
     mismatch: NotRequired[dict[str, float]]
     rounding: NotRequired[dict[str, Any]]
+    publish: NotRequired[dict[str, Any]]
     capped_mass: NotRequired[float]
     masked: NotRequired[int]
     critic: NotRequired[dict[str, float | None]]

@@ -19,7 +19,6 @@ from torch import Tensor
 from satune.agents.packing import PackedTurns, pack
 from satune.agents.ports import Learner
 from satune.core.ratios import sequence_log_ratio
-from satune.training.ascent import mismatch
 from satune.training.ports import Agents, Drawer, Host
 from satune.training.settings import TrainingSettings
 from satune.training.state import Early, Held, Past, State
@@ -91,7 +90,8 @@ class Ahead:
 @dataclass(frozen=True, slots=True)
 class Correction:
     """``log_weights_E`` has log w of each episode, 0 of those that the world ended; ``figures`` how
-    many tokens were ``scored`` for it, and the ``mismatch`` of the engine with the learner."""
+    many tokens were ``scored`` for it, and the ``mismatch``: what the engine said of them minus
+    ``written``, on average and at most."""
 
     log_weights_E: Tensor
     figures: dict[str, Any]
@@ -105,7 +105,8 @@ def correction(
     version that wrote the turn. Turns of the present version cost nothing; an episode may mix
     versions."""
     log_weights_E = torch.zeros(len(episodes), dtype=torch.float64)
-    written, sampled, scored = [], [], 0
+    gaps: list[Tensor] = []
+    scored = 0
     for agent, learner in learners.items():
         assert not isinstance(learner, Host)
         wrote = {t.version for e in episodes for t in e.turns if t.agent == agent}
@@ -121,11 +122,11 @@ def correction(
             )
             scored += 2 * packed.tokens
             if packed.sampled_T is not None:
-                written.append(written_T)
-                sampled.append(packed.sampled_T)
+                gaps.append(packed.sampled_T.double() - written_T)
     figures: dict[str, Any] = {"scored": scored}
-    if written:
-        figures["mismatch"] = mismatch(torch.cat(written), torch.cat(sampled))
+    if gaps:
+        gap_T = torch.cat(gaps)
+        figures["mismatch"] = {"mean": float(gap_T.mean()), "max": float(gap_T.abs().max())}
     return Correction(log_weights_E, figures)
 
 

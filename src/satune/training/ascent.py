@@ -34,15 +34,6 @@ def own_turns(agent: str, episodes: Sequence[Episode]) -> PackedTurns:
     return pack([[turn for turn in e.turns if turn.agent == agent] for e in episodes])
 
 
-def mismatch(written_T: Tensor, sampled_T: Tensor | None) -> dict[str, float]:
-    """Log-probabilities by the engine that drew the tokens minus those by the learner, which held
-    the weights that wrote them: mean and largest size. Empty where the engine gave none."""
-    if sampled_T is None:
-        return {}
-    difference_T = written_T.double() - sampled_T.double()
-    return {"mean": float(-difference_T.mean()), "max": float(difference_T.abs().max())}
-
-
 @dataclass(frozen=True, slots=True)
 class Heard:
     """What of an experience an agent learns from: the episodes that the world did not end, at

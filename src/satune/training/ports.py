@@ -129,10 +129,11 @@ Agents = Mapping[str, Learner | Host]
 class World(Protocol):
     """Playing, evaluating, serialising, and handing weights to the engine."""
 
-    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
+    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> Any:
         """Give the engine an agent's weights (names as ``Learner.export`` has them) and their
-        version number. A number names one set of weights for ever; the same set may be given
-        again. ``weights`` are good for as long as the call takes."""
+        version number; gives what ``Engine.publish`` does. A number names one set of weights for
+        ever; the same set may be given again. ``weights`` are good for as long as the call
+        takes."""
         ...
 
     def evaluate(

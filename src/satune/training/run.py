@@ -50,6 +50,7 @@ class Training:
     evaluates_greedy: bool = True
     progress: Progress = no_progress
     _rollout_seconds: float = 0.0
+    _arrivals: dict[str, tuple[Any, float]] = field(default_factory=dict)
     _stage_started: float = field(default_factory=time.perf_counter)
 
     # -- what a stage asks for -------------------------------------------------------------------
@@ -181,14 +182,18 @@ class Training:
             state.opening["certificate"] = verdict.claim
         for name, count in verdict.totals.items():
             state.totals[name] = state.totals.get(name, 0) + count
+        self._arrivals.clear()
         for name, version in verdict.versions.items():
             state.versions[name] = version
-            self.publish(name)
+            started = time.perf_counter()
+            arrived = self.publish(name)
+            self._arrivals[name] = arrived, time.perf_counter() - started
 
-    def publish(self, agent: str) -> None:
-        """Give the engine the agent's weights, under the number that the state has for them."""
+    def publish(self, agent: str) -> Any:
+        """Give the engine the agent's weights, under the number that the state has for them; gives
+        what it says of that."""
         weights = Weights(self.learners[agent].export)
-        self.world.publish(agent, self.state.versions[agent], weights)
+        return self.world.publish(agent, self.state.versions[agent], weights)
 
     def record_update(self, stage: int, step: int, agent: str, verdict: Verdict) -> None:
         known = dict(verdict.event)
@@ -205,6 +210,9 @@ class Training:
         if reported:
             # Nobody here can look whether it is so.
             known["host"] = {"as_reported": reported}
+        arrived, spent["publish"] = self._arrivals.pop(agent, (None, 0.0))
+        if arrived is not None:
+            known["publish"] = arrived
         fields = {
             "event": "update",
             "stage": stage,

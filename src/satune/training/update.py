@@ -16,8 +16,8 @@ from torch import Tensor
 
 from satune.agents.anchor import Anchor, Measurement, Snapshot
 from satune.agents.ports import Learner, NonFinite
-from satune.core.divergence import DivergenceStatistics, divergence_statistics
-from satune.core.ratios import effective_sample_size
+from satune.core.divergence import DivergenceStatistics, divergence_statistics, units_of
+from satune.core.ratios import effective_sample_size, sum_by
 from satune.core.settings import Per
 from satune.core.trust_region import LineSearch, TrustRegionSettings, adapt_beta
 from satune.training.advantages import groups
@@ -27,7 +27,6 @@ from satune.training.ascent import (
     NothingLearnt,
     advantages_by_token,
     group_lesson,
-    mismatch,
     own_turns,
     teaching,
 )
@@ -96,7 +95,7 @@ def improve(
     tell(passes)
     if settings.gauge.due(key.stage):
         event["rounding"] = _gauged(learner, agent, heard.episodes, before, settings, lesson.per)
-    event["mismatch"] = mismatch(ascent.anchor.logprobs_T, ascent.anchor.packed.sampled_T)
+    event["mismatch"] = _mismatch(ascent.anchor, settings.trust_region)
     seconds = ascent.seconds
     event["seconds"] = {**seconds, "update": time.perf_counter() - started - sum(seconds.values())}
     event |= climbed
@@ -253,3 +252,22 @@ def _gauged(
         learner.rest()
         raise UserError(f"{warning}; {MEND}")
     return {**figures, "warning": warning}
+
+
+def _mismatch(anchor: Anchor, region: TrustRegionSettings) -> dict[str, float]:
+    """What the engine said of the agent's own tokens beside the anchor, which wrote them: sampled
+    minus anchor log-probabilities, on average and at most; ``kl``, the mean over the region's units
+    of KL(sampled‖anchor), estimated from the sampled tokens by r - 1 - log r; and its share of
+    delta."""
+    packed = anchor.packed
+    if packed.sampled_T is None:
+        return {}
+    gap_T = anchor.logprobs_T.double() - packed.sampled_T.double()
+    unit_T, episode_U = units_of(region.unit, packed.episode_T, packed.turn_T, packed.episodes)
+    kl = float(sum_by(gap_T.exp() - 1.0 - gap_T, unit_T, len(episode_U)).mean())
+    return {
+        "mean": float(-gap_T.mean()),
+        "max": float(gap_T.abs().max()),
+        "kl": kl,
+        "of_delta": kl / region.delta,
+    }

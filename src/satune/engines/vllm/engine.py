@@ -1,0 +1,125 @@
+"""Completions from vLLM, by token ids and with the weights that are being trained.
+
+Each model has a server in an environment of its own. What it says of probabilities is kept beside
+the tokens, and never enters a ratio: the learner scores every batch itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from satune.agents.policy import Policy
+from satune.engines.vllm.files import check_names
+from satune.engines.vllm.place import Place, places_of
+from satune.engines.vllm.settings import VLLMSettings
+from satune.types import Completion, Key, Prompt, Sampling, UserError
+
+
+class VLLMEngine:
+    """``policies`` by agent, ``seats`` to agents. Servers are started when weights are given or
+    something is asked, all at once, and end with the engine or the process.
+
+    Raises UserError for a model that vLLM is not given: one in float64, one of several policies,
+    one whose checkpoint has other names; and for another number of addresses than models."""
+
+    def __init__(
+        self, policies: Mapping[str, Policy], seats: Mapping[str, str], settings: VLLMSettings
+    ) -> None:
+        self.seats = dict(seats)
+        self.settings = settings
+        for name, policy in policies.items():
+            _check(name, policy)
+        groups = places_of(policies)
+        if settings.servers and len(settings.servers) != len(groups):
+            raise UserError(
+                f"engine.servers: {len(settings.servers)} addresses for {len(groups)} models "
+                f"({'; '.join(', '.join(group) for group in groups)}); give one each"
+            )
+        # Weights on their way lie where TMPDIR says.
+        root = Path(tempfile.mkdtemp(prefix="satune-vllm-"))
+        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        self._places: dict[str, Place] = {}
+        for number, group in enumerate(groups):
+            directory = root / f"model-{number}"
+            place = Place(group, settings, directory, number, len(groups))
+            self._places |= dict.fromkeys(group, place)
+        self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+        self._starting: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    def publish(
+        self, agent: str, version: int, weights: Mapping[str, Any]
+    ) -> Mapping[str, Any] | None:
+        """Give the agent's server its weights and see that it has them. Gives what that showed, for
+        the run's events. Raises UserError where the server has other weights than these."""
+        self._launch_all()
+        found = self._places[agent].publish(agent, version, weights)
+        return None if found is None else found.figures
+
+    async def generate(self, seat: str, prompt: Prompt, sampling: Sampling, key: Key) -> Completion:
+        """Draw a completion. Raises UserError for an unknown seat or a prompt without ids, and as
+        ``Place.complete``."""
+        if seat not in self.seats:
+            raise UserError(f"no seat {seat!r}; there are: {', '.join(self.seats)}")
+        if not prompt.ids:
+            raise UserError(f"seat {seat}: vLLM is given token ids, the prompt has none")
+        agent = self.seats[seat]
+        place = self._places[agent]
+        if not place.has(agent):
+            async with self._lock():
+                self._launch_all()
+                await place.ready(agent)
+        return await place.complete(self._connections(), agent, prompt.ids, sampling, key)
+
+    def begin(self, key: Key) -> None: ...
+
+    def end(self, key: Key) -> None: ...
+
+    async def close(self) -> None:
+        """Close the running event loop's connections. The servers stay."""
+        if self._client is not None:
+            await self._client[1].aclose()
+            self._client = None
+
+    def stop(self) -> None:
+        """End the servers that were started here."""
+        for place in set(self._places.values()):
+            place.server.stop()
+
+    def _launch_all(self) -> None:
+        for place in dict.fromkeys(self._places.values()):
+            place.launch()
+
+    def _connections(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._client[0] is not loop:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            client = httpx.AsyncClient(
+                timeout=self.settings.timeout, limits=limits, trust_env=bool(self.settings.servers)
+            )
+            self._client = loop, client
+        return self._client[1]
+
+    def _lock(self) -> asyncio.Lock:
+        loop = asyncio.get_running_loop()
+        if self._starting is None or self._starting[0] is not loop:
+            self._starting = loop, asyncio.Lock()
+        return self._starting[1]
+
+
+def _check(name: str, policy: Policy) -> None:
+    if len(policy.parts) > 1:
+        raise UserError(
+            f"agent {name}: vLLM takes no seat that two models fill together; take engine: local"
+        )
+    if next(policy.model.parameters()).dtype == torch.float64:
+        raise UserError(f"agent {name}: vLLM does not compute in float64; take engine: local")
+    check_names(policy)
