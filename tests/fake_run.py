@@ -194,7 +194,7 @@ class AtOnce:
 
 def fake(patch: pytest.MonkeyPatch) -> None:
     """Let ``run_training`` train agents of three numbers, with no thread of its own."""
-    cast = lambda recipe, progress: SimpleNamespace(  # noqa: E731
+    cast = lambda recipe, progress, **named: SimpleNamespace(  # noqa: E731
         recipe=recipe, task=None, held_out=None, hosts={}
     )
     patch.setattr("satune.commands.assemble.assemble", cast)

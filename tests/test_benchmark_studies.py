@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,3 +136,27 @@ def test_violations_are_compared_seed_by_seed(violations: ModuleType) -> None:
     )
     rows["sat lr 1e-3"].pop()
     assert violations.excess(rows, "ppo", "1e-3") == ""
+
+
+def test_what_drawing_ahead_costs_is_read_off_settled_stages(study: ModuleType) -> None:
+    ahead = importlib.import_module("ahead")
+    given = Namespace(models=Path("models"), stages=3, overrides=[], seeds=[0], ahead=[0, 2])
+    recipes = [load_recipe(ROOT / run.recipe, run.overrides) for run in ahead.runs(given)]
+    assert [recipe.rollout.ahead for recipe in recipes] == [0, 2]
+    assert recipes[0].rollout == replace(recipes[1].rollout, ahead=0)
+
+    def stage(number: int, waited: float, score: float, ess: float) -> list[dict[str, Any]]:
+        update = {"event": "update", "stage": number, "seconds": {"update": 2.0, "measure": 0.5}}
+        return [
+            {"event": "rollout", "stage": number, "step": 1, "episodes": 8,
+             "seconds": {"rollout": waited, "score": score}, "ahead": {"ess": ess}},
+            update, update,
+            {"event": "stage", "stage": number, "seconds": 5.0 + waited + score},
+        ]  # fmt: skip
+
+    events = [*stage(2, 99.0, 99.0, 1.0), *stage(3, 1.0, 0.5, 6.0), *stage(4, 3.0, 0.5, 7.0)]
+    assert ahead.figures(events) == {
+        "stage": 7.5, "waited": 2.0, "scored": 0.5, "updates": 5.0, "ess": 6.5 / 8, "anew": 0.0,
+    }  # fmt: skip
+    alone = [{k: v for k, v in event.items() if k != "ahead"} for event in events]
+    assert ahead.figures(alone)["ess"] is None and ahead.figures(alone)["waited"] == 2.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from satune.agents.learner import LocalLearner, OptimizerSettings
 from satune.agents.policy import Policy
 from satune.core.divergence import divergence_statistics
-from satune.core.ratios import sequence_log_ratio
+from satune.core.ratios import effective_sample_size, sequence_log_ratio
 from satune.core.settings import OBJECTIVES, WHOLE, ObjectiveSettings
 from satune.core.trust_region import TrustRegionSettings
+from satune.training.ahead import correction
 from satune.training.credit import GroupCredit
 from satune.training.schedules import SCHEDULES, experience_for
 from satune.training.settings import UpdateSettings
@@ -389,6 +390,120 @@ def test_weights_under_reuse_are_the_enumerated_ratio(kind):
             team.reward(), rel=TEAMS[kind][2]
         )
     assert experience_for(SCHEDULES["stale"](), batch).log_weights == (0.0,) * N
+
+
+WROTE = {"a": (0, 1), "b": (0,)}
+"""The version that writes each of an agent's turns where an episode mixes two of them."""
+
+
+@dataclass
+class Mixed:
+    """A team both of whose agents have changed once, and conversations that both versions wrote:
+    their probabilities then [E], w as training has it, and w without a's part."""
+
+    team: Team
+    written_E: Tensor
+    log_weights_E: Tensor
+    only_others_E: Tensor
+
+    @classmethod
+    def made(cls, kind: str, **settings) -> Mixed:
+        team, past, written_E = make_team(kind, **settings), {}, torch.zeros(N)
+        for seed, (name, learner) in enumerate(team.learners.items()):
+            past[name] = {0: learner.export()}
+            before_EH = turn_logprobs(team.policies[name], name)
+            perturb(learner, 0.05, seed)
+            after_EH = turn_logprobs(team.policies[name], name)
+            for h, version in enumerate(WROTE[name]):
+                written_E = written_E + (after_EH if version else before_EH)[:, h]
+        episodes = [
+            replace(
+                e, turns=tuple(replace(t, version=WROTE[t.agent][t.own_index]) for t in e.turns)
+            )
+            for e in EPISODES
+        ]
+        now = dict.fromkeys(team.learners, 1)
+        found = correction(team.learners, episodes, now, past).log_weights_E
+        others = correction({"b": team.learners["b"]}, episodes, now, past).log_weights_E
+        return cls(team, written_E.exp().detach(), found, others)
+
+
+def turn_logprobs(policy: Policy, agent: str) -> Tensor:
+    """log of the probability of each of the agent's turns, in order [E, turns]."""
+    logprobs_T, _ = token_logprobs(policy, agent)
+    counts = [len(t.completion_ids or ()) for e in EPISODES for t in e.turns if t.agent == agent]
+    sums = torch.stack([part.sum() for part in logprobs_T.detach().split(counts)])
+    return sums.reshape(N, -1)
+
+
+def test_weights_of_mixed_versions_are_the_enumerated_ratio(kind):
+    mixed = Mixed.made(kind)
+    for p in range(len(PROBLEMS)):
+        assert float(mixed.written_E[groups(EPISODES) == p].sum()) == pytest.approx(1, abs=1e-13)
+    expected_E = mixed.team.logprobs().detach() - mixed.written_E.log()
+    assert expected_E.abs().max() > 0.05
+    assert torch.allclose(mixed.log_weights_E, expected_E, rtol=0, atol=TEAMS[kind][2])
+    # They turn an expectation under who wrote into one under the present team.
+    weighted = expectation(mixed.written_E, mixed.log_weights_E.exp() * REWARDS_E)
+    assert weighted == pytest.approx(mixed.team.reward(), rel=TEAMS[kind][2])
+
+
+@pytest.mark.parametrize("agent", ["a", "b"])
+def test_gradient_from_what_older_versions_wrote_is_the_gradient_of_J(agent, kind):
+    mixed = Mixed.made(kind)
+    team, centred_E = mixed.team, REWARDS_E - BASELINE_E
+    J = (team.logprobs().exp() * REWARDS_E).sum() / len(PROBLEMS)
+    wanted = enumerated_gradient(team, agent, J)
+
+    def gradient(log_weights_E: Tensor) -> Tensor:
+        anchor = team.learners[agent].anchor(own_turns(agent, EPISODES))
+        weights_E = expectation_weights(mixed.written_E * log_weights_E.exp())
+        return learned_gradient(team, agent, anchor, centred_E, weights_E, "sat")
+
+    assert relative(gradient(mixed.log_weights_E), wanted) < TEAMS[kind][2]
+    # Without the weights it is another one.
+    assert relative(gradient(torch.zeros(N, dtype=torch.float64)), wanted) > 1e-3
+
+
+def test_identity_c_from_what_older_versions_wrote(kind):
+    # A stage over both agents: the updated agent's own old turns count in w, or it does not hold.
+    mixed = Mixed.made(kind, lr=0.02)
+    team, centred_E = mixed.team, REWARDS_E - BASELINE_E
+    settings = UpdateSettings(
+        objective=ObjectiveSettings("sat"),
+        credit=GroupCredit(baseline="leave_one_out", normalise=False),
+        trust_region=TrustRegionSettings(delta=0.02, beta=0.01),
+        epochs=2,
+        mini_batches=2,
+    )
+    batch = Batch(EPISODES, mixed.log_weights_E.tolist(), drawn_before=0, reward=0.5)
+    before = team.reward()
+    for step, agent in enumerate(("a", "b"), start=1):
+        experience = experience_for(SCHEDULES["reuse"](), batch)
+        outcome = improve(
+            team.learners[agent],
+            agent,
+            experience,
+            settings,
+            beta=0.01,
+            cap=None,
+            key=Key(0, "train", 2, step),
+        )
+        assert outcome.accepted
+        assert outcome.event["ess"] == pytest.approx(
+            effective_sample_size(torch.tensor(experience.log_weights, dtype=torch.float64))
+        )
+        gain, before = team.reward() - before, team.reward()
+        moved_E = outcome.log_ratio_E.expm1() * centred_E
+        w_E = torch.tensor(experience.log_weights, dtype=torch.float64).exp()
+        assert abs(gain) > 1e-4
+        assert expectation(mixed.written_E, w_E * moved_E) == pytest.approx(
+            gain, rel=1e3 * TEAMS[kind][2]
+        )
+        if agent == "a":
+            without = expectation(mixed.written_E, mixed.only_others_E.exp() * moved_E)
+            assert abs(without - gain) > 1e-5
+        batch.reweight(outcome.log_ratio_E)
 
 
 def test_a_step_learns_from_weighted_conversations(kind):

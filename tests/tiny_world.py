@@ -92,7 +92,8 @@ def training(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     directory = RunDirectory(out)
     directory.start(resume=resume)
-    return start_training(assemble(loaded), directory, lambda event: None)
+    cast = assemble(loaded, apart=loaded.rollout.ahead > 0)
+    return start_training(cast, directory, lambda event: None)
 
 
 def checkpoints(out: Path, keep: int = 2) -> Checkpoints:

@@ -92,7 +92,7 @@ class Grade:
 class Key:
     """Names one stream of randomness; two draws with equal keys are equal whatever the batching.
 
-    ``stage`` and ``step`` count from 1 (0: before training). ``draw`` counts rollouts inside a
+    ``stage`` and ``step`` count from 1 (0: before the first one). ``draw`` counts rollouts inside a
     step. ``seat`` and ``own_index`` are filled in when a seat speaks. ``copy``, on which no draw
     depends, tells apart conversations that are open at once and drawn alike."""
 

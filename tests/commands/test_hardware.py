@@ -75,6 +75,21 @@ def test_two_devices_share_rows_and_operations(recipe: Path) -> None:
     assert two["seconds"]["rollout"][0] > 0.5 * one["seconds"]["rollout"][0]
 
 
+def test_what_is_drawn_ahead_is_scored_twice_and_drawn_with_a_copy(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(hardware.DEVICES, "box", Device(100e9, 1e12, 1e14, 1e13))
+    found, weights = [], []
+    for ahead in (0, 1):
+        loaded = load_recipe(recipe, ["schedule=reuse", f"rollout.ahead={ahead}"])
+        weights.append(describe_recipe(loaded)["memory"]["all_weights"])
+        found.append(plan(loaded, "box", 1, Assumed(50, None, 0.5, 0.2))["seconds"])
+    assert weights[1] == 2 * weights[0]
+    # Eight forward passes' worth in place of six.
+    assert found[1]["learning"][0] == pytest.approx(found[0]["learning"][0] * 8 / 6)
+    assert found[1]["rollout"] == found[0]["rollout"]
+
+
 def test_rows_are_fitted_beside_all_weights(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

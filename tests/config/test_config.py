@@ -367,6 +367,17 @@ def test_values_need_no_groups(relay: Path) -> None:
          "4 mini-batches cannot be cut from 2 episodes"),
         (["credit.overlong_buffer=512"], "credit.overlong_buffer",
          "must be below rollout.max_new_tokens (512), got 512"),
+        (["rollout.ahead=1", "schedule=fresh"], "rollout.ahead", "reuse or hybrid, got 'fresh'"),
+        (["rollout.ahead=1", "schedule=stale"], "rollout.ahead", "reuse or hybrid, got 'stale'"),
+        (["rollout={ahead: 1, dynamic_sampling: true}"], "rollout.dynamic_sampling",
+         "nobody knows ahead where the next batch begins"),
+        (["rollout.ahead=1", "credit={name: gae, traces: true}", "critic.kind=head"],
+         "credit.traces", "own turns are old too with rollout.ahead; set traces to false"),
+        (["rollout.ahead=1", "order=greedy"], "order.name", "take another order or remove"),
+        (["rollout.ahead=1", "sharding={}"], "rollout.ahead", "one process; remove it or sharding"),
+        (["rollout.ahead=1", "team.agents.ben.host='https://there'"], "rollout.ahead",
+         "needs the weights of every agent that learns here"),
+        (["rollout.ahead=-1"], "rollout.ahead", "at least 0, got -1"),
     ],
 )  # fmt: skip
 def test_cross_checks(relay: Path, overrides: list[str], key: str, says: str) -> None:
@@ -384,6 +395,9 @@ def test_nearby_recipes_pass_the_cross_checks(relay: Path) -> None:
     load_recipe(relay, ["protocol={name: judge, judge: ben}"])
     load_recipe(relay, ["protocol={name: role_play, roles: {ada: solver}}"])
     assert load_recipe(relay, ["credit.overlong_buffer=511"]).credit.name == "group"
+    for schedule in ("reuse", "hybrid"):
+        load_recipe(relay, ["rollout.ahead=2", f"schedule={schedule}", "order=random"])
+    load_recipe(relay, ["rollout.ahead=1", "credit=gae", "critic.kind=head"])
     dapo = load_recipe(relay, ["objective=dapo", "objective.clip_low=null"]).objective
     assert dapo.options == {"clip_low": None, "clip_high": 0.28}
 

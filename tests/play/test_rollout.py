@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from satune.engines.request import conversation_id
 from satune.files.arrays import append_rows, read_rows
 from satune.play.keys import text_digest, text_key
 from satune.play.match import Match
-from satune.play.rollout import play, rollout, rollout_sync
+from satune.play.rollout import play, rollout, rollout_sync, run_alone
 from satune.play.rows import episode_from_row, episode_to_row
 from satune.protocols.discussion import debate
 from satune.protocols.independent import solo
@@ -389,6 +391,28 @@ def test_ctrl_c_never_finds_an_event_loop_half_made() -> None:
         going.send_signal(signal.SIGINT)
         _, err = going.communicate(timeout=30)
         assert (going.returncode, err) == (130, "")
+
+
+def test_what_is_played_can_be_ended_from_another_thread() -> None:
+    ends: list[Callable[[], None]] = []
+    started, caught, engine = threading.Event(), list[BaseException](), ScriptedEngine(keyed)
+
+    async def forever() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    def play_on() -> None:
+        try:
+            run_alone(forever, [engine], ends.append)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=play_on, daemon=True)
+    thread.start()
+    assert started.wait(60)
+    ends[0]()
+    thread.join(60)
+    assert [type(error) for error in caught] == [KeyboardInterrupt] and engine.closed == 1
 
 
 def test_a_problem_has_the_name_in_its_keys_that_it_is_given():

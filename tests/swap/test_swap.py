@@ -191,6 +191,19 @@ def test_a_reference_and_what_is_held_for_a_certificate_follow_the_agent(
     go_on(out, 3)
 
 
+def test_what_the_old_team_drew_ahead_is_left_behind(world: Path, tmp_path: Path) -> None:
+    overrides = ["schedule=reuse", "rollout.ahead=1", "stages=2"]
+    source, out = trained(world / "recipe.yaml", tmp_path / "run", overrides), tmp_path / "out"
+    held = state_of(source, "stage-0002")
+    assert held["state"]["early"] and any(".past-" in name for name in held["files"])
+    give(source, ("bob", world / "newcomer"), out=out)
+    state = state_of(out, "stage-0002")
+    assert "early" not in state["state"] and not any(".past-" in name for name in state["files"])
+    go_on(out, 4)
+    rollouts = {e["stage"]: e for e in tiny_world.events(out, "rollout")}
+    assert ["ahead" in rollouts[stage] for stage in (1, 2, 3, 4)] == [False, True, False, True]
+
+
 # Who sits where
 
 

@@ -30,6 +30,7 @@ VARIANTS = {
     "fresh": ["schedule=fresh", "order=random", "optimizer.offload=disk"],
     "reference": ["schedule=stale", "objective.reference_kl=0.1", "order=greedy"],
     "by stage": ["schedule=hybrid", "checkpoint.every=stage", "evaluate.every=1"],
+    "ahead": ["schedule=hybrid", "rollout.ahead=1"],
 }
 
 PLACES = ["", "stage-0000", "stage-0001-step-1", "stage-0001", "stage-0002-step-1", "stage-0002"]

@@ -198,7 +198,7 @@ def test_what_the_engine_says_of_new_weights_stands_beside_the_step(
         return {"error": version / 100}
 
     monkeypatch.setattr(run.world, "publish", publish)
-    monkeypatch.setattr(type(run), "_check_versions", lambda run, episodes: None)
+    monkeypatch.setattr(type(run), "_check_versions", lambda *_: None)
     train(run, tolerance=TOLERANCE)
     assert given[:2] == [("ann", 0), ("bob", 0)]
     updates = tiny_world.events(out, "update")

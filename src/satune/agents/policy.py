@@ -79,11 +79,12 @@ class Policy:
         if checked:
             self._check_head()
 
-    def copied(self, name: str) -> Policy:
-        """A policy called ``name`` over a copy of the model, parameter by parameter."""
+    def copied(self, name: str, copies: dict[int, Any] | None = None) -> Policy:
+        """A policy called ``name`` over a copy of the model, parameter by parameter. Policies that
+        share a model share its copy where they are given the same ``copies``, empty at first."""
         return Policy(
             name,
-            copy.deepcopy(self.model),
+            copy.deepcopy(self.model, copies),
             self.tokenizer,
             self.temperature,
             adapter=self.adapter,

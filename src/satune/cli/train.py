@@ -186,7 +186,7 @@ def _train(
         # Their matrices are too small to share: two threads were slower than one.
         torch.set_num_threads(1)
     with ExitStack() as stack:
-        cast = assemble(recipe, display.progress)
+        cast = assemble(recipe, display.progress, apart=recipe.rollout.ahead > 0)
         overlap = overlap_note(cast.task, cast.held_out)
         if overlap:
             display.note(overlap)

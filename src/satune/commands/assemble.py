@@ -14,7 +14,7 @@ from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, Precision
 from satune.commands.recipe_digest import facts_of
 from satune.config.schema import AgentSection, Recipe
-from satune.engines.base import EngineSettings, LocalSettings, engine_settings
+from satune.engines.base import EngineSettings, LocalSettings, engine_settings, keeps_weights
 from satune.engines.hosted import Decoder, HostedEngine
 from satune.engines.roles import with_roles
 from satune.engines.servers import Servers, with_served
@@ -50,7 +50,8 @@ GATE_PROBLEMS = 128
 
 @dataclass(slots=True)
 class Cast:
-    """A recipe brought to life: everything that rollouts need."""
+    """A recipe brought to life: everything that rollouts need. ``copies`` are the models that the
+    engine draws with of agents whose learners do not share theirs with it."""
 
     recipe: Recipe
     task: Task
@@ -62,6 +63,7 @@ class Cast:
     servers: Servers = field(default_factory=Servers)
     hosts: Mapping[str, HostedAgent] = field(default_factory=dict)
     visited: Mapping[str, VisitedAgent] = field(default_factory=dict)
+    copies: Mapping[str, Policy] = field(default_factory=dict)
 
     def train_problems(self, count: int, offset: int) -> list[Problem]:
         return take(self.task, "train", count, offset)
@@ -122,11 +124,13 @@ def assemble(
     *,
     roles: bool = True,
     visiting: Mapping[str, str] | None = None,
+    apart: bool = False,
 ) -> Cast:
     """Load or build everything a recipe names; without ``roles`` the engine is the team's alone,
     for a caller who attaches them. With ``visiting`` the agents that live with their owners are
     asked and no run begins there: it has the digests of their weights, as far as these are known.
-    Raises UserError for whatever cannot be had."""
+    With ``apart`` the engine draws with copies of the agents that learn, unless it keeps weights of
+    its own. Raises UserError for whatever cannot be had."""
     servers = servers or Servers()
     resolved = recipe.team.resolved()
     task, held_out = load_tasks(recipe)
@@ -140,14 +144,30 @@ def assemble(
         hosts = open_hosts(recipe)
     else:
         visited = visit_hosts(team, visiting, recipe.hosts.timeout)
+    settings = engine_of(recipe)
+    apart = apart and not keeps_weights(settings)
+    copies = copies_of(team, resolved.agents) if apart else {}
     engine = with_roles(
-        team_engine(team, engine_of(recipe), servers, hosts or visited),
+        team_engine(team, settings, servers, hosts or visited, copies),
         role_player_of(task) if roles else None,
         precision=Precision.of(recipe.team.dtype, recipe.optimizer.autocast),
         device=recipe.team.device,
         open_server=servers.model,
     )
-    return Cast(recipe, task, held_out, protocol, team, engine, progress, servers, hosts, visited)
+    return Cast(
+        recipe, task, held_out, protocol, team, engine, progress, servers, hosts, visited, copies
+    )
+
+
+def copies_of(team: Team, agents: Mapping[str, AgentSection]) -> dict[str, Policy]:
+    """Copies of the agents that learn, over models that nobody else has; a base that they share is
+    copied once."""
+    copies: dict[int, Any] = {}
+    return {
+        name: policy.copied(name, copies)
+        for name, policy in team.policies.items()
+        if not agents[name].frozen
+    }
 
 
 def load_agents(
@@ -220,10 +240,11 @@ def team_engine(
     settings: EngineSettings,
     servers: Servers,
     hosts: Mapping[str, Decoder] | None = None,
+    copies: Mapping[str, Policy] | None = None,
 ) -> Engine:
-    """What draws a team's completions: its own models here, those of served agents there, those
-    that live with their owners at their ``hosts``. Raises UserError for an engine that serves none
-    of those."""
+    """What draws a team's completions: its own models here, or ``copies`` of them, those of served
+    agents there, those that live with their owners at their ``hosts``. Raises UserError for an
+    engine that serves none of those."""
     team.leave_room(getattr(settings, "context", None))
     if hosts:
         if not isinstance(settings, LocalSettings):
@@ -233,7 +254,7 @@ def team_engine(
         options = {k: v for k, v in asdict(settings).items() if v is not None}
         local: Engine = HostedEngine(team.policies, team.seats, hosts, **options)
     else:
-        local = settings.make(team.policies, team.seats)
+        local = settings.make({**team.policies, **(copies or {})}, team.seats)
     return with_served(local, team.served, team.seats, servers)
 
 

@@ -11,10 +11,11 @@ import yaml
 
 from satune.agents.architectures import cached_numbers, configuration, skeleton
 from satune.agents.specs import CriticSettings, LoraSpec
-from satune.commands.assemble import check_room, load_tasks, overlap_note
+from satune.commands.assemble import check_room, engine_of, load_tasks, overlap_note
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
 from satune.config.schema import Recipe
+from satune.engines.base import keeps_weights
 from satune.protocols.named import load_protocol
 from satune.tasks.catalog import find_task
 from satune.tiny.zoo import is_tiny, tiny_model
@@ -30,7 +31,8 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """The effective recipe; per agent its size and memory in bytes; the episodes of a stage.
 
     Memory counts weights, gradients, AdamW's two moments (resident for one agent at a time) and the
-    two copies a step keeps (anchor and proposal). ``cache`` holds an agent's key-value cache in
+    two copies a step keeps (anchor and proposal). With ``rollout.ahead`` the sum of all weights has
+    the engine's copies too. ``cache`` holds an agent's key-value cache in
     bytes: a token, and a message of ``max_new_tokens``. It grows with the conversations that are
     decoded at once and, like activations, is in no sum. ``critic`` has the parameters of an agent's
     critic, and as memory its weights and what a step adds: gradients, moments, a copy. Sizes that
@@ -47,6 +49,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     master = 8 if recipe.team.dtype == "float64" else 4
     agents: dict[str, Any] = {}
     counted: set[str] = set()
+    own_weights = recipe.rollout.ahead and keeps_weights(engine_of(recipe))
     total = 0
     for name, section in resolved.agents.items():
         entry: dict[str, Any] = {
@@ -75,7 +78,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             weights = base_bytes + (adapter * master if section.lora else 0)
             step = trained * master
             entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
-            total += entry["memory"]["weights"]
+            # What is drawn ahead is drawn with a copy, while the learner changes.
+            copied = bool(trained and recipe.rollout.ahead and not own_weights)
+            total += entry["memory"]["weights"] * (1 + copied)
             if trained and recipe.critic.kind != "none":
                 entry["critic"] = _critic(recipe.critic, section.model, master)
                 total += entry["critic"].get("memory", {}).get("weights", 0)

@@ -75,9 +75,9 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     CPU with what rests there between steps, as it does from the second stage on).
 
     Counted for conversations in which every seat speaks once, as long as it may, and reads all of
-    the others. Certificates, a reference KL, a hand-over, and the gauge of rounding below float32
-    come on top. None where a model or its tokenizer is not here, where a model looks at the
-    values of its tensors, or where agents have critics.
+    the others. Certificates, a reference KL, a hand-over, rollouts ahead, and the gauge of rounding
+    below float32 come on top. None where a model or its tokenizer is not here, where a model looks
+    at the values of its tensors, or where agents have critics.
     """
     if recipe.critic.kind != "none":
         return None

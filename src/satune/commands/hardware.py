@@ -237,8 +237,9 @@ def _decoding(
 
 
 def _learning(recipe: Recipe, work: Work, messages: int, prompt: int, answer: int) -> float:
-    """Operations of one step: the anchor scored, the epochs, the candidates measured. A problem's
-    prompt is fed once for its samples."""
+    """Operations of one step: the anchor scored, the epochs, the candidates measured; of a batch
+    that was drawn ahead also what its weights take, scored twice. A problem's prompt is fed once
+    for its samples."""
     if not work.trained:
         return 0.0
     tokens = messages * (answer + prompt / recipe.rollout.samples)
@@ -246,4 +247,5 @@ def _learning(recipe: Recipe, work: Work, messages: int, prompt: int, answer: in
     back = 2.0 if work.trained == work.parameters else 1.0
     again = float(recipe.optimizer.gradient_checkpointing)
     epochs = recipe.optimizer.epochs * (1 + back + again)
-    return once * (1 + epochs + _CANDIDATES)
+    corrected = 2 * (recipe.rollout.ahead > 0)
+    return once * (1 + epochs + _CANDIDATES + corrected)

@@ -27,7 +27,8 @@ from satune.agents.shards import check_layers, shard
 from satune.agents.specs import OptimizerSettings
 from satune.agents.weights import weights_digest
 from satune.commands.assemble import Cast
-from satune.commands.train import LocalWorld, Parts, load_objective, optimizer_settings
+from satune.commands.train import Parts, load_objective, optimizer_settings
+from satune.commands.world import LocalWorld
 from satune.config.schema import Recipe
 from satune.files.interrupts import Lost
 from satune.training.run_directory import RunDirectory

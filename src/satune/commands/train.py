@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from satune.agents.critic import LocalCritic
 from satune.agents.learner import LocalLearner
@@ -19,6 +18,7 @@ from satune.agents.specs import OptimizerSettings
 from satune.commands.assemble import Cast, model_path
 from satune.commands.recipe_digest import RESUMABLE
 from satune.commands.trust import remember
+from satune.commands.world import AheadWorld, LocalWorld
 from satune.config.checks import decisions
 from satune.config.derive import Named
 from satune.config.load import differences, load_recipe, save_recipe
@@ -26,12 +26,10 @@ from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
 from satune.core.settings import ObjectiveSettings
 from satune.loading import check_options, load_object
-from satune.play.progress import progress_of
-from satune.play.rollout import rollout_sync
-from satune.play.rows import episode_from_row, episode_to_row
 from satune.task_parts import is_fresh
 from satune.tasks.catalog import draw, take
 from satune.team import Team
+from satune.training.ahead import Ahead
 from satune.training.checkpoint import Checkpoints
 from satune.training.credit import load_credit
 from satune.training.ledger import Ledger
@@ -44,7 +42,7 @@ from satune.training.self_check import Tolerance
 from satune.training.settings import TrainingSettings, UpdateSettings
 from satune.training.state import State
 from satune.training.supply import Supply
-from satune.types import Episode, Key, Problem, Progress, Task, TeamProtocol, UserError
+from satune.types import Problem, Progress, Task, TeamProtocol, UserError
 
 
 def training_settings(recipe: Recipe) -> TrainingSettings:
@@ -59,6 +57,7 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
         problems=rollout.problems,
         samples=rollout.samples,
         dynamic_sampling=rollout.dynamic_sampling,
+        ahead=rollout.ahead,
         update=UpdateSettings(
             objective=load_objective(recipe.objective),
             credit=load_credit(recipe.credit.name, recipe.credit.options),
@@ -99,56 +98,6 @@ def optimizer_settings(recipe: Recipe, agent: AgentSection) -> OptimizerSettings
     return replace(recipe.optimizer, lr=agent.learning_rate or recipe.optimizer.lr)
 
 
-class LocalWorld:
-    """What training needs done outside its room, over a cast in this process."""
-
-    def __init__(
-        self, cast: Cast, directory: RunDirectory, critics: Mapping[str, LocalCritic] | None = None
-    ) -> None:
-        self.cast = cast
-        self.directory = directory
-        self.critics = critics or {}
-
-    def draw(self, key: Key, offset: int, count: int) -> list[Episode]:
-        problems = self.cast.train_problems(count, offset)
-        return rollout_sync(self.cast.match(), problems, self.cast.recipe.rollout.samples, key)
-
-    def publish(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> Any:
-        return self.cast.engine.publish(agent, version, weights)
-
-    def evaluate(
-        self,
-        *,
-        greedy: bool,
-        before: Sequence[float] | None,
-        keep: Callable[[Sequence[Episode]], None],
-    ) -> dict[str, Any]:
-        # The same key each time: the same problems and the same uniforms.
-        key = Key(self.cast.recipe.seed, "evaluate", draw=int(greedy))
-        evaluation = self.cast.evaluate(greedy=greedy, key=key)
-        keep(evaluation.episodes)
-        return progress_of(evaluation, before)
-
-    @property
-    def certifies(self) -> Literal["fresh", "finite"]:
-        return "fresh" if is_fresh(self.cast.task) else "finite"
-
-    def certify(self, key: Key, offset: int, problems: int, samples: int) -> list[Episode]:
-        drawn = draw(self.cast.task, "certify", problems, offset)
-        return rollout_sync(self.cast.match(), drawn, samples, key, label="certificate")
-
-    def to_row(self, episode: Episode) -> dict[str, Any]:
-        return episode_to_row(episode)
-
-    def from_row(self, row: Mapping[str, Any]) -> Episode:
-        return episode_from_row(row)
-
-    def save_team(self) -> None:
-        critics = {name: critic.weights() for name, critic in self.critics.items()}
-        digests = {name: agent.save() for name, agent in self.cast.hosts.items()}
-        self.cast.team.save(self.directory.team, critics=critics, digests=digests)
-
-
 def local_parts(
     cast: Cast, directory: RunDirectory
 ) -> tuple[dict[str, Learner | Host], LocalWorld]:
@@ -163,7 +112,8 @@ def local_parts(
         for name in recipe.team.resolved().agents
         if name in cast.hosts or name in policies
     }
-    return learners, LocalWorld(cast, directory, critics)
+    world = AheadWorld if recipe.rollout.ahead else LocalWorld
+    return learners, world(cast, directory, critics)
 
 
 Parts = Callable[[Cast, RunDirectory], tuple[Agents, LocalWorld]]
@@ -198,6 +148,7 @@ def start_training(
         watch=watch,
         recipe=recipe.model_dump(mode="json"),
         save_recipe=lambda: save_recipe(recipe, directory.recipe),
+        ahead=Ahead(world if isinstance(world, AheadWorld) else None),
         evaluates_greedy=recipe.evaluate.greedy,
         progress=cast.progress,
     )

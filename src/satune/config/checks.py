@@ -307,6 +307,43 @@ def _shards_are_learners(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _ahead_is_corrected(recipe: Recipe) -> Iterator[Fault]:
+    """What is drawn ahead is learnt from by w alone, in one process."""
+    if not recipe.rollout.ahead:
+        return
+    if recipe.schedule.name not in ("reuse", "hybrid"):
+        yield (
+            "rollout.ahead",
+            f"needs the weights of schedule reuse or hybrid, got '{recipe.schedule.name}'; set one"
+            " of them or remove the key",
+        )
+    if recipe.rollout.dynamic_sampling:
+        yield (
+            "rollout.dynamic_sampling",
+            "draws until rewards differ, so that nobody knows ahead where the next batch begins;"
+            " set it or rollout.ahead to its default",
+        )
+    if recipe.credit.name == "gae" and recipe.credit.options["traces"]:
+        yield (
+            "credit.traces",
+            "correct for other agents than the one that learns, whose own turns are old too with"
+            " rollout.ahead; set traces to false or remove that key",
+        )
+    if recipe.order.name == "greedy":
+        yield (
+            "order.name",
+            "greedy predicts gains from what the present team wrote, which a batch of"
+            " rollout.ahead is not; take another order or remove that key",
+        )
+    if recipe.sharding is not None:
+        yield "rollout.ahead", "is for a run in one process; remove it or sharding"
+    if any(agent.host is not None for agent in recipe.team.agents.values()):
+        yield (
+            "rollout.ahead",
+            "needs the weights of every agent that learns here; remove it, or the host of each",
+        )
+
+
 def _vllm_is_given_models_that_it_knows(recipe: Recipe) -> Iterator[Fault]:
     if recipe.engine.name != "vllm":
         return
@@ -349,5 +386,6 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _certificates_are_sound,
     _overlap_has_two_sides,
     _shards_are_learners,
+    _ahead_is_corrected,
     _vllm_is_given_models_that_it_knows,
 )

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class EngineSettings(Protocol):
-    """What is known of an engine before it is made."""
+    """What is known of an engine before it is made. One that, once it is made, neither draws nor
+    checks anything with the policies that it was made over may say so by a further attribute,
+    ``own_weights = True``: nothing is then copied for it where they change while it draws
+    (``rollout.ahead``)."""
 
     @property
     def conversations(self) -> int:
@@ -59,6 +62,11 @@ class LocalSettings:
         if self.cache_tokens is not None:
             given["cache_tokens"] = self.cache_tokens
         return LocalEngine(policies, seats, **given)
+
+
+def keeps_weights(settings: EngineSettings) -> bool:
+    """Whether the engine has weights of its own, and does not look at the policies'."""
+    return getattr(settings, "own_weights", False)
 
 
 class VLLM(VLLMSettings):

@@ -49,7 +49,8 @@ class RunEvent(TypedDict):
 
 class RolloutEvent(TypedDict):
     """Episodes were played to learn from. ``reward`` is their mean, ``tokens`` counts prompt,
-    sampled and environment tokens."""
+    sampled and environment tokens. Of a batch drawn before its stage ``ahead`` has what
+    ``training.ahead.correction`` found; its ``step`` is 0 where no step learns from it."""
 
     event: Literal["rollout"]
     time: NotRequired[str]
@@ -60,6 +61,7 @@ class RolloutEvent(TypedDict):
     failures: Failures
     tokens: dict[str, int]
     seconds: dict[str, float]
+    ahead: NotRequired[dict[str, Any]]
 
 
 class Divergence(TypedDict):
@@ -146,7 +148,8 @@ class UpdateEvent(TypedDict):
 
 class StageEvent(TypedDict):
     """A sweep is over. ``reward`` is that of the rollout it began with, ``uncertified`` names the
-    agents whose changes no certificate covers yet; ``memory`` has the ``peak`` in bytes."""
+    agents whose changes no certificate covers yet, ``ahead_dropped`` the stages whose batch was
+    drawn by what the gate refused; ``memory`` has the ``peak`` in bytes."""
 
     event: Literal["stage"]
     time: NotRequired[str]
@@ -158,6 +161,7 @@ class StageEvent(TypedDict):
     order_scores: NotRequired[dict[str, float]]
     certificate: NotRequired[dict[str, Any]]
     uncertified: NotRequired[list[str]]
+    ahead_dropped: NotRequired[list[int]]
 
 
 class EvalEvent(TypedDict):
@@ -207,16 +211,10 @@ class Alignment(TypedDict):
 Projection = TypedDict(
     "Projection",
     {
-        "states": int,
-        "inside": float,
-        "infeasible": float,
-        "lambda": Spread,
-        "kl": Spread,
-        "newcomer_kl": Spread,
-        "trajectory": dict[str, float],
-        "alignment": NotRequired[Alignment],
+        "states": int, "inside": float, "infeasible": float, "lambda": Spread, "kl": Spread,
+        "newcomer_kl": Spread, "trajectory": dict[str, float], "alignment": NotRequired[Alignment],
     },
-)
+)  # fmt: skip
 """What the projection of a newcomer would be: the shares of states that lie ``inside`` delta
 already and that cannot be brought there (``infeasible``), λ, KL to the incumbent of the projection
 and of the newcomer as it is, nats, and the ``reverse`` KL of trajectories."""

@@ -21,6 +21,8 @@ __all__ = [
 
 _T = TypeVar("_T")
 Keep = Callable[[Episode], None]
+End = Callable[[], None]
+"""Ends, from any thread, what is being played."""
 
 
 async def rollout(
@@ -199,14 +201,22 @@ def rollout_sync(
     key: Key,
     *,
     label: str = "rollout",
+    begun: Callable[[End], None] | None = None,
 ) -> list[Episode]:
-    """``rollout`` in an event loop of its own, for callers that are not coroutines."""
-    return run_alone(lambda: rollout(match, problems, samples, key, label=label), [match.engine])
+    """``rollout`` in an event loop of its own, for callers that are not coroutines; ``begun`` as in
+    ``run_alone``."""
+    played = lambda: rollout(match, problems, samples, key, label=label)  # noqa: E731
+    return run_alone(played, [match.engine], begun)
 
 
-def run_alone(work: Callable[[], Coroutine[Any, Any, _T]], engines: Sequence[Engine]) -> _T:
+def run_alone(
+    work: Callable[[], Coroutine[Any, Any, _T]],
+    engines: Sequence[Engine],
+    begun: Callable[[End], None] | None = None,
+) -> _T:
     """What ``work`` gives, in an event loop of its own; the engines are closed at its end. Ctrl-C
-    cancels what is under way; it never finds the loop half made or half closed."""
+    cancels what is under way; it never finds the loop half made or half closed. ``begun`` is given
+    what does the same from another thread; here it is raised as KeyboardInterrupt too."""
     asked = False
     cancel: Callable[[], object] = lambda: None  # noqa: E731
 
@@ -229,6 +239,8 @@ def run_alone(work: Callable[[], Coroutine[Any, Any, _T]], engines: Sequence[Eng
         asked = True
         cancel()
 
+    if begun is not None:
+        begun(ask)
     with uninterrupted(ask):
         try:
             return asyncio.run(whole())

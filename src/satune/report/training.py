@@ -84,7 +84,7 @@ def reward_chart(source: Source, rewards: Rewards) -> Chart:
     """Team reward by sweep: training rollouts with their band, held-out evaluations, and below them
     what became of each agent's steps."""
     axis, series = Axis(source), []
-    rollouts = source.of(RolloutEvent)
+    rollouts = [event for event in source.of(RolloutEvent) if event["step"] > 0]
     if rollouts:
         at = [(event["stage"], event["step"]) for event in rollouts]
         bands = [rewards.interval(place) for place in at]

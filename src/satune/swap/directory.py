@@ -32,7 +32,7 @@ from satune.files.writing import (
 from satune.loading import HostAddress
 from satune.team import Team, manifest_of
 from satune.training.run_directory import RunDirectory
-from satune.training.state_file import read_state, write_state
+from satune.training.state_file import PAST, read_state, write_state
 from satune.types import ServedModel, UserError
 
 Model = str | ServedModel | HostAddress
@@ -164,7 +164,8 @@ def transplant(
         recipe: what the new run goes on under, as plain values.
 
     A stage that the checkpoint stands in the middle of is closed where it stands: its experience
-    is another team's. The event then names it under ``closed_stage``.
+    is another team's, and so is what was drawn ahead. The event then names it under
+    ``closed_stage``.
     """
     path = source.checkpoints / checkpoint
     held = read_state(path)
@@ -186,6 +187,7 @@ def transplant(
         "issued": {name: issued[name] for name in agents},
     }
     state.pop("batch", None)
+    state.pop("early", None)
     certify = state["certify"]
     certify["held"] = {name: at for name, at in certify["held"].items() if name in kept}
     certify["offset"] = max(certify["offset"], certify_offset)
@@ -205,7 +207,8 @@ def transplant(
     files: dict[str, list[Any]] = {}
     for relative, recorded in held["files"].items():
         agent, _, kind = relative.removesuffix(".safetensors").rpartition(".")
-        if agent in kept and (kind != "held" or agent in certify["held"]):
+        wanted = not kind.startswith(PAST) and (kind != "held" or agent in certify["held"])
+        if agent in kept and wanted:
             link(path / relative, beside / relative)
             files[relative] = recorded
     for name, newcomer in newcomers.items():

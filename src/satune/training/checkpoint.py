@@ -45,6 +45,7 @@ from satune.training.state_file import (
     flat_snapshot,
     from_json,
     pair,
+    past_file,
     read_state,
     to_json,
     write_state,
@@ -136,6 +137,10 @@ class Checkpoints:
                 continue
             same = last is not None and last.windows.get(agent) == held.since
             keep(agent_file(agent, "held"), same, partial(flat_snapshot, held.snapshot))
+        for agent, versions in state.past.items():
+            for version, weights in versions.items():
+                # A number names one set of weights for ever.
+                keep(past_file(agent, version), True, partial(dict, weights))
         episodes: Sequence[Episode] | None = None
         if state.batch is not None and last is not None and last.batch == now.batch:
             linked += [path.name for path in files_of_rows(last.path / EXPERIENCE)]

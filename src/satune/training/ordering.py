@@ -23,9 +23,10 @@ class Sweep:
 
     ``stage`` counts from 1. ``agents`` are those that learn, as the team lists them. ``last`` is
     the order of the stage before (empty before the first), ``accepted`` tells for each agent in it
-    whether the team took its step. ``episodes`` are the stage's first rollout, ``rng`` is the
-    stage's own. ``gains()`` predicts the gain of each agent's step, at the cost of three backward
-    passes an agent; what it predicted is noted in the stage's event.
+    whether the team took its step. ``episodes`` are those that the stage begins with (of a team of
+    earlier stages with ``rollout.ahead``), ``rng`` is the stage's own. ``gains()`` predicts the
+    gain of each agent's step, at the cost of three backward passes an agent; what it predicted is
+    noted in the stage's event.
     """
 
     stage: int

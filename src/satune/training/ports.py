@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -164,6 +165,27 @@ class World(Protocol):
     def from_row(self, row: Mapping[str, Any]) -> Episode: ...
 
     def save_team(self) -> None: ...
+
+
+TeamWeights = Mapping[str, tuple[int, Mapping[str, Tensor]]]
+"""Of each agent the number of its weights and the weights, on the CPU, which nobody changes."""
+
+
+class Drawer(Protocol):
+    """Draws training episodes while the learners change. A ``World`` that can do so waits for what
+    is under way before it uses the engine otherwise, and then gives it the team as it is."""
+
+    def draw_ahead(
+        self, key: Key, offset: int, problems: int, team: TeamWeights
+    ) -> Future[list[Episode]]:
+        """Begin to draw whole groups by ``team``, after what was begun before. Agents that are not
+        in it are as they were published last. It has to be asked before the present weights of its
+        agents are published again."""
+        ...
+
+    def stop_drawing(self) -> None:
+        """Give up what is under way. Nothing is drawn ahead after this."""
+        ...
 
 
 class Watcher(Protocol):

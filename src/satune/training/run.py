@@ -12,16 +12,17 @@ from typing import Any, cast
 import torch
 
 from satune.agents.weights import Weights
-from satune.files.events import Event, count_failures
+from satune.files.events import Event, RolloutEvent, count_failures
 from satune.files.interrupts import uninterrupted
+from satune.training.ahead import Ahead, correction
 from satune.training.certification import Verdict
 from satune.training.ledger import Ledger
 from satune.training.ports import Agents, Host, Saved, Store, Watcher, World
 from satune.training.run_directory import RunDirectory
 from satune.training.schedules import needs_rollout
 from satune.training.settings import TrainingSettings
-from satune.training.state import Batch, State
-from satune.training.supply import Supply
+from satune.training.state import Batch, Early, State
+from satune.training.supply import Supply, mean_reward
 from satune.types import Episode, Progress, no_progress
 
 _FIRST_ONLY = {"per_problem", "groups", "figures"}
@@ -45,6 +46,7 @@ class Training:
     watch: Watcher
     recipe: Mapping[str, Any]
     save_recipe: Callable[[], None]
+    ahead: Ahead = field(default_factory=Ahead)
     evaluates_greedy: bool = True
     progress: Progress = no_progress
     _rollout_seconds: float = 0.0
@@ -53,39 +55,94 @@ class Training:
 
     # -- what a stage asks for -------------------------------------------------------------------
 
+    def open_batch(self, stage: int) -> Batch:
+        """What a stage begins with: the batch that was drawn for it ahead, where there is one that
+        the schedule keeps, else a new rollout. Batches of later stages are then begun."""
+        self._stage_started = time.perf_counter()
+        batch = self._drawn_ahead(stage)
+        if batch is None or needs_rollout(self.settings.schedule, batch, step=1):
+            batch = self.roll_out(stage, step=1)
+        self._draw_ahead(stage)
+        return batch
+
     def roll_out(self, stage: int, step: int) -> Batch:
         """A new batch under the team as it is, written to the run's episodes and events."""
-        if step == 1:
-            self._stage_started = time.perf_counter()
         started = time.perf_counter()
         batch = self.supply.batch(stage, step)
-        self._rollout_seconds = time.perf_counter() - started
+        seconds = {"rollout": time.perf_counter() - started}
+        self._check_versions(self.supply.fresh_episodes, self.state.versions)
+        self._record_rollout(stage, step, batch.reward, seconds)
+        return batch
+
+    def _draw_ahead(self, stage: int) -> None:
+        """Begin the batches that are missing of the next stages, by the team as it is."""
+        state = self.state
+        for later in self.ahead.missing(state.early, stage, self.settings.ahead):
+            state.early.append(Early(later, self.supply.reserve(), dict(state.versions)))
+        state.past = self.ahead.weights_of(state, self.learners)
+        self.ahead.begin(state, self.settings)
+
+    def _drawn_ahead(self, stage: int) -> Batch | None:
+        """The batch that was drawn for a stage before it, its weights those of the team as it is;
+        None where there is none."""
+        state, started = self.state, time.perf_counter()
+        early = next((each for each in state.early if each.stage == stage), None)
+        if early is None:
+            return None
+        episodes = self.ahead.drawn(early)
+        self._check_versions(episodes, early.versions)
+        seconds = {"rollout": time.perf_counter() - started}
+        found = correction(self.learners, episodes, state.versions, state.past)
+        seconds["score"] = time.perf_counter() - started - seconds["rollout"]
+        state.early.remove(early)
+        batch = Batch(episodes, found.log_weights_E.tolist(), 0, mean_reward(episodes))
+        self.supply.fresh_episodes = episodes
+        # Step 0: no step learns from it.
+        step = 0 if needs_rollout(self.settings.schedule, batch, step=1) else 1
+        self._record_rollout(
+            stage,
+            step,
+            batch.reward,
+            seconds,
+            {"versions": early.versions, "ess": batch.effective_size, **found.figures},
+        )
+        return batch
+
+    def _record_rollout(
+        self,
+        stage: int,
+        step: int,
+        reward: float,
+        seconds: dict[str, float],
+        ahead: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the episodes drawn last, and count them."""
+        self._rollout_seconds += sum(seconds.values())
         drawn = self.supply.fresh_episodes
-        self._check_versions(drawn)
         tokens = _tokens_played(drawn)
         self.state.totals["episodes"] += len(drawn)
         self.state.totals["sampled_tokens"] += tokens["sampled"]
         self.directory.append_episodes(
             stage, ({"stage": stage, "step": step, **self.world.to_row(e)} for e in drawn)
         )
-        self.tell(
-            {
-                "event": "rollout",
-                "stage": stage,
-                "step": step,
-                "episodes": len(drawn),
-                "reward": batch.reward,
-                "failures": count_failures(drawn),
-                "tokens": tokens,
-                "seconds": {"rollout": self._rollout_seconds},
-            }
-        )
-        return batch
+        event: RolloutEvent = {
+            "event": "rollout",
+            "stage": stage,
+            "step": step,
+            "episodes": len(drawn),
+            "reward": reward,
+            "failures": count_failures(drawn),
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+        if ahead is not None:
+            event["ahead"] = ahead
+        self.tell(event)
 
-    def _check_versions(self, episodes: list[Episode]) -> None:
+    def _check_versions(self, episodes: list[Episode], versions: Mapping[str, int]) -> None:
         for episode in episodes:
             for turn in episode.turns:
-                expected = self.state.versions.get(turn.agent)
+                expected = versions.get(turn.agent)
                 if expected is not None and turn.version != expected:
                     raise RuntimeError(
                         f"seat {turn.seat} was sampled from version {turn.version} of agent "
@@ -115,6 +172,11 @@ class Training:
         if verdict.log_ratio_H is not None:
             state.batch.note_ratios(agent, verdict.log_ratio_H)
         state.batch.spent |= verdict.spent
+        if verdict.spent:
+            dropped = self.ahead.drop(state.early, state.certify.held)
+            state.early = [early for early in state.early if early not in dropped]
+            if dropped:
+                state.opening.setdefault("ahead_dropped", []).extend(e.stage for e in dropped)
         state.certify, state.issued = verdict.certify, verdict.issued
         if verdict.claim is not None:
             state.opening["certificate"] = verdict.claim
@@ -138,7 +200,10 @@ class Training:
         spent = {"rollout": self._rollout_seconds, "update": 0.0, "measure": 0.0}
         self._rollout_seconds = 0.0
         assert self.state.batch is not None
-        if self.state.batch.drawn_before == step:
+        if self.state.batch.drawn_before == 0:
+            # The anchor did not write it; who did was held against the engine at the rollout.
+            known.pop("mismatch", None)
+        if max(1, self.state.batch.drawn_before) == step:
             known["tokens"] = {**known["tokens"], **_tokens_played(self.supply.fresh_episodes)}
         moved = dict.fromkeys([agent, *known.get("gate", {}).get("agents", ())])
         reported = [name for name in moved if isinstance(self.learners[name], Host)]
@@ -261,6 +326,7 @@ class Training:
             self.store.drop_after(name)
             for line in self.directory.truncate(saved.sizes):
                 self.watch({"event": "note", "text": line})
+        self.ahead.begin(self.state, self.settings)
         for agent in self.learners:
             self.publish(agent)
 

@@ -32,7 +32,8 @@ class RolloutSettings:
     stay off. With ``dynamic_sampling`` problems whose rewards are all equal are left out, and
     others drawn in their place (DAPO). Beyond the share ``failures`` of failed conversations the
     run stops; a message may take ``grading_seconds`` to be graded. With ``grade_seats`` each seat's
-    last message is graded like an answer, for ``credit: seats``."""
+    last message is graded like an answer, for ``credit: seats``. ``ahead`` is how many stages
+    before its own a batch begins to be drawn (0: in its own)."""
 
     problems: Count = 96
     samples: Count = 4
@@ -43,6 +44,7 @@ class RolloutSettings:
     failures: Share = FAILURES
     grading_seconds: Positive = GRADING_SECONDS
     grade_seats: bool = False
+    ahead: Whole = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class CheckpointSettings:
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
     """A whole run. ``problems`` × ``samples`` episodes a rollout; ``evaluate_every`` 0 evaluates
-    before and after only; ``deltas`` are the agents' own trust regions."""
+    before and after only; ``deltas`` are the agents' own trust regions; ``ahead`` as in
+    ``RolloutSettings``."""
 
     seed: int
     stages: int
@@ -158,6 +161,7 @@ class TrainingSettings:
     samples: int
     update: UpdateSettings
     dynamic_sampling: bool = False
+    ahead: int = 0
     schedule: Schedule = field(default_factory=Hybrid)
     order: Order = static
     certify: CertifySettings = field(default_factory=CertifySettings)

@@ -19,7 +19,7 @@ def run_stage(training: Training) -> None:
     stage = state.stage + 1
 
     if state.step == 0:
-        state.batch = training.roll_out(stage, step=1)
+        state.batch = training.open_batch(stage)
         training.open_stage(*sweep_order(settings, learners, state, stage))
 
     for step in range(state.step + 1, len(state.order) + 1):

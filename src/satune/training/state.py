@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,11 @@ from satune.types import Episode
 class Batch:
     """The experience in use and log w of each of its episodes.
 
-    ``drawn_before`` is the step it was rolled out for, ``reward`` the mean over all episodes drawn
-    then. A batch is ``spent`` when the gate did not keep a change as it was from which the batch's
-    episodes, or the weights that the schedule gives them, come. ``log_ratios`` has the part of log
-    w that each turn of each episode has, where a credit rule asks for it; None: nobody was updated.
+    ``drawn_before`` is the step it was rolled out for (0: it was drawn ahead, before its stage),
+    ``reward`` the mean over all episodes drawn then. A batch is ``spent`` when the gate did not
+    keep a change as it was from which the batch's episodes, or the weights that the schedule gives
+    them, come. ``log_ratios`` has the part of log w that each turn of each episode has, where a
+    credit rule asks for it; None: nobody was updated.
     """
 
     episodes: list[Episode]
@@ -57,6 +59,20 @@ class Batch:
             for place, turn in enumerate(episode.turns):
                 if turn.agent == agent:
                     ratios[place] += next(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """A batch that is drawn before its ``stage``: on the problems from ``offset`` on, by the team
+    whose agents' weights have the numbers ``versions``. It follows from these alone."""
+
+    stage: int
+    offset: int
+    versions: dict[str, int]
+
+
+Past = dict[str, dict[int, Mapping[str, Tensor]]]
+"""Weights on the CPU by agent and version number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +113,10 @@ class State:
     the number of each agent's weights in the team, ``issued`` the highest number that any weights
     of the agent ever had: candidates that were refused keep theirs, so the next one is higher.
     ``accepted`` tells which steps of ``order`` the team took.
-    ``batch`` is None where the next step rolls out anyway. ``opening`` collects what the stage
-    event will say, ``totals`` what the run cost and, under ``updates``, how many steps the team
-    took and still has.
+    ``batch`` is None where the next step rolls out anyway. ``early`` are the batches that are drawn
+    for later stages, ``past`` the weights that draw them, of all agents that learn. ``opening``
+    collects what the stage event will say, ``totals`` what the run cost and, under ``updates``, how
+    many steps the team took and still has.
     """
 
     betas: dict[str, float]
@@ -111,6 +128,8 @@ class State:
     order: list[str] = field(default_factory=list)
     accepted: dict[str, bool] = field(default_factory=dict)
     batch: Batch | None = None
+    early: list[Early] = field(default_factory=list)
+    past: Past = field(default_factory=dict)
     opening: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=_nothing_yet)
     evaluations: list[dict[str, Any]] = field(default_factory=list)

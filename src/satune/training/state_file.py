@@ -16,12 +16,14 @@ from satune.core.confidence import Spending
 from satune.files.arrays import read_rows
 from satune.files.writing import strict_json, write_atomically
 from satune.training.ports import Saved, World
-from satune.training.state import Batch, CertifyState, Held, State
+from satune.training.state import Batch, CertifyState, Early, Held, Past, State
 from satune.types import UserError
 
 FORMAT = 7
 STATE = "state.json"
 EXPERIENCE = "experience.jsonl"
+PAST = "past-"
+"""How the part of an agent begins that a past version is."""
 
 _PLAIN = (
     "stage",
@@ -76,6 +78,11 @@ def agent_file(agent: str, part: str) -> str:
     return f"{agent}.{part}.safetensors"
 
 
+def past_file(agent: str, version: int) -> str:
+    """The file of a checkpoint that holds weights which draw a batch of a later stage."""
+    return agent_file(agent, f"{PAST}{version}")
+
+
 def pair(numbers: Sequence[int]) -> tuple[int, int]:
     first, second = numbers
     return first, second
@@ -112,6 +119,10 @@ def to_json(
         }
         if state.batch.log_ratios is not None:
             fields["batch"]["log_ratios"] = state.batch.log_ratios
+    if state.early:
+        fields["early"] = [
+            {"stage": e.stage, "offset": e.offset, "versions": e.versions} for e in state.early
+        ]
     return {
         "format": FORMAT,
         "recipe": saved.recipe,
@@ -137,8 +148,11 @@ def from_json(fields: Mapping[str, Any], directory: Path, world: World) -> Saved
         for name, held in certify["held"].items()
     }
     spending = Spending.from_dict(certify["spending"])
+    early = [Early(**each) for each in plain.get("early", ())]
     state = State(
         certify=CertifyState(spending, certify["offset"], certify["steps"], held),
+        early=early,
+        past=_past(early, fields["files"], directory),
         **{name: plain[name] for name in _PLAIN},
     )
     if batch is not None:
@@ -151,6 +165,17 @@ def from_json(fields: Mapping[str, Any], directory: Path, world: World) -> Saved
             batch.get("log_ratios"),
         )
     return Saved(state, fields["offset"], fields["sizes"], fields["recipe"])
+
+
+def _past(early: Sequence[Early], files: Mapping[str, Any], directory: Path) -> Past:
+    """The weights that the checkpoint's files hold of what draws ahead: of agents that learn."""
+    found: Past = {}
+    named = {(a, number) for each in early for a, number in each.versions.items()}
+    for agent, version in sorted(named):
+        relative = past_file(agent, version)
+        if relative in files:
+            found.setdefault(agent, {})[version] = load_file(directory / relative)
+    return found
 
 
 def flat_snapshot(snapshot: Snapshot) -> dict[str, Tensor]:

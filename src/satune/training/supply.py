@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,9 +44,18 @@ class Supply:
                 break
         # Without any difference in reward there is no gradient; the step then changes nothing.
         kept = kept[:wanted] or self.fresh_episodes[:wanted]
-        heard = [e.reward for e in self.fresh_episodes if not e.masked]
-        reward = sum(heard) / max(1, len(heard))
-        return Batch(kept, [0.0] * len(kept), step, reward)
+        return Batch(kept, [0.0] * len(kept), step, mean_reward(self.fresh_episodes))
+
+    def reserve(self) -> int:
+        """Where the problems lie of a rollout that is drawn another time; nobody else has them."""
+        self.offset += self.settings.problems
+        return self.offset - self.settings.problems
+
+
+def mean_reward(episodes: Sequence[Episode]) -> float:
+    """Of the episodes that the world did not end; 0 where there is none."""
+    heard = [e.reward for e in episodes if not e.masked]
+    return sum(heard) / max(1, len(heard))
 
 
 def _informative(episodes: list[Episode]) -> list[Episode]:

@@ -37,7 +37,10 @@ def train(
             run_stage(training)
         return _finish(training)
     finally:
-        training.finish_saving()
+        try:
+            training.ahead.stop()
+        finally:
+            training.finish_saving()
 
 
 def _go_on(training: Training, checkpoint: str) -> None:
