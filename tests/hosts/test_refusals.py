@@ -184,7 +184,10 @@ def test_a_saved_team_has_a_reference_in_an_agents_place(
     assert entry["host_token_env"] == "SATUNE_HOST_TOKEN"
     team = load_team(tmp_path / "team", device="cpu", hosts={"bob": "http://elsewhere"})
     assert list(team.policies) == ["ann"] and team.specs["bob"].host == "http://elsewhere"
-    with pytest.raises(UserError, match="agent bob lives with its owner"):
+    allowed = Trust.of(code=True, allowed=[f"{entry['host']}=SATUNE_HOST_TOKEN"])
+    found = find_team(tmp_path / "team", None, allowed)
+    assert found.recipe.team.agents["bob"].host == entry["host"] and found.digests == {"bob": "d1"}
+    with pytest.raises(UserError, match="to let it, add --allow-address"):
         find_team(tmp_path / "team", None, Trust(code=True))
 
 
