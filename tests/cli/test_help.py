@@ -9,9 +9,9 @@ import pytest
 from command_line import Run, refused
 
 PANELS = {
-    "chat": ["Options", "Sampling", "Files of others"],
+    "chat": ["Options", "Sampling", "Files of others", "Servers"],
     "eval": ["Options", "Sampling", "Servers", "Roles that are not players", "Files of others"],
-    "serve": ["Options", "Who may ask", "Sampling", "Limits", "Files of others"],
+    "serve": ["Options", "Who may ask", "Sampling", "Limits", "Files of others", "Servers"],
     "swap": ["Options", "Projection", "Hand-over", "Servers", "Files of others"],
     "train": ["Options", "Files of others"],
 }
