@@ -586,6 +586,7 @@ def test_adapters_have_room_for_one_more_than_there_are(tmp_path):
     given = dict(itertools.pairwise(words))
     assert (given["--max-loras"], given["--max-cpu-loras"]) == ("4", "7")
     assert given["--max-lora-rank"] == "8"
+    assert "--no-enable-chunked-prefill" in words
 
 
 def test_settings_of_a_recipe():

@@ -137,6 +137,16 @@ def test_smoke(alone):
     assert max(drawn_from(policy, found) for found in draw(engine, [("a", 0), ("a", 1)])) < 1e-3
 
 
+def test_more_prompts_than_are_fed_at_once(alone):
+    """In pieces they would end a server on a CPU."""
+    engine, policy = alone
+    prompt = len(policy.tokenizer.encode(TEXT * 8))
+    rows = 10_000 // prompt
+    found = draw(engine, [("a", n) for n in range(rows)], tokens=2)
+    assert engine._places["a"].server.starts == 1
+    assert max(drawn_from(policy, each) for each in found[:: rows // 4]) < 1e-3
+
+
 def test_a_swallowed_step_is_noticed(alone, monkeypatch):
     engine, policy = alone
     engine.publish("a", 2, stepped(policy, seed=2))

@@ -15,6 +15,12 @@ from satune.types import UserError
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for."""
+_CPU = ("--enforce-eager", "--no-enable-chunked-prefill")
+"""Compiling for a CPU takes minutes and needs a compiler. A prompt that is fed in pieces ends a
+server on a CPU: what was sampled after a piece is taken back from the request's generator, and
+that of a CPU does not go back."""
+_BATCHED = 8192
+"""The most tokens that are fed at once on a CPU, and no fewer than the longest prompt has."""
 
 
 def dtype_of(policy: Policy) -> torch.dtype:
@@ -40,9 +46,10 @@ def arguments_of(
         "--dtype", str(dtype_of(first)).removeprefix("torch."),
         "--max-num-seqs", str(settings.max_rows),
     ]  # fmt: skip
-    if (limit := context_of(first, settings)) is not None:
+    limit = context_of(first, settings)
+    if limit is not None:
         arguments += ["--max-model-len", str(limit)]
-    arguments += _memory(first.device, settings, places)
+    arguments += _memory(first.device, settings, places, limit)
     if first.adapter is not None:
         arguments += _adapters(policies)
     return arguments
@@ -68,10 +75,11 @@ def _adapters(policies: Mapping[str, Policy]) -> list[str]:
     ]  # fmt: skip
 
 
-def _memory(learner: torch.device, settings: VLLMSettings, places: int) -> list[str]:
+def _memory(
+    learner: torch.device, settings: VLLMSettings, places: int, limit: int | None
+) -> list[str]:
     on_gpu = bool(settings.devices) or learner.type == "cuda"
-    # Compiling for a CPU takes minutes and needs a compiler.
-    more = [] if on_gpu else ["--enforce-eager"]
+    more = [] if on_gpu else [*_CPU, "--max-num-batched-tokens", str(max(limit or 0, _BATCHED))]
     if settings.memory > 1:
         return ["--kv-cache-memory-bytes", str(int(settings.memory)), *more]
     if on_gpu:
