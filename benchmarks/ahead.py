@@ -48,13 +48,15 @@ def figures(events: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         return [e for e in events if e["event"] == kind and e["stage"] >= SETTLED]
 
     opening = [e for e in of("rollout") if "ahead" in e]
-    rolled = [e["seconds"]["rollout"] for e in of("rollout") if e["step"] == 1]
+    rolled: dict[int, float] = {}
+    for event in of("rollout"):  # also for a batch of which no step learnt
+        rolled[event["stage"]] = rolled.get(event["stage"], 0.0) + event["seconds"]["rollout"]
     learnt = [e["seconds"]["update"] + e["seconds"]["measure"] for e in of("update")]
     stages = of("stage")
     shares = [e["ahead"]["ess"] / e["episodes"] for e in opening]
     return {
         "stage": statistics.median(e["seconds"] for e in stages),
-        "waited": statistics.median(rolled),
+        "waited": statistics.median(rolled.values()),
         "scored": statistics.median(e["seconds"]["score"] for e in opening) if opening else None,
         "updates": sum(learnt) / len(stages),
         "ess": statistics.median(shares) if shares else None,

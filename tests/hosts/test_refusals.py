@@ -199,6 +199,7 @@ def test_a_saved_team_has_a_reference_in_an_agents_place(
         ({"host_token_env": "A B"}, "its host_token_env is no name of an environment variable"),
         ({"host_token_env": 1}, "its host_token_env is no name of an environment variable"),
         ({"digest": None}, "it has no digest of the weights"),
+        ({"digest": ""}, "it has no digest of the weights"),
     ],
 )
 def test_a_reference_that_is_damaged(

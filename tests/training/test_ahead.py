@@ -28,7 +28,7 @@ from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance
 from satune.training.state_file import past_file
 from satune.training.trainer import train
-from satune.types import Episode
+from satune.types import Episode, UserError
 
 TOLERANCE = Tolerance(1e-3, 1e-3)
 REUSE = ["schedule=reuse", "stages=4", "checkpoint.keep=9", "evaluate={problems: 2, samples: 1}"]
@@ -311,6 +311,52 @@ def test_frozen_agents_are_neither_copied_nor_kept(recipe: Path, tmp_path: Path)
     assert set(world.cast.copies) == set(run.state.past) == {"bob"}
     found = tiny_world.events(tmp_path / "run", "rollout")[2]
     assert 0 < found["ahead"]["scored"] < 2 * found["tokens"]["sampled"]
+
+
+def test_a_frozen_agent_on_a_base_that_learns_is_drawn_with_on_the_copy(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """The base has one active adapter, which is the learner's to choose while it learns."""
+    shared = str(recipe.parent / "model-0")
+    overrides = [*REUSE, "rollout.ahead=1", "team.sharing=lora", f"team.agents.bob.model={shared}"]
+    overrides += ["team.agents.ann.frozen=true", "stages=2"]
+    run = trained(recipe, tmp_path / "run", overrides)
+    world: Any = run.world
+    assert set(world.cast.copies) == {"ann", "bob"} and set(run.state.past) == {"bob"}
+    engine: Any = world.cast.engine
+    learnt = world.cast.team.policies["bob"].model
+    assert all(policy.model is not learnt for policy in engine.policies.values())
+
+
+def test_who_rests_is_given_before_anything_is_drawn_again(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*REUSE, "rollout.ahead=1", "team.agents.ann.frozen=true", "stages=2"]
+    trained(recipe, tmp_path / "run", overrides)
+    run = tiny_world.training(recipe, tmp_path / "run", [*overrides[:-1], "stages=3"], resume=True)
+    done: list[str] = []
+    begin, publish = type(run.ahead).begin, type(run).publish
+
+    def began(self: Any, *given: Any) -> None:
+        done.append("begin")
+        begin(self, *given)
+
+    def published(self: Any, agent: str) -> Any:
+        done.append(agent)
+        return publish(self, agent)
+
+    monkeypatch.setattr(type(run.ahead), "begin", began)
+    monkeypatch.setattr(type(run), "publish", published)
+    train(run, tolerance=TOLERANCE, checkpoint="stage-0002")
+    assert done[:3] == ["ann", "begin", "bob"]
+
+
+def test_gains_are_not_predicted_from_an_old_batch(recipe: Path, tmp_path: Path) -> None:
+    rule = tmp_path / "rule.py"
+    rule.write_text("def by_gain(sweep):\n    return sorted(sweep.gains())\n")
+    overrides = [*REUSE, "rollout.ahead=1", f"order={rule}:by_gain"]
+    with pytest.raises(UserError, match=r"order: gains are predicted from what the present team"):
+        trained(recipe, tmp_path / "run", overrides)
 
 
 def test_agents_of_one_base_share_its_copy(recipe: Path, tmp_path: Path) -> None:

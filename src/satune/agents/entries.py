@@ -66,7 +66,7 @@ def fault_of_host(entry: Mapping[str, Any]) -> str | None:
         return "its host is no plain http or https address"
     if not (isinstance(variable, str) and variable.isascii() and variable.isidentifier()):
         return "its host_token_env is no name of an environment variable"
-    if not isinstance(entry.get("digest"), str):
+    if not (isinstance(entry.get("digest"), str) and entry["digest"]):
         return "it has no digest of the weights that its owner has"
     return None
 

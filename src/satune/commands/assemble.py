@@ -160,13 +160,14 @@ def assemble(
 
 
 def copies_of(team: Team, agents: Mapping[str, AgentSection]) -> dict[str, Policy]:
-    """Copies of the agents that learn, over models that nobody else has; a base that they share is
-    copied once."""
+    """Copies of the agents that learn, and of those that share a model with one, over models that
+    no learner has; a base that they share is copied once."""
     copies: dict[int, Any] = {}
+    learnt = {id(p.model) for name, p in team.policies.items() if not agents[name].frozen}
     return {
         name: policy.copied(name, copies)
         for name, policy in team.policies.items()
-        if not agents[name].frozen
+        if id(policy.model) in learnt
     }
 
 

@@ -234,6 +234,7 @@ class Owner:
     # -- its learner -----------------------------------------------------------------------------
 
     def _improve(self, message: Mapping[str, Any]) -> Plain:
+        self.visits.end_idle()
         with reading():
             told, key = message["experience"], key_from(message["key"])
             experience = experience_from(told, self._episodes(told))

@@ -118,9 +118,12 @@ class Speaker:
         """Take a request; its failure, where its prompt has no place in the context."""
         number, key, sampling = asked.number, asked.key, asked.sampling
         if key.seat not in self.engine.seats:
-            raise UserError(f"has no seat {key.seat}")
+            raise UserError(f"has no seat {key.seat}; enter with the seats that it is to fill")
         if sampling.max_new_tokens > self.max_new_tokens:
-            raise UserError(f"writes at most {self.max_new_tokens} tokens a message")
+            raise UserError(
+                f"writes at most {self.max_new_tokens} tokens a message; ask for no more "
+                "(--max-new-tokens)"
+            )
         place = (*conversation_id(key), key.seat)
         if asked.at == 0:
             self._seen[place] = _Seen(self.renderer.view(key.seat), [])

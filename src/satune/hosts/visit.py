@@ -46,7 +46,7 @@ class VisitedAgent:
         self.seats = list(seats)
         self.satune = satune
         self.template = dict(template)
-        self.digest = digest or ""
+        self.digest = digest
         self._busy = threading.Lock()
         self._visit: str | None = None
         self._open: set[ConversationId] = set()
@@ -54,7 +54,8 @@ class VisitedAgent:
         self._enter()
 
     def _enter(self) -> None:
-        said = self.client.ask("visit", {"seats": self.seats})
+        said = {"template": None, "digest": None, "visit": None}
+        said |= self.client.ask("visit", {"seats": self.seats})
         where = f"agent {self.agent}: its host {self.client.url}"
         ours = {"format": FORMAT, "agent": self.agent, "satune": self.satune}
         for what, value in ours.items():
@@ -65,7 +66,8 @@ class VisitedAgent:
                 f"{where} was started with another template; ask the owner for the team's "
                 f"(team.agents.{self.agent}.template)"
             )
-        self.digest = self.digest or said["digest"]
+        if self.digest is None:
+            self.digest = said["digest"]
         if said["digest"] != self.digest:
             raise UserError(
                 f"{where} has weights with the digest {said['digest']}, the team was saved with "
@@ -112,7 +114,13 @@ class VisitedAgent:
                 "decode": decode and not torn,
             },
         )
-        answers = [answer_from(each) for each in said["answers"]]
+        try:
+            answers = [answer_from(each) for each in said["answers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"agent {self.agent}: its host {self.client.url} answers in a form that is none of "
+                "satune's; see that the address is a host's"
+            ) from error
         for number, _ in answers:
             self._waits.pop(number, None)
         return [*(self._failed(request.number) for request in torn), *answers]

@@ -7,6 +7,7 @@ of the run that trains the agent: every visitor is answered as if it were alone.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from satune.types import Renderer
 
 MOST = 16
 """So many visits are remembered. The one that has asked nothing for longest goes first."""
+IDLE = 600.0
+"""Seconds after which a visit that asks nothing is over: what it holds may be needed."""
 
 
 class Visits:
@@ -40,13 +43,22 @@ class Visits:
         self._renderer = renderer
         self._max_new_tokens = max_new_tokens
         self._speakers: dict[str, Speaker] = {}
+        self._asked: dict[str, float] = {}
+
+    def end_idle(self) -> None:
+        """Forget those who have asked nothing for long."""
+        now = time.monotonic()
+        for visit in [v for v, asked in self._asked.items() if now - asked > IDLE]:
+            self.leave(visit)
 
     def enter(self, seats: Sequence[str]) -> str:
         """Begin a visit in which the agent fills ``seats``; the name of the visit."""
+        self.end_idle()
         while len(self._speakers) >= MOST:
-            del self._speakers[next(iter(self._speakers))]
+            self.leave(next(iter(self._speakers)))
         engine = self._make(dict.fromkeys(seats, self.name))
         visit = secrets.token_hex(8)
+        self._asked[visit] = time.monotonic()
         self._speakers[visit] = Speaker(self.name, engine, self._renderer, self._max_new_tokens)
         return visit
 
@@ -56,8 +68,10 @@ class Visits:
         if found is None:
             raise Estranged("knows nothing of this visit: it was started anew, or many came since")
         self._speakers[visit] = found  # the newest stands last
+        self._asked[visit] = time.monotonic()
         return found
 
     def leave(self, visit: str) -> None:
         """Forget a visit, if it is known."""
         self._speakers.pop(visit, None)
+        self._asked.pop(visit, None)

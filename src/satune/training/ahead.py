@@ -78,7 +78,9 @@ class Ahead:
             if any(each.versions[agent] > before.version for agent, before in held.items())
         ]
         for each in dropped:
-            self._under_way.pop(each.stage, None)
+            begun = self._under_way.pop(each.stage, None)
+            if begun is not None:
+                begun.cancel()
         return dropped
 
     def stop(self) -> None:

@@ -326,9 +326,15 @@ class Training:
             self.store.drop_after(name)
             for line in self.directory.truncate(saved.sizes):
                 self.watch({"event": "note", "text": line})
+        # What is drawn ahead is drawn with the agents that rest as they are, and with those that
+        # learn as they were.
+        for agent, learner in self.learners.items():
+            if learner.frozen:
+                self.publish(agent)
         self.ahead.begin(self.state, self.settings)
-        for agent in self.learners:
-            self.publish(agent)
+        for agent, learner in self.learners.items():
+            if not learner.frozen:
+                self.publish(agent)
 
 
 def _tokens_played(episodes: list[Episode]) -> dict[str, int]:

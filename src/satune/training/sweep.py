@@ -36,6 +36,12 @@ def sweep_order(
     heard = [episode for episode in episodes if not episode.masked]
 
     def gains() -> Mapping[str, float]:
+        assert state.batch is not None
+        if state.batch.drawn_before == 0:
+            raise UserError(
+                "order: gains are predicted from what the present team wrote, which a batch of "
+                "rollout.ahead is not; use another order or remove that key"
+            )
         for name in names:
             if name not in scores:
                 update = settings.update_of(name)
