@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 KEY = Key(0, "train", stage=1, step=1)
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "smollm2.yaml"
 CONTEXT = 1024
 MEMORY = 1e9
 TEXT = "Ann has 12 apples, gives 5 of them to Ben and buys 9 more. How many has she now? "
@@ -284,7 +286,7 @@ def test_a_team_is_trained(tmp_path, sharing):
     model = str(real_model("smollm2-135m"))
     agents = {name: {"model": model, "temperature": 0.8} for name in ("one", "two")}
     words = [
-        "train", "recipes/smollm2.yaml", f"team.agents={json.dumps(agents)}",
+        "train", str(RECIPE), f"team.agents={json.dumps(agents)}",
         f"team.sharing={sharing}", f"optimizer.lr={2e-4 if sharing == 'lora' else 1e-5}",
         "rollout.problems=4", "rollout.samples=4", "rollout.dynamic_sampling=false",
         "optimizer.warmup_steps=0", "evaluate={problems: 8, every: 0, samples: 1}",
