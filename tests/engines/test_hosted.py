@@ -59,3 +59,13 @@ def test_what_a_host_has_given_up_is_not_waited_for() -> None:
 
     assert asyncio.run(some()) == "3"
     assert host.calls <= 4
+
+
+def test_a_host_is_not_told_of_conversations_in_which_it_was_asked_for_nothing() -> None:
+    """Or what is to be told of them would grow for as long as nobody asks it."""
+    engine = HostedEngine({}, {"a": "ann"}, {"ann": Host()})
+    for sample in range(100):
+        engine.begin(KEY.at(problem="p", sample=sample))
+    for sample in range(99):
+        engine.end(KEY.at(problem="p", sample=sample))
+    assert [(each.conversation[-2], each.begun) for each in engine._news["ann"]] == [(99, True)]

@@ -141,7 +141,8 @@ def test_the_seat_goes_back_to_a_local_model_or_does_not(
     back = ("swap", swapped[0] / "team", "--recipe", world / "recipe.yaml", "--seat", "bob")
     back = (*back, "--with", world / "model-1", "--out", world / "back")
     line = refused(satune(*back, "--method", "project"))
-    assert "--seat bob: is filled by a served model; use --method handover" in line
+    assert "--seat bob: is filled by a model whose weights are elsewhere" in line
+    assert line.endswith("use --method handover")
     code, _, err = satune(*back, *RAMP, "--json")
     assert code == 2 and not (world / "back").exists(), err
     code, out, err = satune(*back, *ANYHOW, "--json")

@@ -101,8 +101,13 @@ class HostedEngine(LocalEngine):
         super().end(key)
 
     def _tell(self, key: Key, *, begun: bool) -> None:
+        conversation = conversation_id(key)
+        begin = Turned(conversation, True)
         for news in self._news.values():
-            news.append(Turned(conversation_id(key), begun))
+            if not begun and begin in news:
+                news.remove(begin)  # the host was never told of it, and asked for nothing in it
+            else:
+                news.append(Turned(conversation, begun))
 
     def publish(self, agent: str, version: int, weights: Mapping[str, Any]) -> None:
         """A host has its agent's weights in place and is told their number."""
