@@ -46,15 +46,16 @@ class VisitedAgent:
         self.seats = list(seats)
         self.satune = satune
         self.template = dict(template)
-        self.digest = digest
         self._busy = threading.Lock()
         self._visit: str | None = None
         self._open: set[ConversationId] = set()
         self._waits: dict[int, ConversationId] = {}
-        self._enter()
+        self.digest = self._enter(digest)
 
-    def _enter(self) -> None:
-        said = {"template": None, "digest": None, "visit": None}
+    def _enter(self, digest: str | None) -> str:
+        """Be let in, by a host whose weights have this digest (None: any); the digest that it
+        says."""
+        said: dict[str, Any] = {"template": None, "digest": None, "visit": None}
         said |= self.client.ask("visit", {"seats": self.seats})
         where = f"agent {self.agent}: its host {self.client.url}"
         ours = {"format": FORMAT, "agent": self.agent, "satune": self.satune}
@@ -66,16 +67,15 @@ class VisitedAgent:
                 f"{where} was started with another template; ask the owner for the team's "
                 f"(team.agents.{self.agent}.template)"
             )
-        if self.digest is None:
-            self.digest = said["digest"]
-        if said["digest"] != self.digest:
+        if digest is not None and said["digest"] != digest:
             raise UserError(
                 f"{where} has weights with the digest {said['digest']}, the team was saved with "
-                f"{self.digest}; ask the owner to start it with the agent of that run"
+                f"{digest}; ask the owner to start it with the agent of that run"
             )
         self._visit = said["visit"]
         self._open.clear()
         self._waits.clear()
+        return str(said["digest"])
 
     def decode(
         self, news: Sequence[Turned], requests: Sequence[HostedRequest], *, decode: bool
@@ -97,7 +97,7 @@ class VisitedAgent:
         self, news: Sequence[Turned], requests: Sequence[HostedRequest], *, decode: bool
     ) -> list[Answer]:
         if self._visit is None:
-            self._enter()
+            self._enter(self.digest)
         for turned in news:
             self._turn(turned)
         # What the host has read of a conversation is gone with the visit in which it began.
