@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -15,8 +17,10 @@ from satune.commands.assemble import assemble
 from satune.commands.train import start_training
 from satune.config.load import load_recipe
 from satune.config.schema import Recipe
+from satune.core.certificates import StatisticalCertificate
 from satune.files.events import UNEQUAL
 from satune.tiny.zoo import tiny_tokenizer
+from satune.training import certification
 from satune.training.checkpoint import Checkpoints
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
@@ -94,6 +98,17 @@ def training(
     directory.start(resume=resume)
     cast = assemble(loaded, apart=loaded.rollout.ahead > 0)
     return start_training(cast, directory, lambda event: None)
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> None:
+    """Let each test come to the next of these lower bounds, counted from the run's first test."""
+    real = certification.certify
+
+    def certify(*evidence: Any, decision: int, **named: Any) -> StatisticalCertificate:
+        found = real(*evidence, decision=decision, **named)
+        return replace(found, lower=lowers[decision - 1])
+
+    monkeypatch.setattr(certification, "certify", certify)
 
 
 def checkpoints(out: Path, keep: int = 2) -> Checkpoints:

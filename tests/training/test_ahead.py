@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ import tiny_world
 from far_engine import FarEngine
 from satune.agents.policy import Policy
 from satune.commands.world import AheadWorld
-from satune.core.certificates import StatisticalCertificate
 from satune.engines.base import ENGINES
 from satune.files.arrays import read_rows
 from satune.files.events import Event
-from satune.training import certification
 from satune.training.ahead import correction
 from satune.training.ascent import own_turns
 from satune.training.run import Training
@@ -71,17 +69,6 @@ def trained(recipe: Path, out: Path, overrides: Sequence[str]) -> Training:
     run = tiny_world.training(recipe, out, overrides)
     train(run, tolerance=TOLERANCE)
     return run
-
-
-def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> None:
-    """Let each test come to the next of these lower bounds, counted from the run's first test."""
-    real = certification.certify
-
-    def certify(*evidence: Any, decision: int, **named: Any) -> StatisticalCertificate:
-        found = real(*evidence, decision=decision, **named)
-        return replace(found, lower=lowers[decision - 1])
-
-    monkeypatch.setattr(certification, "certify", certify)
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -213,7 +200,7 @@ def test_what_a_reverted_candidate_drew_is_never_used(
 ) -> None:
     """A certificate covers three steps: both of stage 1 and the first of stage 2, all reverted. By
     then version 1 draws for stage 4: that is dropped. What version 0 draws for stage 3 is not."""
-    judged(monkeypatch, [-1.0, 1.0, 1.0, 1.0])
+    tiny_world.judged(monkeypatch, [-1.0, 1.0, 1.0, 1.0])
     out = tmp_path / "run"
     trained(recipe, out, [*REUSE, GATED, "rollout.ahead=2", "stages=5"])
     verdicts = [e["gate"]["verdict"] for e in tiny_world.events(out, "update") if "gate" in e]

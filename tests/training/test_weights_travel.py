@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,9 @@ from satune.commands import project as projecting
 from satune.commands import swap as swapping
 from satune.commands.swap import swap
 from satune.commands.swap_request import SwapRequest
-from satune.core.certificates import StatisticalCertificate
 from satune.engines.base import ENGINES, LocalSettings
 from satune.files.events import Event
 from satune.swap.settings import HandOverSettings
-from satune.training import certification
 from satune.training.run import Training
 from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance
@@ -74,17 +72,6 @@ def use(monkeypatch: pytest.MonkeyPatch, engine: str, names: Names | None = None
     monkeypatch.setitem(ENGINES, "local", lambda **options: settings)
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, lowers: Sequence[float]) -> None:
-    """Let each test come to the next of these lower bounds, counted from the run's first test."""
-    real = certification.certify
-
-    def certify(*evidence: Any, decision: int, **named: Any) -> StatisticalCertificate:
-        found = real(*evidence, decision=decision, **named)
-        return replace(found, lower=lowers[decision - 1])
-
-    monkeypatch.setattr(certification, "certify", certify)
-
-
 def left(run: Training, out: Path) -> dict[str, Any]:
     """What a run leaves."""
     return {
@@ -119,7 +106,7 @@ def trained(recipe: Path, out: Path, overrides: Sequence[str]) -> tuple[Training
 def test_a_run_with_certificates_reverts_and_a_kill_is_the_same(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, LOWERS)
+    tiny_world.judged(monkeypatch, LOWERS)
     _, here = trained(recipe, tmp_path / "near", GATED)
     use(monkeypatch, "far")
     run, there = trained(recipe, tmp_path / "far", GATED)
@@ -215,7 +202,7 @@ def test_a_decision_publishes_what_it_decided_once(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both sides of each test are published to be drawn from, then what stays, and no more."""
-    judged(monkeypatch, [0.0, -0.5, -0.5])
+    tiny_world.judged(monkeypatch, [0.0, -0.5, -0.5])
     overrides = ["certify={problems: 3, samples: 2, accept: certified, backtracks: 1}", "stages=1"]
     run = tiny_world.training(recipe, tmp_path / "run", overrides)
     given = publications(run)

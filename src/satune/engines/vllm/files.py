@@ -6,7 +6,6 @@ that a server remembers under it (a cache of prefixes, an adapter) can be of old
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -21,12 +20,12 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from satune.agents.policy import Policy
+from satune.engines.vllm.worker.satune_worker import digest_of
 from satune.files.writing import tensor_errors
 from satune.types import UserError
 
 WEIGHTS = "model.safetensors"
 _ADAPTER = re.compile(r"\.lora_(\w+)\.[^.]+(?=\.|$)")
-_PIECE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def write_weights(
     written = place / f"{policy.name}@{version}.writing"
     with tensor_errors(place):
         save_file(tensors, written, metadata={"format": "pt"})
-        digest = _digest(written)
+        digest = digest_of(written)
         path = place / f"{policy.name}@{version}@{digest}{'' if adapter else '.safetensors'}"
         if not adapter:
             os.replace(written, path)
@@ -143,12 +142,3 @@ def check_checkpoint(policy: Policy) -> None:
 def _peft_name(name: str) -> str:
     """A parameter's name as PEFT writes it into an adapter's file: without the adapter's own."""
     return _ADAPTER.sub(r".lora_\1", name)
-
-
-def _digest(path: Path) -> str:
-    """As the worker counts it (``worker.satune_worker``)."""
-    found = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found.update(piece)
-    return found.hexdigest()

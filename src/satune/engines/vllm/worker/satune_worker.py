@@ -29,7 +29,7 @@ class Extension:
         the ``digest`` of the file. Gives a ``fault``, and loads nothing, where it lacks tensors
         that the model was started with (but a head, which may be the embedding once more): they
         would silently stay as they were."""
-        digest = _digest(Path(path))
+        digest = digest_of(Path(path))
         tensors = load_file(path)
         expected = _names(Path(self.model_runner.vllm_config.model_config.model))
         missing = sorted(expected - set(tensors) - {"lm_head.weight"})
@@ -46,7 +46,8 @@ class Extension:
         return {"digest": self.satune_digest}
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """32 hexadecimal digits that tell files apart."""
     found = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
