@@ -36,6 +36,7 @@ SAMPLING = Sampling(16, temperature=0.8)
 QUICK = ServerSettings(retries=8, timeout=0.5)
 PATIENT = ServerSettings()
 MODELS = {"ann": "good", "bob": "poor", "eve": "good"}
+LIMITS = ("max_tokens", "max_completion_tokens")
 PROMPT = Prompt(({"role": "user", "content": "3+4-2"},))
 
 
@@ -192,10 +193,13 @@ def test_the_limit_is_renamed_where_the_server_wants_it(server: Server) -> None:
     server.fresh(["renamed"])
     engine = OpenAIEngine(server.url, MODELS, QUICK)
     ask(engine, *keys(2))
-    bodies = server.seen()["bodies"]
-    assert all("max_completion_tokens" in b and "max_tokens" not in b for b in bodies[-2:])
+    # Two at once: either may be refused before or after the other was asked again.
+    named = [[f for f in LIMITS if f in body] for body in server.seen()["bodies"]]
+    assert named.count(["max_completion_tokens"]) == 2
+    assert 1 <= named.count(["max_tokens"]) == len(named) - 2 <= 2
     ask(engine, KEY.at(sample=9))
-    assert "max_tokens" not in server.seen()["bodies"][-1]
+    last = server.seen()["bodies"][-1]
+    assert [f for f in LIMITS if f in last] == ["max_completion_tokens"]
 
 
 # Trouble that stays
