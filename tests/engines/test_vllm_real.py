@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -274,30 +275,40 @@ def test_a_seat_that_has_learnt_nothing_beside_every_adapter(pair):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def train(*words: str) -> subprocess.CompletedProcess[str]:
+def train(*words: str, scratch: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``scratch`` is where weights on their way lie."""
+    environment = ENVIRONMENT if scratch is None else {**ENVIRONMENT, "TMPDIR": str(scratch)}
     return subprocess.run(
-        [sys.executable, "-m", "satune", *words], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "satune", *words], env=environment, capture_output=True, text=True
     )
 
 
-@pytest.mark.parametrize("sharing", ["separate", "lora"])
-def test_a_team_is_trained(tmp_path, sharing):
-    """Three stages of two agents; every publication is shown, and a resume goes on."""
+def team_of_two(out: Path, sharing: str) -> list[str]:
+    """The words by which it is trained."""
     model = str(real_model("smollm2-135m"))
     agents = {name: {"model": model, "temperature": 0.8} for name in ("one", "two")}
-    words = [
+    return [
         "train", str(RECIPE), f"team.agents={json.dumps(agents)}",
         f"team.sharing={sharing}", f"optimizer.lr={2e-4 if sharing == 'lora' else 1e-5}",
         "rollout.problems=4", "rollout.samples=4", "rollout.dynamic_sampling=false",
         "optimizer.warmup_steps=0", "evaluate={problems: 8, every: 0, samples: 1}",
         f"engine={{name: vllm, context: {CONTEXT}, memory: 5e8, max_rows: 32}}",
-        "--out", str(tmp_path / "run"),
+        "--out", str(out),
     ]  # fmt: skip
+
+
+def events_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "events.jsonl").open()]
+
+
+@pytest.mark.parametrize("sharing", ["separate", "lora"])
+def test_a_team_is_trained(tmp_path, sharing):
+    """Three stages of two agents; every publication is shown, and a resume goes on."""
+    words = team_of_two(tmp_path / "run", sharing)
     for more in (["stages=2"], ["stages=3", "--resume"]):
         ended = train(*words, *more)
         assert ended.returncode == 0, ended.stderr[-2000:]
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").open()]
-    updates = [e for e in events if e["event"] == "update"]
+    updates = [e for e in events_of(tmp_path / "run") if e["event"] == "update"]
     assert len(updates) == 6
     accepted = [e for e in updates if e["accepted"]]
     assert accepted
@@ -307,3 +318,59 @@ def test_a_team_is_trained(tmp_path, sharing):
         assert event["seconds"]["publish"] > 0
     for event in updates:
         assert event.get("mismatch", {}).get("max", 0.0) < 1e-2
+
+
+def serving_from(scratch: Path) -> set[int]:
+    """The processes of servers whose weights lie there."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = file.read_bytes().decode(errors="replace").split("\0")
+            if any(word.startswith(str(scratch)) for word in words) and "--model" in words:
+                found.add(int(file.parent.name))
+    return found
+
+
+def test_a_server_that_is_killed_while_a_resume_starts_it(tmp_path):
+    """As soon as vLLM itself has written something; nothing of it is left in the end."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = team_of_two(tmp_path / "run", "lora")
+    ended = train(*words, "stages=1", scratch=scratch)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        while not killed and not over.wait(0.1):
+            logs = list(scratch.glob("*/model-0/server.log"))
+            if logs and logs[0].stat().st_size:
+                killed.append(os.getpgid(min(serving_from(scratch))))
+                os.killpg(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    ended = train(*words, "stages=2", "--resume", scratch=scratch)
+    over.set()
+    killer.join()
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert len(killed) == 1
+    updates = [e for e in events_of(tmp_path / "run") if e["event"] == "update"]
+    assert [e["stage"] for e in updates] == [1, 1, 2, 2]
+    assert all(e["publish"]["error"] <= 1e-3 for e in updates if e["accepted"])
+    assert not serving_from(scratch) and not list(scratch.glob("satune-vllm-*"))
+
+
+def test_batches_that_are_drawn_ahead(tmp_path):
+    """The batch of the second stage is drawn while the first one updates, by the weights that it
+    says: what vLLM said of its tokens is what the learner says under them."""
+    out = tmp_path / "run"
+    ended = train(*team_of_two(out, "lora"), "rollout.ahead=1", "stages=2")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    events = events_of(out)
+    accepted = [e for e in events if e["event"] == "update" and e["accepted"] and e["stage"] == 1]
+    assert accepted
+    (ahead,) = [e["ahead"] for e in events if e["event"] == "rollout" and "ahead" in e]
+    assert ahead["versions"] == {"one": 0, "two": 0}
+    assert ahead["scored"] > 0 and ahead["mismatch"]["max"] < 1e-2
+    assert ahead["ess"] < 16
