@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -656,8 +658,24 @@ def test_a_key_in_the_environment_is_not_the_servers(started, monkeypatch):
         engine.publish("a", 0, policy.export())
         environment = Path(f"/proc/{notes(started)[-2]['pid']}/environ").read_bytes()
         assert b"VLLM_NO_USAGE_STATS=1" in environment and b"VLLM_API_KEY" not in environment
+        place = servers.meeting_place(engine._places["a"]._directory)
+        assert f"VLLM_RPC_BASE_PATH={place}".encode() in environment
     finally:
         engine.stop()
+
+
+def test_a_long_path_to_the_weights_is_no_place_for_sockets():
+    """The system takes one of 107 bytes, and none that is longer."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        fits = Path(short) / ("d" * (107 - 37 - len(short) - 1))
+        long = Path(f"{fits}d")
+        for folder, place in ((fits, str(fits)), (long, "/tmp")):
+            folder.mkdir()
+            assert servers.meeting_place(folder) == place
+            with socket.socket(socket.AF_UNIX) as found, contextlib.ExitStack() as refused:
+                if folder == long:
+                    refused.enter_context(pytest.raises(OSError, match="too long"))
+                found.bind(f"{folder}/{'s' * 36}")
 
 
 def test_an_interpreter_that_cannot_be_run(started, monkeypatch):

@@ -331,13 +331,9 @@ def serving_from(scratch: Path) -> set[int]:
     return found
 
 
-def test_a_server_that_is_killed_while_a_resume_starts_it(tmp_path):
-    """As soon as vLLM itself has written something; nothing of it is left in the end."""
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    words = team_of_two(tmp_path / "run", "lora")
-    ended = train(*words, "stages=1", scratch=scratch)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+@contextlib.contextmanager
+def killing_a_start(scratch: Path) -> Iterator[list[int]]:
+    """Kill a server as soon as vLLM has written something; gives whom."""
     killed: list[int] = []
     over = threading.Event()
 
@@ -350,27 +346,42 @@ def test_a_server_that_is_killed_while_a_resume_starts_it(tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = train(*words, "stages=2", "--resume", scratch=scratch)
-    over.set()
-    killer.join()
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert len(killed) == 1
-    updates = [e for e in events_of(tmp_path / "run") if e["event"] == "update"]
-    assert [e["stage"] for e in updates] == [1, 1, 2, 2]
-    assert all(e["publish"]["error"] <= 1e-3 for e in updates if e["accepted"])
-    assert not serving_from(scratch) and not list(scratch.glob("satune-vllm-*"))
+    try:
+        yield killed
+    finally:
+        over.set()
+        killer.join()
 
 
-def test_batches_that_are_drawn_ahead(tmp_path):
-    """The batch of the second stage is drawn while the first one updates, by the weights that it
-    says: what vLLM said of its tokens is what the learner says under them."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory) -> Path:
+    """A run of two stages, the second of which has its batch drawn while the first updates."""
+    out = tmp_path_factory.mktemp("ahead") / "run"
     ended = train(*team_of_two(out, "lora"), "rollout.ahead=1", "stages=2")
     assert ended.returncode == 0, ended.stderr[-2000:]
-    events = events_of(out)
+    return out
+
+
+def test_a_batch_is_drawn_ahead_by_the_weights_that_it_says(ahead):
+    """What vLLM said of its tokens is what the learner says under them."""
+    events = events_of(ahead)
     accepted = [e for e in events if e["event"] == "update" and e["accepted"] and e["stage"] == 1]
     assert accepted
-    (ahead,) = [e["ahead"] for e in events if e["event"] == "rollout" and "ahead" in e]
-    assert ahead["versions"] == {"one": 0, "two": 0}
-    assert ahead["scored"] > 0 and ahead["mismatch"]["max"] < 1e-2
-    assert ahead["ess"] < 16
+    (drawn,) = [e["ahead"] for e in events if e["event"] == "rollout" and "ahead" in e]
+    assert drawn["versions"] == {"one": 0, "two": 0}
+    assert drawn["scored"] > 0 and drawn["mismatch"]["max"] < 1e-2
+    assert drawn["ess"] < 16
+
+
+def test_a_server_that_is_killed_while_a_resume_starts_it(ahead, tmp_path):
+    """It is started again, draws what is drawn ahead, and nothing of it is left in the end."""
+    words = [*team_of_two(ahead, "lora"), "rollout.ahead=1", "stages=3", "--resume"]
+    with killing_a_start(tmp_path) as killed:
+        ended = train(*words, scratch=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert len(killed) == 1
+    events = events_of(ahead)
+    assert [e["stage"] for e in events if e["event"] == "update"] == [1, 1, 2, 2, 3, 3]
+    drawn = [e["ahead"] for e in events if e["event"] == "rollout" and "ahead" in e]
+    assert len(drawn) == 2 and drawn[1]["mismatch"]["max"] < 1e-2
+    assert not serving_from(tmp_path) and not list(tmp_path.glob("satune-vllm-*"))

@@ -114,6 +114,7 @@ class Server:
             "--host", "127.0.0.1", "--port", str(port),
         ]  # fmt: skip
         own = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
+        own.setdefault("VLLM_RPC_BASE_PATH", meeting_place(log.parent))
         self._model = arguments[arguments.index("--model") + 1]
         self._log = Log(log)
         try:
@@ -226,6 +227,12 @@ def answer(response: httpx.Response) -> Any:
     if response.status_code >= 300:
         raise Refused(response.status_code, data)
     return data
+
+
+def meeting_place(directory: Path) -> str:
+    """Where the processes of a server meet, by sockets with names of 36 letters: there, or where a
+    socket's whole path may not be so long (107 bytes), in the system's own place."""
+    return str(directory) if len(os.fsencode(directory)) + 37 <= 107 else "/tmp"
 
 
 def _free_port() -> int:
