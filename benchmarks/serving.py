@@ -17,8 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import httpx
+from urllib.parse import urlsplit
 
 from satune.cli.common import quiet_libraries
 from satune.commands.contestant import local_contestant
@@ -65,21 +64,33 @@ async def play(match: Match, problems: list[Problem], seed: int) -> dict[str, st
 async def ask(
     address: str, problems: list[Problem], seed: int, clients: int
 ) -> tuple[dict[str, str], list[float]]:
-    """Answers by the problem's text, and the seconds that each was waited for."""
+    """Answers by the problem's text, and the seconds that each was waited for.
+
+    What a client's library costs would be paid from the same cores (httpx: 3.7 ms a request, half
+    of what a tiny team takes to answer), so these speak HTTP without one."""
+    parts = urlsplit(address)
     left = iter(problems)
     found: dict[str, str] = {}
     waited: list[float] = []
 
     async def client() -> None:
-        async with httpx.AsyncClient(timeout=None, verify=False) as http:
-            for problem in left:
-                body = {"model": "team", "seed": seed,
-                        "messages": [{"role": "user", "content": problem.text}]}  # fmt: skip
-                begun = time.perf_counter()
-                reply = await http.post(f"{address}/chat/completions", json=body)
-                waited.append(time.perf_counter() - begun)
-                reply.raise_for_status()
-                found[problem.text] = reply.json()["choices"][0]["message"]["content"]
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        for problem in left:
+            message = {"role": "user", "content": problem.text}
+            body = json.dumps({"model": "team", "seed": seed, "messages": [message]}).encode()
+            head = (
+                f"POST {parts.path}/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            begun = time.perf_counter()
+            writer.write(head.encode() + body)
+            status, *fields = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+            length = next(int(f[15:]) for f in fields if f.startswith("content-length:"))
+            reply = json.loads(await reader.readexactly(length))
+            waited.append(time.perf_counter() - begun)
+            assert status.split()[1] == "200", reply
+            found[problem.text] = reply["choices"][0]["message"]["content"]
+        writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return found, waited

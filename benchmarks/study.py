@@ -15,42 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
-
-from satune.play.statistics import mean_estimate
+from study_runs import Run, draw_majority, perform_all
+from study_tables import against_the_first, gate_table, table
 
 SEEDS = (0, 1, 2)
 # simultaneous gives stale's weights bit for bit (tests/training), so it is not run twice.
 SCHEDULES = ("fresh", "reuse", "hybrid", "stale")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: a row's label, its seed, the recipe and its overrides."""
-
-    label: str
-    seed: int
-    recipe: str
-    overrides: tuple[str, ...]
-
-    def directory(self, out: Path) -> Path:
-        return out / f"{self.label.replace(' ', '-')}-seed-{self.seed}"
-
-    def command(self, out: Path) -> list[str]:
-        where = ("--out", str(self.directory(out)))
-        return ["train", self.recipe, f"seed={self.seed}", *self.overrides, *where, "--json"]
 
 
 def agents(*models: str) -> str:
@@ -150,6 +124,8 @@ SHORT = ("stages=8", "evaluate.problems=128", "checkpoint.every=4")
 # As many messages a stage as three seats write in the recipe's 8 problems x 8 samples.
 AS_MANY_MESSAGES = ("rollout.problems=24",)
 FREE = ("trust_region.enabled=false", "trust_region.beta=0", "trust_region.adapt=false")
+VOTERS = 3
+"""Seats of the recipe, of which each gives an answer."""
 FAR = ("optimizer.lr=4e-5",)
 """Four times the recipe's step."""
 
@@ -182,6 +158,7 @@ def models_and_teams(arguments: argparse.Namespace) -> Iterator[Run]:
             *solo, "objective={name: dapo, clip_low: 0.2, clip_high: 0.28}",
             "rollout.dynamic_sampling=true",
         ),
+        "one agent in all seats": ("team.sharing=shared",),
         "chain": ("protocol=chain",),
         "debate": ("protocol={name: debate, rounds: 2}",),
     }  # fmt: skip
@@ -214,137 +191,6 @@ OF_MODELS = (models_and_teams, models_schedules, models_adapters, models_gate)
 STUDIES = {f.__name__: f for f in (schedules, teams, trust_region, guess, gate, credit, *OF_MODELS)}
 
 
-def perform(run: Run, out: Path, threads: int = 1) -> dict[str, Any]:
-    """Run it unless it is finished; its summary. Stops with the command's own line on failure."""
-    summary = run.directory(out) / "summary.json"
-    if not summary.is_file():
-        started = run.directory(out).exists()
-        command = [sys.executable, "-m", "satune", *run.command(out)]
-        done = subprocess.run(
-            command + ["--resume"] * started,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(summary.read_text())
-    print(f"{run.label}, seed {run.seed}: {change(found)}", file=sys.stderr)
-    return found
-
-
-def perform_all(
-    runs: Sequence[Run], out: Path, jobs: int, threads: int = 1
-) -> list[dict[str, Any]]:
-    """The runs' summaries, ``jobs`` runs at a time. Stops with the line of one that fails: those
-    under way come to their end, and those that wait are not begun."""
-    failed = threading.Event()
-
-    def perform_unless_failed(run: Run) -> dict[str, Any]:
-        if failed.is_set():
-            return {}
-        try:
-            return perform(run, out, threads)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(perform_unless_failed, runs))
-
-
-def change(summary: dict[str, Any]) -> str:
-    mean, low, high = summary["difference"]
-    return (
-        f"{summary['reward_before']:.3f} → {summary['reward_after']:.3f} "
-        f"({mean:+.3f} [{low:+.3f}, {high:+.3f}])"
-    )
-
-
-def table(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: a row a label, the seeds' figures side by side, means of the costs."""
-    lines = [
-        "| run | sampled, before → after (paired difference, 95%) by seed | greedy by seed "
-        "| mean gain | episodes | tokens | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for label in dict.fromkeys(run.label for run in runs):
-        rows = [s for r, s in zip(runs, summaries, strict=True) if r.label == label]
-        gain = statistics.fmean(s["difference"][0] for s in rows)
-        greedy = "<br>".join(f"{s['greedy_before']:.2f} → {s['greedy_after']:.2f}" for s in rows)
-        costs = [statistics.fmean(s[k] for s in rows) for k in ("episodes", "tokens", "seconds")]
-        figures = "<br>".join(change(s) for s in rows)
-        lines.append(
-            f"| {label} | {figures} | {greedy} | {gain:+.3f} | {costs[0]:,.0f} | {costs[1]:,.0f} "
-            f"| {costs[2]:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def against_the_first(runs: Sequence[Run], out: Path) -> str:
-    """A Markdown table: each row's last held-out rewards minus those of the study's first row on
-    the same problems, over all seeds that both have, with 95% intervals."""
-    first, *others = dict.fromkeys(run.label for run in runs)
-    lines = [f"| minus {first} | problems | sampled | greedy |", "|---|---|---|---|"]
-    for label in others:
-        figures = []
-        for greedy in (False, True):
-            pairs = [
-                (_last(run, out, greedy), _last(base, out, greedy))
-                for run in runs
-                for base in runs
-                if run.label == label and base.label == first and run.seed == base.seed
-            ]
-            differences = [
-                a - b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)
-            ]
-            if not differences:
-                break
-            found = mean_estimate(differences, -1.0, 1.0)
-            figures.append(f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
-        if figures:
-            lines.append(f"| {label} | {len(differences)} | {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
-def _last(run: Run, out: Path, greedy: bool) -> list[float]:
-    """A run's last held-out rewards, a number a problem; none where it never evaluated so."""
-    lines = (run.directory(out) / "events.jsonl").read_text().splitlines()
-    found: list[float] = []
-    for event in map(json.loads, lines):
-        if event["event"] == "eval" and event["greedy"] is greedy:
-            found = event["per_problem"]
-    return found
-
-
-def gate_table(runs: Sequence[Run], out: Path) -> str:
-    """A Markdown table: a row a run, its held-out reward stage by stage and what the gate did."""
-    lines = [
-        "| run | seed | held-out reward after 0, 1, ... stages | worst stage "
-        "| kept, shrunk, reverted | certified gains | episodes: training, certificates "
-        "| seconds: training, certificates |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        lines_read = (run.directory(out) / "events.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines_read]
-        rewards = [e["reward"] for e in events if e["event"] == "eval"]
-        updates = [e for e in events if e["event"] == "update"]
-        verdicts = [e["gate"]["verdict"] for e in updates if "gate" in e]
-        bounds = [e["certificate"]["statistical"] for e in updates if "certificate" in e]
-        counts = [verdicts.count(v) for v in ("kept", "shrunk", "reverted")] if verdicts else []
-        summary = json.loads((run.directory(out) / "summary.json").read_text())
-        costs = summary.get("certificates", {"episodes": 0, "seconds": 0.0})
-        worst = min(after - before for before, after in pairwise(rewards))
-        lines.append(
-            f"| {run.label} | {run.seed} | {' '.join(f'{r:.3f}' for r in rewards)} | {worst:+.3f} "
-            f"| {', '.join(map(str, counts)) or '-'} | {sum(b['positive'] for b in bounds)} "
-            f"| {summary['episodes']:,}, {costs['episodes']:,} "
-            f"| {summary['seconds'] - costs['seconds']:.0f}, {costs['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
@@ -364,6 +210,9 @@ def main() -> None:
         and run.label in (arguments.rows or [run.label])
     ]
     summaries = perform_all(runs, arguments.out, arguments.jobs, arguments.threads)
+    for run in runs:
+        if "protocol=solo" in run.overrides and run.recipe == SMOLLM2:
+            draw_majority(run, arguments.out, VOTERS, arguments.threads)
     if arguments.study == "gate":
         print(gate_table(runs, arguments.out))
     else:

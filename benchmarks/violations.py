@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import t
-from study import SEEDS, Run, perform_all
+from study import SEEDS
+from study_runs import Run, perform_all
 
 METHODS = ("ppo", "grpo", "dapo", "m2po", "sat")
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3")

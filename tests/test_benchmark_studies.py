@@ -66,12 +66,13 @@ def test_after_a_run_that_fails_no_other_is_begun(
         ended.append(run.seed)
         return {"seed": run.seed}
 
-    monkeypatch.setattr(study, "perform", perform)
-    runs = [study.Run("a", seed, "", ()) for seed in range(9)]
+    study_runs = importlib.import_module("study_runs")
+    monkeypatch.setattr(study_runs, "perform", perform)
+    runs = [study_runs.Run("a", seed, "", ()) for seed in range(9)]
     with pytest.raises(SystemExit, match="no such recipe"):
-        study.perform_all(runs, tmp_path, jobs=2)
+        study_runs.perform_all(runs, tmp_path, jobs=2)
     assert sorted(begun) == [0, 1] and ended == [0]
-    assert study.perform_all(runs[2:], tmp_path, jobs=2) == [{"seed": s} for s in range(2, 9)]
+    assert study_runs.perform_all(runs[2:], tmp_path, jobs=2) == [{"seed": s} for s in range(2, 9)]
 
 
 def write_run(run: Any, out: Path, updates: list[dict[str, Any]]) -> None:
@@ -160,3 +161,30 @@ def test_what_drawing_ahead_costs_is_read_off_settled_stages(study: ModuleType) 
     }  # fmt: skip
     alone = [{k: v for k, v in event.items() if k != "ahead"} for event in events]
     assert ahead.figures(alone)["ess"] is None and ahead.figures(alone)["waited"] == 2.0
+
+
+def test_rows_are_held_against_the_first_problem_by_problem(
+    study: ModuleType, tmp_path: Path
+) -> None:
+    tables = importlib.import_module("study_tables")
+    Run = importlib.import_module("study_runs").Run
+    runs = [Run(label, seed, "", ()) for seed in (0, 1) for label in ("vote", "alone")]
+    sampled = {"vote": [1.0, 0.0, 1.0, 0.0], "alone": [0.0, 0.0, 1.0, 0.0]}
+    greedily = {"vote": [0.0] * 4, "alone": [1.0] * 4}
+    for run in runs:
+        run.directory(tmp_path).mkdir()
+        last = ((False, sampled[run.label]), (True, greedily[run.label]))
+        lines = [
+            {"event": "eval", "greedy": greedy, "per_problem": rewards}
+            for greedy, rewards in ((False, [0.0] * 4), (True, [0.0] * 4), *last)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run.directory(tmp_path) / "events.jsonl").write_text(text)
+    alone = [run for run in runs if run.label == "alone"]
+    answered = {"per_problem": [{"majority": r} for r in (1.0, 1.0, 1.0, 1.0)]}
+    (alone[1].directory(tmp_path) / "majority.json").write_text(json.dumps(answered))
+
+    row = tables.against_the_first(runs, tmp_path).splitlines()[2]
+
+    cells = [cell.split()[0] for cell in row.strip("| ").split(" | ")]
+    assert cells == ["alone", "8", "-0.250", "+1.000", "+0.500"]

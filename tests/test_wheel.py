@@ -105,3 +105,30 @@ def test_installed_from_a_wheel_it_trains_and_reports_elsewhere(
     page = (elsewhere / "run" / "report.html").read_text()
     script = (ROOT / "src/satune/report/assets/page.js").read_text().strip()
     assert script.splitlines()[-1] in page
+
+
+@pytest.mark.wheel
+def test_an_empty_environment_gets_all_that_the_quickstart_needs(
+    wheel: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(own)], check=True)
+    around = environment(HOME=str(tmp_path), PATH=os.environ["PATH"])
+    subprocess.run(
+        [str(own / "bin" / "python"), "-m", "pip", "install", "--quiet", str(wheel)],
+        check=True, env=around,
+    )  # fmt: skip
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    ended = subprocess.run(
+        [str(own / "bin" / "satune"), "quickstart", "--out", "run", "--json"],
+        cwd=elsewhere, env=around, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert ended.returncode == 0, ended.stderr
+    assert "Warning" not in ended.stderr, ended.stderr
+    shown = json.loads(ended.stdout)
+    assert shown["reward_after"] > shown["reward_before"]
+    assert shown["swap"]["verdict"] in ("accepted", "mixture")
+    assert (elsewhere / shown["report"]).is_file()

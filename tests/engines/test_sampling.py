@@ -92,3 +92,26 @@ def test_rare_tokens_keep_their_place():
     probabilities = torch.tensor([0.5, *[1e-9] * 100, 0.5 - 1e-7], dtype=torch.float64)
     tokens, _ = draw([0.5 + (k - 0.5) * 1e-9 for k in (1, 50, 100, 101)], probabilities.log())
     assert tokens == [1, 50, 100, 101]
+
+
+@given(st.integers(1, 700), st.integers(0, 2**31), st.floats(0, 1, exclude_max=True), st.booleans())
+def test_large_vocabularies_are_inverted_as_by_one_running_sum(size, seed, u, rare):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(size, generator=generator, dtype=torch.float64)
+    weights = weights.pow(8 if rare else 1) * (weights > (0.9 if rare else 0.3))
+    weights[seed % size] = 0.5  # at least one may be drawn
+    cumulative = (weights / weights.sum()).cumsum(-1)
+    (token,), _ = draw([u], weights.log().float())
+    below = cumulative[token - 1].item() if token else 0.0
+    assert weights[token] > 0
+    assert below - 1e-6 <= u * cumulative[-1].item() <= cumulative[token].item() + 1e-6
+
+
+@pytest.mark.parametrize("size", [127, 128, 129, 300])
+def test_what_weighs_nothing_at_the_end_is_not_drawn_by_the_largest_uniform(size):
+    # Of so many rows some blocks' sums, in float32, are rounded up, and go beyond their last token.
+    logits_RV = torch.full((200, size), -math.inf)
+    logits_RV[:, :100] = torch.randn(200, 100, generator=torch.Generator().manual_seed(0))
+    tokens_R, _ = sample_tokens(logits_RV, [Sampling(1)] * 200, [1 - 2**-53] * 200)
+    assert set(tokens_R.tolist()) == {99}
+    assert draw([0.5], torch.full((size,), math.nan))[0] == [size - 1]

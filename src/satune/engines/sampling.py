@@ -9,6 +9,9 @@ from torch import Tensor
 
 from satune.types import Sampling
 
+_BLOCK = 128
+"""Tokens whose probabilities are summed before the running sum: it divides most vocabularies."""
+
 
 def sample_tokens(
     logits_RV: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]
@@ -27,14 +30,33 @@ def sample_tokens(
     kept_RV = logprobs_RV
     if any(s.top_k > 0 or s.top_p < 1.0 for s in settings):
         kept_RV = _filtered(logprobs_RV, settings)
-    # Double precision: a float32 running sum over a large vocabulary loses whole tokens.
-    cdf_RV = kept_RV.exp().cumsum(-1, dtype=torch.float64)
     u_R1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device)[:, None]
-    tokens_R = torch.searchsorted(cdf_RV, u_R1 * cdf_RV[:, -1:], right=True).squeeze(-1)
-    tokens_R = tokens_R.clamp(max=logits_RV.shape[-1] - 1)
+    tokens_R = _inverted(kept_RV.exp(), u_R1)
     if bool(greedy_R.any()):
         tokens_R = torch.where(greedy_R.to(tokens_R.device), logprobs_RV.argmax(-1), tokens_R)
     return tokens_R, logprobs_RV.gather(-1, tokens_R[:, None]).squeeze(-1)
+
+
+def _inverted(weights_RV: Tensor, u_R1: Tensor) -> Tensor:
+    """Tokens [R] at which the running sum of the weights goes past the share u of all.
+
+    The sum runs over blocks of the vocabulary, and then through the block in which the token lies:
+    in double precision, since over a large vocabulary it would lose whole tokens in float32.
+    """
+    rows, size = weights_RV.shape
+    if size % _BLOCK:
+        weights_RV = torch.nn.functional.pad(weights_RV, (0, -size % _BLOCK))
+    weights_RBW = weights_RV.view(rows, -1, _BLOCK)
+    sums_RB = weights_RBW.sum(-1).cumsum(-1, dtype=torch.float64)
+    reached_R1 = u_R1 * sums_RB[:, -1:]
+    block_R1 = torch.searchsorted(sums_RB, reached_R1, right=True).clamp(max=sums_RB.shape[1] - 1)
+    before_R1 = torch.where(block_R1 > 0, sums_RB.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
+    row_R = torch.arange(rows, device=weights_RV.device)
+    inner_RW = before_R1 + weights_RBW[row_R, block_R1[:, 0]].cumsum(-1, dtype=torch.float64)
+    # The block's own sum may have been rounded up, and its last tokens may weigh nothing.
+    reached_R1 = torch.minimum(reached_R1, inner_RW[:, -1:].nextafter(reached_R1.new_zeros(())))
+    within_R1 = torch.searchsorted(inner_RW, reached_R1, right=True)
+    return (block_R1 * _BLOCK + within_R1).squeeze(-1).clamp(max=size - 1)
 
 
 def _filtered(logprobs_RV: Tensor, settings: Sequence[Sampling]) -> Tensor:
