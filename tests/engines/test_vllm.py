@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,15 +24,26 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import tiny_world
+from satune.agents import memory
 from satune.agents.policy import Policy
+from satune.engines.vllm import files
 from satune.engines.vllm import place as places
 from satune.engines.vllm import server as servers
+from satune.engines.vllm.arguments import arguments_of
 from satune.engines.vllm.engine import VLLMEngine
+from satune.engines.vllm.files import Published, write_weights
+from satune.engines.vllm.log import Log, may_pass
 from satune.engines.vllm.proof import compared, finding
+from satune.engines.vllm.scratch import Scratch
+from satune.engines.vllm.server import Server
 from satune.engines.vllm.settings import VLLMSettings
 from satune.engines.vllm.worker import satune_worker
+from satune.training.ahead import correction
+from satune.training.self_check import Tolerance
+from satune.training.trainer import train
 from satune.types import Completion, EpisodeFailure, Key, Prompt, Sampling, UserError, ids_of
 from tiny_models import EOS, Letters, completion_logprobs, tiny_config, tiny_lm
 from vllm_standin import StandIn, serving
@@ -35,6 +51,7 @@ from vllm_standin import StandIn, serving
 KEY = Key(0, "train", stage=1, step=1)
 SAMPLING = Sampling(12, temperature=0.8)
 PROMPT = (3, 5, 2)
+SOURCES = Path(servers.__file__).parents[3]
 PROBE = 40  # more than two blocks of the stand-in's cache
 
 
@@ -388,8 +405,12 @@ def test_a_worker_loads_all_weights_or_none(tmp_path):
     new, half = tmp_path / "new" / "a.safetensors", tmp_path / "new" / "half.safetensors"
     save_file({name: p + 1 for name, p in held.items()}, new)
     save_file({name: p + 2 for name, p in list(held.items())[1:]}, half)
+    begun = satune_worker.digest_of(tmp_path / "model.safetensors")
+    assert Worker(model, tmp_path).satune_loaded() == {"digest": ""}
+    assert Worker(model, tmp_path).satune_has() == {"digest": begun}
     digest = worker.satune_load(str(new))["digest"]
-    assert worker.satune_loaded() == {"digest": digest}
+    assert digest != begun
+    assert worker.satune_loaded() == worker.satune_has() == {"digest": digest}
     assert worker.satune_load(str(half)) == {
         "fault": f"1 tensors are missing, {next(iter(held))} first"
     }
@@ -474,11 +495,251 @@ def test_a_server_that_dies_is_started_with_its_weights_and_asked_the_same(start
             found = draw(engine, keys(4))
             assert [c.ids for c in found] == expected and {c.version for c in found} == {1}
             begun = [note for note in notes(started) if "arguments" in note][-1]
-            assert begun["digest"] == loaded and notes(started)[-1]["loaded"] == loaded
+            assert begun["digest"] == loaded and notes(started)[-1]["has"] == loaded
             assert gone(first)
     finally:
         engine.stop()
     assert gone(notes(started)[-1]["pid"])
+
+
+def test_weights_that_a_server_was_started_with_are_written_once_and_not_loaded(
+    started, monkeypatch
+):
+    """A file for each agent, whatever number its weights have, and no load; the server says which
+    file it has."""
+    written: list[str] = []
+
+    def counted(directory: Path, policy: Policy, *given: Any) -> Published:
+        written.append(policy.name)
+        return write_weights(directory, policy, *given)
+
+    monkeypatch.setattr(places, "write_weights", counted)
+    policies = {n: policy_of(n, seed=s) for s, n in enumerate("ab")}
+    engine = VLLMEngine(policies, {"a": "a", "b": "b"}, VLLMSettings(probe=0))
+    try:
+        engine.publish("a", 0, policies["a"].export())
+        engine.publish("b", 7, policies["b"].export())
+        assert written == ["a", "b"]
+        begun = {note["digest"] for note in notes(started) if "arguments" in note}
+        said = [note["has"] for note in notes(started) if "has" in note]
+        assert not any("loaded" in note for note in notes(started))
+        assert len(begun) == 2 and set(said) == begun
+        assert {c.version for c in draw(engine, seat="b")} == {7}
+        # Others are written and loaded, and the same ones again neither.
+        for _ in range(2):
+            engine.publish("b", 8, moved(policies["b"]) if written == ["a", "b"] else stood(engine))
+        assert written == ["a", "b", "b"]
+        (loaded,) = [note["loaded"] for note in notes(started) if "loaded" in note]
+        folder = engine._places["b"]._directory
+        (file,) = folder.glob("*.safetensors")
+        assert file.name == f"b@8@{loaded}.safetensors"
+        assert (folder / "model" / "model.safetensors").resolve() == file.resolve()
+    finally:
+        engine.stop()
+
+
+def stood(engine: VLLMEngine) -> dict[str, torch.Tensor]:
+    return engine._places["b"].policies["b"].export()
+
+
+def test_one_weight_that_differs_is_loaded(started):
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+    try:
+        engine._launch_all()
+        held = {name: tensor.clone() for name, tensor in policy.export().items()}
+        list(held.values())[-1].view(-1)[-1] += 1e-6
+        engine.publish("a", 0, held)
+        assert len([note for note in notes(started) if "loaded" in note]) == 1
+    finally:
+        engine.stop()
+
+
+def test_a_server_that_began_with_other_weights_is_noticed(started):
+    Path(f"{started}.lies").touch()
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+    try:
+        with pytest.raises(UserError, match=r"vLLM did not take the weights a@0@.*: it has 000"):
+            engine.publish("a", 0, policy.export())
+        # What a start begins with still lies there, and is given as anything else would be.
+        Path(f"{started}.lies").unlink()
+        engine.publish("a", 1, policy.export())
+        assert {c.version for c in draw(engine)} == {1}
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("how", ["killed", "core killed", "silent"])
+def test_a_server_that_is_ended_while_it_starts_is_started_again(started, how):
+    Path(f"{started}.ends").write_text(f"{how}\n{how}\n")
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0, restarts=2))
+    try:
+        engine.publish("a", 0, policy.export())
+        assert [note["ends"] for note in notes(started) if "ends" in note] == [how, how]
+        # They count until an update is through, and a restart may itself be ended.
+        Path(f"{started}.ends").write_text(f"{how}\n")
+        os.kill(notes(started)[-1]["pid"], signal.SIGKILL)
+        assert {c.version for c in draw(engine)} == {0}
+        assert engine._places["a"].server.starts == 5
+    finally:
+        engine.stop()
+
+
+def test_a_server_that_is_killed_at_every_start(started):
+    Path(f"{started}.ends").write_text("killed\n" * 9)
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0, restarts=1))
+    with pytest.raises(UserError) as ended:
+        engine.publish("a", 0, policy.export())
+    said, _, log = str(ended.value).partition("; its log: ")
+    assert said == (
+        "agent a: vLLM died or did not answer 2 times (last: it was killed (signal 9) while it "
+        "started); mend that, then give the same command again"
+    )
+    assert Path(log).read_text() == "INFO starting\n" * 2
+    Path(log).unlink()
+    assert len(notes(started)) == 2
+
+
+def test_a_restart_that_fails_by_itself_is_told_by_its_own_error(started):
+    """Not by what an earlier start has written, and once."""
+    Path(f"{started}.ends").write_text("core killed\nerror\nerror\n")
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+    with pytest.raises(UserError, match=r"exit code 3\): ImportError: no module") as told:
+        engine.publish("a", 0, policy.export())
+    Path(str(told.value).rpartition(" ")[2]).unlink()
+    assert [note["ends"] for note in notes(started)] == ["core killed", "error"]
+
+
+def test_a_port_that_somebody_else_has_by_then(started, monkeypatch):
+    """Who has it answers as if all were well, and is asked for nothing."""
+    policy = policy_of()
+    other = StandIn(policy_of(seed=5).model)
+    with serving(other) as address:
+        ports = iter([int(address.rpartition(":")[2]), *(servers._free_port() for _ in range(3))])
+        monkeypatch.setattr(servers, "_free_port", lambda: next(ports))
+        engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+        try:
+            engine.publish("a", 0, policy.export())
+            assert engine._places["a"].server.address != address
+            assert engine._places["a"].server.starts == 2
+            assert not other.asked
+        finally:
+            engine.stop()
+
+
+def test_no_proxy_is_asked_for_servers_of_this_machine(started, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+    try:
+        engine.publish("a", 0, policy.export())
+        assert draw(engine)
+    finally:
+        engine.stop()
+    with serving(StandIn(policy.model)) as address:
+        engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address, start_seconds=5))
+        engine.publish("a", 0, policy.export())
+        assert draw(engine)
+
+
+def test_a_key_in_the_environment_is_not_the_servers(started, monkeypatch):
+    """With it vLLM would refuse what it is asked."""
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+    try:
+        engine.publish("a", 0, policy.export())
+        environment = Path(f"/proc/{notes(started)[-2]['pid']}/environ").read_bytes()
+        assert b"VLLM_NO_USAGE_STATS=1" in environment and b"VLLM_API_KEY" not in environment
+        place = servers.meeting_place(engine._places["a"]._directory)
+        assert f"VLLM_RPC_BASE_PATH={place}".encode() in environment
+    finally:
+        engine.stop()
+
+
+def test_a_long_path_to_the_weights_is_no_place_for_sockets():
+    """The system takes one of 107 bytes, and none that is longer."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        fits = Path(short) / ("d" * (107 - 37 - len(short) - 1))
+        long = Path(f"{fits}d")
+        for folder, place in ((fits, str(fits)), (long, "/tmp")):
+            folder.mkdir()
+            assert servers.meeting_place(folder) == place
+            with socket.socket(socket.AF_UNIX) as found, contextlib.ExitStack() as refused:
+                if folder == long:
+                    refused.enter_context(pytest.raises(OSError, match="too long"))
+                found.bind(f"{folder}/{'s' * 36}")
+
+
+def test_an_interpreter_that_cannot_be_run(started, monkeypatch):
+    python = Path(os.environ[servers.PYTHON])
+    python.chmod(0o644)
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+    with pytest.raises(UserError) as refused:
+        engine.publish("a", 0, policy.export())
+    assert str(refused.value) == (
+        f"agent a: vLLM did not start: {python}: Permission denied; look at $SATUNE_VLLM_PYTHON, "
+        "or give another TMPDIR"
+    )
+
+
+def test_a_disk_that_is_full_while_weights_are_written(started, monkeypatch):
+    policy = policy_of()
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    try:
+        engine.publish("a", 0, policy.export())
+        folder = engine._places["a"]._directory
+        before = {path.name for path in folder.glob("*@*")}
+        stepped = moved(policy)
+        with monkeypatch.context() as filled:
+            filled.setattr(files, "save_file", full)
+            with pytest.raises(UserError) as refused:
+                engine.publish("a", 1, stepped)
+        said = str(refused.value)
+        assert said.startswith(str(folder)) and "\n" not in said
+        assert said.endswith("the disk is full; free some space or give another TMPDIR")
+        # Nothing of it lies there, and the server has what it had.
+        assert {path.name for path in folder.glob("*@*")} == before
+        assert {c.version for c in draw(engine)} == {0}
+        engine.publish("a", 1, stepped)
+        assert {c.version for c in draw(engine)} == {1}
+    finally:
+        engine.stop()
+
+
+def test_what_a_log_says(tmp_path):
+    path = tmp_path / "server.log"
+    path.write_bytes(b"ValueError: of the start before\n")
+    log = Log(path)
+    assert log.last() == "it said nothing" and may_pass(1, log)
+    with path.open("ab") as file:
+        file.write(b"WARNING 11-30 21:14:56 [utils.py:255] errors like OSError may come\n")
+    assert may_pass(1, log)
+    said = b"\x1b[0;36m(EngineCore pid=7)\x1b[0;0m ERROR ValueError: no room\x00\xff \r\n"
+    with path.open("ab") as file:
+        file.write(said + b"RuntimeError: it failed. See root cause above.\n")
+    assert log.last() == "(EngineCore pid=7) ERROR ValueError: no room\ufffd"
+    assert not may_pass(1, log) and may_pass(-9, log) and may_pass(137, log)
+    with path.open("ab") as file:
+        file.write(b"x" * 1000)
+    kept = log.kept()
+    assert kept is not None and kept.read_bytes() == path.read_bytes()
+    kept.unlink()
+    path.unlink()
+    assert log.last() == "it said nothing" and log.kept() is None
 
 
 def test_a_server_that_dies_while_it_takes_weights(started):
@@ -489,8 +750,8 @@ def test_a_server_that_dies_while_it_takes_weights(started):
         Path(f"{started}.die").write_text("/collective_rpc")
         engine.publish("a", 1, moved(policy))
         assert {c.version for c in draw(engine)} == {1}
-        begun, given, _ = notes(started)[-3:]
-        assert begun["digest"] != given["loaded"]
+        begun, given, asked = notes(started)[-3:]
+        assert begun["digest"] != given["loaded"] == asked["has"]
         (written,) = Path(begun["arguments"]["--model"]).parent.glob("*.safetensors")
         assert given["loaded"] in written.name
     finally:
@@ -511,10 +772,12 @@ def test_without_publishing_a_team_plays_with_the_weights_that_it_has(started):
     assert begun[0]["arguments"]["--generation-config"] == "vllm"
 
 
-def test_who_gives_up_while_a_server_starts_waits_for_nothing(started, monkeypatch):
+@pytest.mark.parametrize("devices", [(), ("0",)])
+def test_who_gives_up_while_a_server_starts_waits_for_nothing(started, monkeypatch, devices):
+    """Also where servers on a GPU are waited for in turn."""
     monkeypatch.setenv("SLOW", "1")
     policy = policy_of()
-    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
+    engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0, devices=devices))
 
     async def given_up() -> None:
         prompt = Prompt((), ids=ids_of(PROMPT))
@@ -535,8 +798,8 @@ def test_who_gives_up_while_a_server_starts_waits_for_nothing(started, monkeypat
         engine.stop()
 
 
-def test_a_server_that_does_not_start(started, monkeypatch):
-    monkeypatch.setenv("BROKEN", "1")
+def test_a_server_that_does_not_start(started):
+    Path(f"{started}.ends").write_text("error\nerror\n")
     policy = policy_of()
     engine = VLLMEngine({"a": policy}, {"a": "a"}, VLLMSettings(probe=0))
     with pytest.raises(UserError) as refused:
@@ -545,9 +808,15 @@ def test_a_server_that_does_not_start(started, monkeypatch):
     assert said == "agent a: vLLM did not start (exit code 3): ImportError: no module named torch"
     assert "INFO starting" in Path(log).read_text()
     Path(log).unlink()
+    assert [note.get("ends") for note in notes(started)] == ["error"]  # once
 
 
-def test_a_process_that_is_killed_leaves_no_server(started):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_process_that_is_ended_leaves_no_server(started, monkeypatch, sent, slow):
+    """Neither one that is there nor one that is waited for."""
+    if slow:
+        monkeypatch.setenv("SLOW", "1")
     code = (
         "import time\n"
         "from satune.engines.vllm.server import Server\n"
@@ -556,21 +825,67 @@ def test_a_process_that_is_killed_leaves_no_server(started):
         "(folder / 'model.safetensors').write_bytes(b'')\n"
         "server = Server('agent a', None, 10, 60)\n"
         "server.launch(['--model', str(folder)], folder / 'log', {})\n"
-        "server.wait()\n"
+        f"{'' if slow else 'server.wait()'}\n"
         "print('there', flush=True)\n"
+        "server.wait()\n"
         "time.sleep(600)\n"
     )
-    source = Path(servers.__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(source)}
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        while not started.exists():
+            time.sleep(0.02)
+        process.send_signal(sent)
+        process.wait(60)
     finally:
         process.kill()
         process.wait()
     assert gone(notes(started)[-1]["pid"])
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, time\n"
+        "from satune.engines.vllm.scratch import Scratch\n"
+        "scratch = Scratch()\n"
+        "(scratch.path / 'weights').write_bytes(b'0' * 1000)\n"
+        "print(scratch.path, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        held = Path(process.stdout.readline().decode().strip())
+        beside = Scratch()  # whose holder lives in this process
+        first = Scratch()
+        assert {p.name for p in held.iterdir()} == {".lock", "weights"} and beside.path.is_dir()
+        first.remove()
+        elsewhere = tmp_path / "satune-vllm-elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / ".lock").write_text("another machine")
+    finally:
+        process.kill()
+        process.wait()
+    second = Scratch()
+    assert sorted(tmp_path.iterdir()) == sorted([second.path, beside.path, elsewhere])
+    second.remove()
+    beside.remove()
+    assert list(tmp_path.iterdir()) == [elsewhere]
+
+
+def test_a_directory_for_weights_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    policy = policy_of()
+    with pytest.raises(UserError, match="a part of the path is a file; give another TMPDIR"):
+        VLLMEngine({"a": policy}, {"a": "a"}, settings("http://127.0.0.1:9"))
 
 
 def test_no_interpreter(monkeypatch, tmp_path):
@@ -580,13 +895,125 @@ def test_no_interpreter(monkeypatch, tmp_path):
 
 
 def test_adapters_have_room_for_one_more_than_there_are(tmp_path):
-    from satune.engines.vllm.arguments import arguments_of
-
     words = arguments_of(adapters(("a", "b", "c")), VLLMSettings(), tmp_path, 1)
     given = dict(itertools.pairwise(words))
     assert (given["--max-loras"], given["--max-cpu-loras"]) == ("4", "7")
     assert given["--max-lora-rank"] == "8"
     assert "--no-enable-chunked-prefill" in words
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+class Gated(StandIn):
+    """A server that draws nothing while its gate is closed; ``waiting``: somebody has asked."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        self.gate, self.waiting = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/v1/completions" and "prompt_logprobs" not in body:
+            self.waiting.set()
+            assert self.gate.wait(60)
+        return super().answer(path, body)
+
+
+@pytest.fixture
+def two(tmp_path) -> Iterator[tuple[Path, list[Gated], list[str]]]:
+    """A recipe of two agents, their servers, and the words by which it draws ahead with them."""
+    recipe = tiny_world.build(tmp_path / "world")
+    standins = [Gated(recipe.parent / f"model-{n}") for n in range(2)]
+    with serving(standins[0]) as one, serving(standins[1]) as other:
+        engine = f"engine={{name: vllm, servers: ['{one}', '{other}'], probe: {PROBE}}}"
+        yield recipe, standins, ["schedule=reuse", "rollout.ahead=1", engine]
+
+
+def test_batches_are_drawn_ahead_by_the_weights_that_they_say(two, tmp_path):
+    """What the server said of each token is what the learner says under those weights."""
+    recipe, standins, words = two
+    run = tiny_world.training(recipe, tmp_path / "run", [*words, "stages=3"])
+    train(run, tolerance=Tolerance(1e-3, 1e-3))
+    rollouts = tiny_world.events(tmp_path / "run", "rollout")
+    assert all(e["accepted"] for e in tiny_world.events(tmp_path / "run", "update"))
+    assert "ahead" not in rollouts[0]
+    for event in rollouts[1:]:
+        wrote = event["stage"] - 2
+        assert event["ahead"]["versions"] == {"ann": wrote, "bob": wrote}
+        assert event["ahead"]["scored"] == 2 * event["tokens"]["sampled"]
+        assert event["ahead"]["mismatch"]["max"] < 1e-4
+        assert event["ahead"]["ess"] < 11.99
+    # Each version once, and no older one again; one that nothing is asked of may be left out.
+    for standin in standins:
+        loaded = [b["args"][0] for _, b in standin.asked if b.get("method") == "satune_load"]
+        versions = [int(Path(file).name.split("@")[1]) for file in loaded]
+        assert versions == sorted(set(versions)) and {0, 1, 3} <= set(versions)
+
+
+def test_a_server_keeps_its_weights_until_the_batch_is_drawn(two, tmp_path):
+    recipe, standins, words = two
+    run = tiny_world.training(recipe, tmp_path / "run", words)
+    for name in run.learners:
+        run.publish(name)
+    standins[1].gate.clear()
+    run._draw_ahead(1)
+    assert standins[1].waiting.wait(60)
+    for name in ("ann", "bob"):
+        learner: Any = run.learners[name]
+        learner.load_weights({n: w + 0.01 for n, w in learner.export().items()})
+        run.state.versions[name] = 1
+        run.publish(name)
+    assert [standin.loads for standin in standins] == [1, 1]
+    standins[1].gate.set()
+    drawn = run.ahead.drawn(run.state.early[0])
+    assert {t.version for e in drawn for t in e.turns} == {0}
+    found = correction(run.learners, drawn, run.state.versions, run.state.past)
+    assert found.figures["mismatch"]["max"] < 1e-4 < found.log_weights_E.abs().max()
+    world: Any = run.world
+    world._settle()
+    assert [standin.loads for standin in standins] == [2, 2]
+    fresh = run.supply.batch(2, 1).episodes
+    assert {t.version for e in fresh for t in e.turns} == {1}
+    run.ahead.stop()
+
+
+@pytest.mark.parametrize(
+    "devices, shares",
+    [
+        (("0", "1", "2"), [0.6, 0.6, 0.6]),
+        (("0", "1"), [0.3, 0.6, 0.3]),
+        (("4",), [0.2, 0.2, 0.2]),
+        (("4", "4", "1"), [0.3, 0.3, 0.6]),
+    ],
+)
+def test_servers_on_one_device_share_its_memory(monkeypatch, devices, shares):
+    monkeypatch.setenv(servers.PYTHON, sys.executable)
+    begun: list[tuple[dict[str, str], Any]] = []
+
+    def launched(server: Server, words: Sequence[str], log: Path, own: Any) -> None:
+        server.starts += 1
+        begun.append((dict(itertools.pairwise(words)), own))
+
+    monkeypatch.setattr(Server, "launch", launched)
+    monkeypatch.setattr(Server, "wait", lambda server: None)
+    policies = {n: policy_of(n) for n in "abc"}
+    chosen = VLLMSettings(probe=0, devices=devices, memory=0.6)
+    VLLMEngine(policies, {n: n for n in "abc"}, chosen)._launch_all()
+    given = [float(words["--gpu-memory-utilization"]) for words, _ in begun]
+    assert given == pytest.approx(shares)
+    placed = [own["CUDA_VISIBLE_DEVICES"] for _, own in begun]
+    assert placed == [devices[n % len(devices)] for n in range(3)]
+
+
+def test_servers_on_a_cpu_share_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8_000_000_000)
+    shares = []
+    for chosen in (VLLMSettings(memory=0.5), VLLMSettings(memory=5e8)):
+        words = arguments_of({"a": policy_of()}, chosen, tmp_path, 2)
+        assert "--gpu-memory-utilization" not in words
+        shares.append(dict(itertools.pairwise(words))["--kv-cache-memory-bytes"])
+    assert shares == ["2000000000", "500000000"]
 
 
 def test_settings_of_a_recipe():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -274,30 +275,40 @@ def test_a_seat_that_has_learnt_nothing_beside_every_adapter(pair):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def train(*words: str) -> subprocess.CompletedProcess[str]:
+def train(*words: str, scratch: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``scratch`` is where weights on their way lie."""
+    environment = ENVIRONMENT if scratch is None else {**ENVIRONMENT, "TMPDIR": str(scratch)}
     return subprocess.run(
-        [sys.executable, "-m", "satune", *words], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "satune", *words], env=environment, capture_output=True, text=True
     )
 
 
-@pytest.mark.parametrize("sharing", ["separate", "lora"])
-def test_a_team_is_trained(tmp_path, sharing):
-    """Three stages of two agents; every publication is shown, and a resume goes on."""
+def team_of_two(out: Path, sharing: str) -> list[str]:
+    """The words by which it is trained."""
     model = str(real_model("smollm2-135m"))
     agents = {name: {"model": model, "temperature": 0.8} for name in ("one", "two")}
-    words = [
+    return [
         "train", str(RECIPE), f"team.agents={json.dumps(agents)}",
         f"team.sharing={sharing}", f"optimizer.lr={2e-4 if sharing == 'lora' else 1e-5}",
         "rollout.problems=4", "rollout.samples=4", "rollout.dynamic_sampling=false",
         "optimizer.warmup_steps=0", "evaluate={problems: 8, every: 0, samples: 1}",
         f"engine={{name: vllm, context: {CONTEXT}, memory: 5e8, max_rows: 32}}",
-        "--out", str(tmp_path / "run"),
+        "--out", str(out),
     ]  # fmt: skip
+
+
+def events_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "events.jsonl").open()]
+
+
+@pytest.mark.parametrize("sharing", ["separate", "lora"])
+def test_a_team_is_trained(tmp_path, sharing):
+    """Three stages of two agents; every publication is shown, and a resume goes on."""
+    words = team_of_two(tmp_path / "run", sharing)
     for more in (["stages=2"], ["stages=3", "--resume"]):
         ended = train(*words, *more)
         assert ended.returncode == 0, ended.stderr[-2000:]
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").open()]
-    updates = [e for e in events if e["event"] == "update"]
+    updates = [e for e in events_of(tmp_path / "run") if e["event"] == "update"]
     assert len(updates) == 6
     accepted = [e for e in updates if e["accepted"]]
     assert accepted
@@ -307,3 +318,73 @@ def test_a_team_is_trained(tmp_path, sharing):
         assert event["seconds"]["publish"] > 0
     for event in updates:
         assert event.get("mismatch", {}).get("max", 0.0) < 1e-2
+
+
+def serving_from(scratch: Path) -> set[int]:
+    """The processes of servers whose weights lie there."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = file.read_bytes().decode(errors="replace").split("\0")
+            if any(word.startswith(str(scratch)) for word in words) and "--model" in words:
+                found.add(int(file.parent.name))
+    return found
+
+
+@contextlib.contextmanager
+def killing_a_start(scratch: Path) -> Iterator[list[int]]:
+    """Kill a server as soon as vLLM has written something; gives whom."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        while not killed and not over.wait(0.1):
+            logs = list(scratch.glob("*/model-0/server.log"))
+            if logs and logs[0].stat().st_size:
+                killed.append(os.getpgid(min(serving_from(scratch))))
+                os.killpg(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        killer.join()
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory) -> Path:
+    """A run of two stages, the second of which has its batch drawn while the first updates."""
+    out = tmp_path_factory.mktemp("ahead") / "run"
+    ended = train(*team_of_two(out, "lora"), "rollout.ahead=1", "stages=2")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return out
+
+
+def test_a_batch_is_drawn_ahead_by_the_weights_that_it_says(ahead):
+    """What vLLM said of its tokens is what the learner says under them."""
+    events = events_of(ahead)
+    accepted = [e for e in events if e["event"] == "update" and e["accepted"] and e["stage"] == 1]
+    assert accepted
+    (drawn,) = [e["ahead"] for e in events if e["event"] == "rollout" and "ahead" in e]
+    assert drawn["versions"] == {"one": 0, "two": 0}
+    assert drawn["scored"] > 0 and drawn["mismatch"]["max"] < 1e-2
+    assert drawn["ess"] < 16
+
+
+def test_a_server_that_is_killed_while_a_resume_starts_it(ahead, tmp_path):
+    """It is started again, draws what is drawn ahead, and nothing of it is left in the end."""
+    words = [*team_of_two(ahead, "lora"), "rollout.ahead=1", "stages=3", "--resume"]
+    with killing_a_start(tmp_path) as killed:
+        ended = train(*words, scratch=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert len(killed) == 1
+    events = events_of(ahead)
+    updates = [e for e in events if e["event"] == "update"]
+    assert [e["stage"] for e in updates] == [1, 1, 2, 2, 3, 3]
+    drawn = [e["ahead"] for e in events if e["event"] == "rollout" and "ahead" in e]
+    # The team that stage 2 began with; nothing is scored where it is still the present one.
+    assert drawn[1]["versions"] == {e["agent"]: e["version"] for e in updates[:2]}
+    assert drawn[1].get("mismatch", {}).get("max", 0.0) < 1e-2
+    assert not serving_from(tmp_path) and not list(tmp_path.glob("satune-vllm-*"))

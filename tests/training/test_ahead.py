@@ -26,7 +26,7 @@ from satune.training.run_directory import RunDirectory
 from satune.training.self_check import Tolerance
 from satune.training.state_file import past_file
 from satune.training.trainer import train
-from satune.types import Episode, UserError
+from satune.types import Episode, Key, UserError
 
 TOLERANCE = Tolerance(1e-3, 1e-3)
 REUSE = ["schedule=reuse", "stages=4", "checkpoint.keep=9", "evaluate={problems: 2, samples: 1}"]
@@ -246,6 +246,42 @@ def test_the_engine_keeps_its_team_until_the_batch_is_drawn(
     drawn: list[Episode] = run.ahead.drawn(state.early[0])
     assert {t.version for e in drawn for t in e.turns} == {0}
     run.ahead.stop()
+
+
+def test_what_the_engine_has_not_is_given_where_ctrl_c_ends_it(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume begins to draw before the engine has any weights, and an engine may take minutes to
+    take the first. By then all copies have theirs; what the engine has is not given again."""
+    run = tiny_world.training(recipe, tmp_path / "run", [*REUSE, "rollout.ahead=1"])
+    world: Any = run.world
+    engine, copies = world.cast.engine, world.cast.copies
+    publish = engine.publish
+    given: list[tuple[str, int]] = []
+    stepped = {name: {n: w + 1 for n, w in weights.items()} for name, weights in _held(run).items()}
+
+    def taken(agent: str, version: int, weights: Any) -> Any:
+        assert threading.current_thread() is threading.main_thread()
+        assert all(tiny_world.same(copies[name].export(), stepped[name]) for name in copies)
+        given.append((agent, version))
+        if len(given) == 1:
+            raise KeyboardInterrupt
+        return publish(agent, version, weights)
+
+    monkeypatch.setattr(engine, "publish", taken)
+    key, team = Key(0, "train", 2, step=0), {name: (3, held) for name, held in stepped.items()}
+    with pytest.raises(KeyboardInterrupt):
+        world.draw_ahead(key, 0, 2, team)
+    first, second = (world.draw_ahead(key, 0, 2, team) for _ in range(2))
+    assert {t.version for e in first.result() for t in e.turns} == {3}
+    assert len(second.result()) == len(first.result())
+    assert sorted(given) == [("ann", 3), ("ann", 3), ("bob", 3)]
+    run.ahead.stop()
+
+
+def _held(run: Training) -> dict[str, dict[str, torch.Tensor]]:
+    learners: dict[str, Any] = dict(run.learners)
+    return {name: learner.export() for name, learner in learners.items()}
 
 
 def test_a_run_that_ends_does_not_wait_for_what_it_draws(

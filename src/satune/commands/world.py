@@ -100,6 +100,9 @@ class AheadWorld(LocalWorld):
     def draw_ahead(
         self, key: Key, offset: int, problems: int, team: TeamWeights
     ) -> Future[list[Episode]]:
+        if all(each.done() for each in self._under_way):
+            # Here, where ctrl-C ends it: an engine may have to be started for it.
+            self._give_team(team)
         found = self._thread.submit(self._draw_by, key, offset, problems, team)
         # What is over is not kept: it holds its episodes.
         self._under_way = [*(each for each in self._under_way if not each.done()), found]
@@ -112,8 +115,7 @@ class AheadWorld(LocalWorld):
         self._thread.shutdown(cancel_futures=True)
 
     def _draw_by(self, key: Key, offset: int, count: int, team: TeamWeights) -> list[Episode]:
-        for agent, (version, weights) in team.items():
-            self._give(agent, version, weights)
+        self._give_team(team)
         problems = self.cast.train_problems(count, offset)
         samples = self.cast.recipe.rollout.samples
         # Whoever shows progress shows that of the updates.
@@ -125,9 +127,22 @@ class AheadWorld(LocalWorld):
         if self._stopped:
             end()
 
-    def _give(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
+    def _give_team(self, team: TeamWeights) -> None:
+        """Let the engine have these weights where it has others. All are in the copies before the
+        first is published: an engine may begin with what it finds there."""
+        due = {a: given for a, given in team.items() if self._given.get(a) != given[0]}
+        for agent, (_, weights) in due.items():
+            self._load(agent, weights)
+        for agent, (version, weights) in due.items():
+            self._give(agent, version, weights)
+
+    def _load(self, agent: str, weights: Mapping[str, Tensor]) -> None:
         if agent in self.cast.copies:
             self.cast.copies[agent].load_weights(weights)
+
+    def _give(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
+        self._given.pop(agent, None)
+        self._load(agent, weights)
         super().publish(agent, version, weights)
         self._given[agent] = version
 

@@ -35,10 +35,10 @@ def context_of(policy: Policy, settings: VLLMSettings) -> int | None:
 
 
 def arguments_of(
-    policies: Mapping[str, Policy], settings: VLLMSettings, model: Path, places: int
+    policies: Mapping[str, Policy], settings: VLLMSettings, model: Path, sharing: int
 ) -> list[str]:
     """The arguments for a server of ``model``, which one agent has alone or several have adapters
-    on. ``places`` servers share a CPU's memory."""
+    on. ``sharing`` servers share the memory of its device."""
     first = next(iter(policies.values()))
     arguments = [
         "--model", str(model.resolve()),
@@ -49,7 +49,7 @@ def arguments_of(
     limit = context_of(first, settings)
     if limit is not None:
         arguments += ["--max-model-len", str(limit)]
-    arguments += _memory(first.device, settings, places, limit)
+    arguments += _memory(first.device, settings, sharing, limit)
     if first.adapter is not None:
         arguments += _adapters(policies)
     return arguments
@@ -76,13 +76,13 @@ def _adapters(policies: Mapping[str, Policy]) -> list[str]:
 
 
 def _memory(
-    learner: torch.device, settings: VLLMSettings, places: int, limit: int | None
+    learner: torch.device, settings: VLLMSettings, sharing: int, limit: int | None
 ) -> list[str]:
     on_gpu = bool(settings.devices) or learner.type == "cuda"
     more = [] if on_gpu else [*_CPU, "--max-num-batched-tokens", str(max(limit or 0, _BATCHED))]
     if settings.memory > 1:
         return ["--kv-cache-memory-bytes", str(int(settings.memory)), *more]
     if on_gpu:
-        return ["--gpu-memory-utilization", str(settings.memory)]
-    share = allowed_bytes(settings.memory, torch.device("cpu")) // places
+        return ["--gpu-memory-utilization", str(settings.memory / sharing)]
+    share = allowed_bytes(settings.memory, torch.device("cpu")) // sharing
     return ["--kv-cache-memory-bytes", str(share), *more]

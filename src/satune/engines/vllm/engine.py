@@ -7,11 +7,8 @@ the tokens, and never enters a ratio: the learner scores every batch itself.
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import weakref
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -19,8 +16,9 @@ import torch
 
 from satune.agents.policy import Policy
 from satune.engines.vllm.files import check_checkpoint
-from satune.engines.vllm.place import Place, places_of
-from satune.engines.vllm.server import KEPT, interpreter
+from satune.engines.vllm.place import Place
+from satune.engines.vllm.scratch import Scratch
+from satune.engines.vllm.server import DIRECT, KEPT, interpreter
 from satune.engines.vllm.settings import VLLMSettings
 from satune.types import Completion, Key, Prompt, Sampling, UserError
 
@@ -48,11 +46,11 @@ class VLLMEngine:
                 f"({'; '.join(', '.join(group) for group in groups)}); give one each"
             )
         # Weights on their way lie where TMPDIR says.
-        root = Path(tempfile.mkdtemp(prefix="satune-vllm-"))
-        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        scratch = Scratch()
+        weakref.finalize(self, scratch.remove)
         self._places: dict[str, Place] = {}
         for number, group in enumerate(groups):
-            directory = root / f"model-{number}"
+            directory = scratch.path / f"model-{number}"
             place = Place(group, settings, directory, number, len(groups))
             self._places |= dict.fromkeys(group, place)
         self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
@@ -64,6 +62,8 @@ class VLLMEngine:
     ) -> Mapping[str, Any] | None:
         """Give the agent's server its weights and see that it has them. Gives what that showed, for
         the run's events. Raises UserError where the server has other weights than these."""
+        for place in self._places.values():
+            place.server.uncut()
         self._launch_all()
         found = self._places[agent].publish(agent, version, weights)
         return None if found is None else found.figures
@@ -79,7 +79,7 @@ class VLLMEngine:
         place = self._places[agent]
         if not place.has(agent):
             async with self._lock():
-                await asyncio.to_thread(self._launch_all)
+                await self._launched()
                 await place.ready(agent)
         client = await self._connections(place)
         return await place.complete(client, agent, prompt.ids, sampling, key)
@@ -106,7 +106,19 @@ class VLLMEngine:
             if not place.server.started:
                 place.launch()
                 if on_gpu:  # a server measures what is free, while nobody else may take of it
-                    place.server.wait()
+                    place.wait()
+
+    async def _launched(self) -> None:
+        """``_launch_all`` in a thread, which waits for nothing when this is cancelled."""
+        servers = [place.server for place in self._places.values()]
+        for server in servers:
+            server.uncut()
+        try:
+            await asyncio.to_thread(self._launch_all)
+        except asyncio.CancelledError:
+            for server in servers:
+                server.cut()
+            raise
 
     async def _connections(self, place: Place) -> httpx.AsyncClient:
         """The event loop's, with which this place has been asked whether it is what it was."""
@@ -116,7 +128,10 @@ class VLLMEngine:
                 max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEPT
             )
             client = httpx.AsyncClient(
-                timeout=self.settings.timeout, limits=limits, trust_env=bool(self.settings.servers)
+                timeout=self.settings.timeout,
+                limits=limits,
+                trust_env=bool(self.settings.servers),
+                mounts=DIRECT,
             )
             self._client = loop, client
             self._confirmed.clear()
@@ -132,6 +147,14 @@ class VLLMEngine:
         if self._starting is None or self._starting[0] is not loop:
             self._starting = loop, asyncio.Lock()
         return self._starting[1]
+
+
+def places_of(policies: Mapping[str, Policy]) -> Sequence[dict[str, Policy]]:
+    """The agents of each model: those whose adapters lie on one base together."""
+    found: dict[int, dict[str, Policy]] = {}
+    for name, policy in policies.items():
+        found.setdefault(id(policy.model), {})[name] = policy
+    return list(found.values())
 
 
 def _check(name: str, policy: Policy) -> None:

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from satune.agents.policy import Policy
+from satune.engines.vllm.scratch import scratch_errors
 from satune.engines.vllm.worker.satune_worker import digest_of
-from satune.files.writing import tensor_errors
 from satune.types import UserError
 
 WEIGHTS = "model.safetensors"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER = re.compile(r"\.lora_(\w+)\.[^.]+(?=\.|$)")
 
 
@@ -66,26 +68,43 @@ def write_weights(
         for name, tensor in weights.items()
     }
     written = place / f"{policy.name}@{version}.writing"
-    with tensor_errors(place):
-        save_file(tensors, written, metadata={"format": "pt"})
-        digest = digest_of(written)
-        path = place / f"{policy.name}@{version}@{digest}{'' if adapter else '.safetensors'}"
-        if not adapter:
-            os.replace(written, path)
-        elif path.exists():
-            written.unlink()
-        else:
-            model: Any = policy.model
-            model.peft_config[policy.adapter].save_pretrained(str(path))
-            os.replace(written, path / "adapter_model.safetensors")
+    try:
+        with scratch_errors(place):
+            save_file(tensors, written, metadata={"format": "pt"})
+            digest = digest_of(written)
+            path = place / f"{policy.name}@{version}@{digest}{'' if adapter else '.safetensors'}"
+            if not adapter:
+                os.replace(written, path)
+            elif not (path / _ADAPTER_WEIGHTS).exists():
+                model: Any = policy.model
+                model.peft_config[policy.adapter].save_pretrained(str(path))
+                os.replace(written, path / _ADAPTER_WEIGHTS)
+    finally:
+        written.unlink(missing_ok=True)
     return Published(policy.name, version, digest, path)
+
+
+def holds_weights(published: Published, weights: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+    """Whether a whole model's file is what ``write_weights`` would write of these, bit for bit."""
+    with safe_open(published.path, framework="pt") as held:
+        return set(held.keys()) == set(weights) and all(
+            _equal(held.get_tensor(name), tensor.detach().to("cpu", dtype))
+            for name, tensor in weights.items()
+        )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    flat = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(*flat)
 
 
 def read_weights(policy: Policy, published: Published) -> dict[str, Tensor]:
     """What ``write_weights`` wrote, by the names of ``Policy.export``."""
     if policy.adapter is None:
         return load_file(published.path)
-    held = load_file(published.path / "adapter_model.safetensors")
+    held = load_file(published.path / _ADAPTER_WEIGHTS)
     return {name: held[_peft_name(name)] for name in policy.trainable()}
 
 
@@ -96,7 +115,7 @@ def write_model(place: Path, policy: Policy, dtype: torch.dtype, start: Publishe
     Raises UserError where the model's parameters are not what its checkpoint holds."""
     directory = place / "model"
     causal_lm: Any = policy.causal_lm
-    with tensor_errors(place):
+    with scratch_errors(place):
         directory.mkdir(parents=True, exist_ok=True)
         causal_lm.config.save_pretrained(str(directory))
         policy.tokenizer.save_pretrained(str(directory))

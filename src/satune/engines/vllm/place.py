@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,16 @@ from torch import Tensor
 from satune.agents.policy import Policy
 from satune.engines.failures import OVERFLOW, Refused, kind_of
 from satune.engines.vllm.arguments import arguments_of, context_of, dtype_of
-from satune.engines.vllm.files import Published, link_weights, write_model, write_weights
-from satune.engines.vllm.proof import Finding, Said, ask, hold, judge
+from satune.engines.vllm.files import (
+    Published,
+    holds_weights,
+    link_weights,
+    write_model,
+    write_weights,
+)
+from satune.engines.vllm.proof import Finding, Said, ask, hold, judge, probe_of
+from satune.engines.vllm.requests import asked, completion_of
+from satune.engines.vllm.scratch import scratch_errors
 from satune.engines.vllm.server import Gone, Server, answer
 from satune.engines.vllm.settings import VLLMSettings
 from satune.types import (
@@ -34,8 +43,6 @@ from satune.types import (
     Key,
     Sampling,
     UserError,
-    ids_of,
-    logprobs_of,
 )
 
 _ATTEMPTS = 5
@@ -65,7 +72,8 @@ class Place:
         self.server = Server(label, given, settings.timeout, settings.start_seconds)
         self._published: dict[str, Published] = {}
         self._proved: set[str] = set()
-        self._begun_with: Published | None = None
+        self._begins: Published | None = None  # what a start begins with, where it is a whole model
+        self._has = ""  # the digest of a whole model's weights that the server has now
         self._written: dict[str, deque[int]] = {
             name: deque(maxlen=max(settings.probe, 1)) for name in policies
         }
@@ -83,12 +91,17 @@ class Place:
         with self._changing:
             if self.server.started:
                 return
-            self._directory.mkdir(parents=True, exist_ok=True)
+            with scratch_errors(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
             if self.server.given is None:
                 if not self._adapters:
-                    self._begun_with = self._write(self._first, 0, self._first.export())
-                write_model(self._directory, self._first, self._dtype, self._begun_with)
+                    self._begins = self._written_as(self._first, 0, self._first.export())
+                write_model(self._directory, self._first, self._dtype, self._begins)
             self._start()
+
+    def wait(self) -> None:
+        """Have the server there. Raises UserError where it does not start, or dies too often."""
+        self._again(self.server.wait)
 
     def has(self, agent: str) -> bool:
         """Whether the server has weights of the agent."""
@@ -100,28 +113,26 @@ class Place:
         with self._changing:
             self.launch()
             policy, old = self.policies[agent], self._published.get(agent)
-            new = self._write(policy, version, weights)
+            new = self._written_as(policy, version, weights)
             if old is not None and old.name == new.name:
                 return None
             probe = self._probe(agent)
             self.server.uncut()
-            self._again(self.server.wait)
+            self.wait()
             self._confirm()
             before = self._said(old, probe) if old is not None and probe else None
             self._proved.discard(agent)
             self._published[agent] = new
             try:
-                self._again(lambda: self._load(new))
+                self._again(lambda: self._give(new))
                 found = self._proven(new, old, probe, before) if probe else None
             except BaseException:
                 del self._published[agent]  # nobody knows what the server has
-                new.remove()
+                if self._begins is None or self._begins.path != new.path:
+                    new.remove()
                 raise
             self._proved.add(agent)
-            if self.server.given is None and not self._adapters:
-                # Whenever it is started from now on, it starts with these.
-                link_weights(self._directory / "model", new)
-            self._drop(old or self._begun_with, new)
+            self._drop(old, new)
             self._deaths = 0
             self._written[agent].clear()
             return found
@@ -137,6 +148,10 @@ class Place:
 
     def _drop(self, old: Published | None, new: Published) -> None:
         """Have nobody keep weights that were replaced."""
+        if self._begins is not None:
+            # Whenever it is started from now on, it starts with the new ones.
+            link_weights(self._directory / "model", new)
+            old, self._begins = self._begins, new
         if old is None or old.path == new.path:
             return
         if self._adapters:
@@ -144,30 +159,51 @@ class Place:
                 self.server.post("/v1/unload_lora_adapter", {"lora_name": old.name})
         old.remove()
 
-    def _write(self, policy: Policy, version: int, weights: Mapping[str, Tensor]) -> Published:
+    def _written_as(self, policy: Policy, version: int, weights: Mapping[str, Tensor]) -> Published:
+        """The weights under their number, in a file: that which a start begins with, where it has
+        the same ones."""
+        begins = self._begins
+        if begins is not None and holds_weights(begins, weights, self._dtype):
+            return replace(begins, agent=policy.name, version=version)
         return write_weights(self._directory, policy, version, weights, self._dtype)
+
+    def _give(self, new: Published) -> None:
+        """Have the server load these weights, unless it has them; then it has to say so itself."""
+        if new.digest == self._has:
+            self._check_digest(new, self._called("satune_has"))
+        else:
+            self._load(new)
 
     def _load(self, new: Published) -> None:
         """Have the server load these weights. Raises Gone, and UserError where it refuses or says
         that it has others."""
-        path, body = "/collective_rpc", {"method": "satune_load", "args": [str(new.path.resolve())]}
-        if self._adapters:
-            path = "/v1/load_lora_adapter"
-            body = {"lora_name": new.name, "lora_path": str(new.path.resolve())}
+        if not self._adapters:
+            self._has = ""
+            self._check_digest(new, self._called("satune_load", str(new.path.resolve())))
+            if self.server.given is None:
+                self._has = new.digest
+            return
+        body = {"lora_name": new.name, "lora_path": str(new.path.resolve())}
         try:
-            found = self.server.post(path, body)
+            self.server.post("/v1/load_lora_adapter", body)
         except Refused as refused:
-            if self._adapters and "already" in refused.said:  # by this name it is the same
+            if "already" in refused.said:  # by this name it is the same
                 return
             raise self._refusal(refused) from refused
         except Gone as gone:
-            if self._adapters and self.server.well():
+            if self.server.well():
                 raise UserError(
                     f"{self.server.label}: vLLM takes no such adapter ({gone})"
                 ) from gone
             raise
-        if not self._adapters:
-            self._check_digest(new, found["results"])
+
+    def _called(self, method: str, *arguments: str) -> Sequence[Any]:
+        """What the workers answer to a call. Raises Gone, and UserError where it refuses."""
+        body = {"method": method, "args": list(arguments)}
+        try:
+            return self.server.post("/collective_rpc", body)["results"]
+        except Refused as refused:
+            raise self._refusal(refused) from refused
 
     def _check_digest(self, new: Published, results: Sequence[Any]) -> None:
         """Raise UserError where one of the server's workers says that it has loaded other weights
@@ -192,8 +228,7 @@ class Place:
     def _loaded(self) -> str:
         """The digest of the weights that the server has loaded; empty where it has those that it
         was started with."""
-        results = self.server.post("/collective_rpc", {"method": "satune_loaded"})["results"]
-        return results[0]["digest"]
+        return self._called("satune_loaded")[0]["digest"]
 
     async def confirm(self) -> None:
         """``_confirm``, before the requests of an event loop."""
@@ -204,20 +239,24 @@ class Place:
         devices = settings.devices
         own = {"CUDA_VISIBLE_DEVICES": str(devices[self._number % len(devices)])} if devices else {}
         model = self._directory / "model"
-        arguments = arguments_of(self.policies, settings, model, self._places)
+        arguments = arguments_of(self.policies, settings, model, self._sharing())
+        self._has = "" if self._begins is None else self._begins.digest
         self.server.launch(arguments, self._directory / "server.log", own)
+
+    def _sharing(self) -> int:
+        """How many servers are on the device of this one."""
+        devices = self.settings.devices
+        if not devices:
+            return self._places
+        own = devices[self._number % len(devices)]
+        return sum(devices[n % len(devices)] == own for n in range(self._places))
 
     def _probe(self, agent: str) -> Ids:
         """Tokens that the agent has read and written last, or, before it has written any, some of
         its vocabulary."""
         limit = context_of(self._first, self.settings) or self.settings.probe + 1
         length = min(self.settings.probe, limit - 1)
-        if length < 2:
-            return ids_of()
-        written = list(self._written[agent])[-length:]
-        vocabulary = self.policies[agent].config.vocab_size
-        filling = range(length - len(written))
-        return ids_of([*written, *((7919 * place + 13) % vocabulary for place in filling)])
+        return probe_of(self._written[agent], length, self.policies[agent].config.vocab_size)
 
     def _said(self, published: Published, probe: Ids) -> Said:
         def complete(body: Mapping[str, Any]) -> Any:
@@ -239,22 +278,16 @@ class Place:
         """Draw a completion. Raises EpisodeFailure where the prompt has no room, UserError for a
         request that is refused whatever the prompt, and for a server that will not live."""
         policy, attempts = self.policies[agent], 0
-        stops = sorted(i for i in policy.eos_ids if i < policy.config.vocab_size)
         while True:
             published, starts = self._published[agent], self.server.starts
-            body = {
-                **self._named(published), **_drawn(sampling, key), "prompt": list(ids),
-                "stop_token_ids": stops, "ignore_eos": True,
-                "logprobs": 0, "return_token_ids": True,
-            }  # fmt: skip
+            body = {**self._named(published), **asked(policy, ids, sampling, key)}
             try:
                 response = await client.post(f"{self.server.address}/v1/completions", json=body)
                 choice = answer(response)["choices"][0]
                 if choice["finish_reason"] not in ("stop", "length"):
                     raise Gone(f"finish reason {choice['finish_reason']}")
-                # The server's are of what a filter left.
-                filtered = sampling.top_p < 1.0 or sampling.top_k > 0
-                return self._completion(policy, published, ids, choice, logprobs=not filtered)
+                self._written[agent].extend([*ids, *choice["token_ids"]])
+                return completion_of(policy, published.version, ids, sampling, choice)
             except Refused as refused:
                 if kind_of(refused) is OVERFLOW:
                     said = f"context overflow: {refused.said}"
@@ -264,27 +297,6 @@ class Place:
                 gone = error
             attempts += 1
             await self._elsewhere(partial(self._revive, starts, gone, attempts))
-
-    def _completion(
-        self,
-        policy: Policy,
-        published: Published,
-        ids: Ids,
-        choice: Mapping[str, Any],
-        *,
-        logprobs: bool,
-    ) -> Completion:
-        written: list[int] = choice["token_ids"]
-        self._written[policy.name].extend([*ids, *written])
-        return Completion(
-            text=policy.tokenizer.decode(written, skip_special_tokens=True),
-            finish_reason="stop" if written and written[-1] in policy.eos_ids else "length",
-            version=published.version,
-            ids=ids_of(written),
-            logprobs=logprobs_of(choice["logprobs"]["token_logprobs"]) if logprobs else None,
-            prompt_tokens=len(ids),
-            completion_tokens=len(written),
-        )
 
     async def ready(self, agent: str) -> None:
         """Have the server there with weights of the agent: its policy's, where none were given."""
@@ -334,42 +346,26 @@ class Place:
             if self.server.well() and attempt < _ATTEMPTS:
                 time.sleep(0.1 * 2**attempt)
                 return
-            self._deaths += 1
-            if self._deaths > self.settings.restarts:
-                raise UserError(
-                    f"{self.server.label}: vLLM died or did not answer {self._deaths} times "
-                    f"(last: {error}); mend that, then give the same command again"
-                ) from error
-            self.server.stop()
-            self._start()
-            self.server.wait()
-            for published in self._published.values():
-                self._again(partial(self._load, published))
+            while True:
+                self._deaths += 1
+                if self._deaths > self.settings.restarts:
+                    raise UserError(
+                        f"{self.server.label}: vLLM died or did not answer {self._deaths} times "
+                        f"(last: {error}); mend that, then give the same command again"
+                        f"{self.server.log()}"
+                    ) from error
+                self.server.stop()
+                self._start()
+                try:
+                    self.server.wait()
+                    for published in self._published.values():
+                        self._give(published)
+                    return
+                except Gone as again:
+                    error = again
 
     def _refusal(self, refused: Refused) -> UserError:
         return UserError(
             f"{self.server.label}: vLLM refuses the request (status {refused.status}: "
             f"{refused.said})"
         )
-
-
-def _drawn(sampling: Sampling, key: Key) -> dict[str, Any]:
-    """How a completion is drawn, in the server's words."""
-    body: dict[str, Any] = {
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "seed": key.rng("server").getrandbits(31),
-    }
-    if sampling.top_p < 1.0:
-        body["top_p"] = sampling.top_p
-    if sampling.top_k > 0:
-        body["top_k"] = sampling.top_k
-    return body
-
-
-def places_of(policies: Mapping[str, Policy]) -> Sequence[dict[str, Policy]]:
-    """The agents of each model: those whose adapters lie on one base together."""
-    found: dict[int, dict[str, Policy]] = {}
-    for name, policy in policies.items():
-        found.setdefault(id(policy.model), {})[name] = policy
-    return list(found.values())

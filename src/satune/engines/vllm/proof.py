@@ -17,7 +17,7 @@ from torch import Tensor
 
 from satune.agents.policy import Policy
 from satune.engines.vllm.files import Published, read_weights
-from satune.types import Ids, UserError
+from satune.types import Ids, UserError, ids_of
 
 SURE = 5.0
 """The z beyond which old and new weights are told apart."""
@@ -88,6 +88,16 @@ def ask(complete: Ask, named: Mapping[str, Any], probe: Ids) -> Said:
         [float(said[str(token)]["logprob"]) for said, token in own],
         {int(name.removeprefix("token_id:")): float(value) for name, value in after.items()},
     )
+
+
+def probe_of(written: Sequence[int], length: int, vocabulary: int) -> Ids:
+    """``length`` tokens: those that were written last and, where they are fewer, some of the
+    vocabulary. None where there are fewer than two to ask for."""
+    if length < 2:
+        return ids_of()
+    last = list(written)[-length:]
+    filling = range(length - len(last))
+    return ids_of([*last, *((7919 * place + 13) % vocabulary for place in filling)])
 
 
 @torch.no_grad()

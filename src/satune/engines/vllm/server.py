@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import httpx
 
 from satune.engines.failures import Refused
+from satune.engines.vllm.log import Log, may_pass
 from satune.types import UserError
 
 PYTHON = "SATUNE_VLLM_PYTHON"
@@ -41,6 +40,10 @@ ARGUMENTS = (
 """What every server has to be started with, also one that is started otherwise."""
 KEPT = 4.0
 """Seconds that an idle connection is kept: less than the server keeps it."""
+DIRECT: dict[str, Any] = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+"""A proxy from the environment does not know this machine's own servers."""
+_FOREIGN = ("PYTHONHOME", "VLLM_API_KEY")
+"""What the environment says of other interpreters and servers."""
 
 
 class Gone(Exception):
@@ -81,10 +84,13 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._ending: Callable[[], Any] = lambda: None
         self._answered = False
-        self._log: Path | None = None
+        self._log: Log | None = None
+        self._model = ""
         self._cut = False
         limits = httpx.Limits(keepalive_expiry=KEPT)
-        self._client = httpx.Client(timeout=limit, limits=limits, trust_env=given is not None)
+        self._client = httpx.Client(
+            timeout=limit, limits=limits, trust_env=given is not None, mounts=DIRECT
+        )
 
     @property
     def address(self) -> str:
@@ -95,7 +101,8 @@ class Server:
         return self.starts > 0
 
     def launch(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        """Start the process, or nothing where an address was given; ``wait`` waits for it."""
+        """Start the process, or nothing where an address was given; ``wait`` waits for it. Raises
+        UserError where the system does not start it."""
         self._answered = False
         if self.given is not None:
             self.starts += 1
@@ -106,45 +113,72 @@ class Server:
             interpreter(), str(_WORKER / "serve.py"), *arguments, *ARGUMENTS,
             "--host", "127.0.0.1", "--port", str(port),
         ]  # fmt: skip
-        own = {k: v for k, v in os.environ.items() if k != "PYTHONHOME"}
-        self._log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**own, **_SWITCHES, "PYTHONPATH": str(_WORKER), **environment},
-                start_new_session=True,
-            )
+        own = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
+        own.setdefault("VLLM_RPC_BASE_PATH", meeting_place(log.parent))
+        self._model = arguments[arguments.index("--model") + 1]
+        self._log = Log(log)
+        try:
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**own, **_SWITCHES, "PYTHONPATH": str(_WORKER), **environment},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise UserError(
+                f"{self.label}: vLLM did not start: {error.filename or log}: {error.strerror}; "
+                f"look at ${PYTHON}, or give another TMPDIR"
+            ) from error
         self._ending = weakref.finalize(self, _end, self._process)
         self.starts += 1
 
     def wait(self) -> None:
-        """Wait until it answers. Raises UserError where it ends before, or does not come in time;
-        Gone where it ends after it had answered, and Cut after ``cut``."""
+        """Wait until it answers. Raises Gone where it ends and may not do so again, UserError where
+        it ends for a cause of its own before it has answered, or does not come in time, and Cut
+        after ``cut``."""
         end = time.monotonic() + self._start_limit
         while time.monotonic() < end:
             if self._cut:
                 raise Cut
             if self._process is not None and self._process.poll() is not None:
-                if self._answered:
-                    raise Gone(f"it ended with exit code {self._process.returncode}")
-                raise UserError(
-                    f"{self.label}: vLLM did not start (exit code {self._process.returncode}): "
-                    f"{self._last_words()}"
-                )
-            try:
-                if self._client.get(f"{self._address}/health", timeout=5).status_code == 200:
-                    self._answered = True
-                    return
-            except httpx.HTTPError:
-                pass
+                raise self._ended(self._process.returncode)
+            if self._answers():
+                return
             time.sleep(0.2)
         raise UserError(
             f"{self.label}: no answer from vLLM at {self._address} within {self._start_limit:g} s; "
             "look whether it runs, or raise engine.start_seconds"
         )
+
+    def _ended(self, code: int) -> Gone | UserError:
+        how = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
+        if self._answered:
+            return Gone(f"it {how}")
+        assert self._log is not None
+        if may_pass(code, self._log):
+            errors = self._log.errors()
+            return Gone(f"it {how} while it started" + (f": {errors[-1]}" if errors else ""))
+        return UserError(
+            f"{self.label}: vLLM did not start (exit code {code}): {self._log.last()}{self.log()}"
+        )
+
+    def _answers(self) -> bool:
+        """Whether it is there. A server of others may have the port that was chosen for this one,
+        which then ends."""
+        try:
+            if self._client.get(f"{self._address}/health", timeout=5).status_code != 200:
+                return False
+            if self.given is None and not self._answered:
+                found = self._client.get(f"{self._address}/v1/models", timeout=5).json()["data"]
+                if all(model.get("root") != self._model for model in found):
+                    return False
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+        self._answered = True
+        return True
 
     def well(self) -> bool:
         """Whether it is there and says that it can answer."""
@@ -175,17 +209,10 @@ class Server:
     def uncut(self) -> None:
         self._cut = False
 
-    def _last_words(self) -> str:
-        """The last line of its log that names a cause, else the last one; and where a copy of the
-        log lies."""
-        assert self._log is not None
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines()]
-        lines = [line for line in lines if line]
-        errors = [x for x in lines if "Error" in x and "root cause" not in x and "Trace" not in x]
-        said = (errors or lines or ["it said nothing"])[-1]
-        kept = Path(tempfile.gettempdir(), f"satune-vllm-{os.getpid()}.log")
-        shutil.copy(self._log, kept)
-        return f"{said if len(said) <= 300 else f'{said[:300]}...'}; its log: {kept}"
+    def log(self) -> str:
+        """Where a copy of its log lies, for the end of a line; empty where there is none."""
+        kept = None if self._log is None else self._log.kept()
+        return "" if kept is None else f"; its log: {kept}"
 
 
 def answer(response: httpx.Response) -> Any:
@@ -200,6 +227,12 @@ def answer(response: httpx.Response) -> Any:
     if response.status_code >= 300:
         raise Refused(response.status_code, data)
     return data
+
+
+def meeting_place(directory: Path) -> str:
+    """Where the processes of a server meet, by sockets with names of 36 letters: there, or where a
+    socket's whole path may not be so long (107 bytes), in the system's own place."""
+    return str(directory) if len(os.fsencode(directory)) + 37 <= 107 else "/tmp"
 
 
 def _free_port() -> int:

@@ -16,14 +16,15 @@ class VLLMSettings:
 
     ``servers`` are addresses of servers that were started otherwise, one a model in the order of
     the team's agents; without them they are started here, on ``devices`` (CUDA's numbers) in turn.
-    ``max_rows`` bounds the sequences that a server decodes at once; ``memory`` what it takes: up to
-    1 a share of the GPU (weights included) or of the free memory of a CPU, which servers share,
-    above 1 bytes of keys and values, a server. ``context`` is the longest sequence in tokens (null:
-    the model's).
+    ``max_rows`` bounds the sequences that a server decodes at once; ``memory`` what is taken: up to
+    1 a share of each GPU, weights included, which the servers on it divide evenly (without
+    ``devices`` all are on one), on a CPU of its free memory, which all divide; above 1 bytes of
+    keys and values, a server. ``context`` is the longest sequence in tokens (null: the model's).
     ``probe`` tokens are scored by server and learner after weights were given (0: none), and
     ``tolerance`` is what they may differ by on average, in nats a token (null: 1e-3 in float32, 0.1
-    in types of two bytes). A server that dies is started again, ``restarts`` times between two
-    updates; it has ``start_seconds`` to be there, and ``timeout`` seconds for an answer."""
+    in types of two bytes). A server that dies, also while it starts, is started again, ``restarts``
+    times between two updates; it has ``start_seconds`` to be there, and ``timeout`` seconds for an
+    answer."""
 
     servers: Annotated[tuple[Text, ...], MayChange()] = ()
     devices: Annotated[tuple[Whole | Text, ...], MayChange()] = ()

@@ -22,7 +22,7 @@ class Extension:
 
     model_runner: Any
     reload_weights: Callable[..., None]
-    satune_digest: str = ""
+    satune_digest: str | None = None
 
     def satune_load(self, path: str) -> dict[str, str]:
         """Load a model's weights, whole and in a checkpoint's names, from a safetensors file; gives
@@ -43,6 +43,14 @@ class Extension:
 
     def satune_loaded(self) -> dict[str, str]:
         """The ``digest`` of the weights that were loaded last; empty where none were."""
+        return {"digest": self.satune_digest or ""}
+
+    def satune_has(self) -> dict[str, str]:
+        """The ``digest`` of the weights that were loaded last or, where none were, of the file that
+        the server was started with."""
+        if self.satune_digest is None:
+            directory = Path(self.model_runner.vllm_config.model_config.model)
+            self.satune_digest = digest_of(directory / "model.safetensors")
         return {"digest": self.satune_digest}
 
 

@@ -1,7 +1,8 @@
 """A process that is started as vLLM's server is, answers without a model, and dies when told to.
 
 Tokens are a function of the seed. Every start, with its arguments, and every digest that it was
-given is written to the file that the environment variable STARTS names.
+given or asked for is written to the file that the environment variable STARTS names. A file beside
+it, whose name ends in .ends, has one line for each start that does not come to answer: how it ends.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,10 +32,12 @@ def note(**what: Any) -> None:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    digest = ""
 
     def do_GET(self) -> None:
         slow = os.environ.get("SLOW") and not Path(os.environ["STARTS"] + ".ready").exists()
-        self._send(None, 503 if slow else 200)
+        models = {"data": [{"id": "base", "root": given["--model"]}]}
+        self._send(models if self.path == "/v1/models" else None, 503 if slow else 200)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -41,10 +45,16 @@ class Handler(BaseHTTPRequestHandler):
         if mortal.exists() and mortal.read_text() == self.path:
             mortal.unlink()
             os._exit(1)
+        if self.path == "/collective_rpc" and body["method"] == "satune_has":
+            said = "0" * 32 if Path(os.environ["STARTS"] + ".lies").exists() else Handler.digest
+            note(has=said)
+            self._send({"results": [{"digest": said}]})
+            return
         if self.path == "/collective_rpc":
             data = Path(body["args"][0]).read_bytes()
             digest = hashlib.blake2b(data, digest_size=16).hexdigest()
             note(loaded=digest)
+            Handler.digest = digest
             self._send({"results": [{"digest": digest}]})
             return
         draw = random.Random(body["seed"])
@@ -63,12 +73,34 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
+ERRORS = {
+    "error": "ImportError: no module named torch",
+    "core killed": "RuntimeError: Engine core initialization failed. See root cause above. "
+    "Failed core proc(s): {'EngineCore_DP0': -9}",
+    "silent": "",
+}
+
+
+def ends() -> None:
+    """End as the next line of the file says, if there is one."""
+    file = Path(os.environ["STARTS"] + ".ends")
+    how, _, rest = file.read_text().partition("\n") if file.exists() else ("", "", "")
+    if not how:
+        return
+    file.write_text(rest)
+    note(ends=how)
+    print("INFO starting", flush=True)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(ERRORS[how], flush=True)
+    sys.exit(3)
+
+
 if __name__ == "__main__":
     given = arguments()
-    if os.environ.get("BROKEN"):
-        print("INFO starting\nImportError: no module named torch\n")
-        sys.exit(3)
+    ends()
     weights = Path(given["--model"], "model.safetensors")
     digest = hashlib.blake2b(weights.read_bytes(), digest_size=16).hexdigest()
     note(arguments=given, digest=digest)
+    Handler.digest = digest
     ThreadingHTTPServer(("127.0.0.1", int(given["--port"])), Handler).serve_forever()
