@@ -308,19 +308,20 @@ def load_team(
         task=manifest["task"],
         max_new_tokens=manifest.get("max_new_tokens"),
     )
-    add_mixtures(team, directory, manifest, dtype=dtype, device=device)
+    add_mixtures(team, directory, manifest, dtype=dtype)
     return team
 
 
-def add_mixtures(
-    team: Team, directory: Path, manifest: Mapping[str, Any], *, dtype: str, device: str
-) -> None:
-    """Put the newcomers beside the agents that a swap has left as mixtures of two models."""
+def add_mixtures(team: Team, directory: Path, manifest: Mapping[str, Any], *, dtype: str) -> None:
+    """Put the newcomers beside the agents that a swap has left as mixtures of two models, each on
+    the device of its incumbent."""
     for name, entry in manifest["agents"].items():
         mixture = entry.get("mixture")
         if mixture is None:
             continue
-        spec = replace(team.specs[name], model=str(directory / mixture["dir"]), lora=None)
+        source = str(directory / mixture["dir"])
+        spec = replace(team.specs[name], model=source, lora=None, device=None)
+        device = str(team.policies[name].device)
         newcomer = load_policies(
             [spec], shared_base=False, precision=Precision.of(dtype), device=device, seed=0
         )[name]

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_m
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from devices import Devices
 from satune.agents.policy import Policy
 from satune.agents.pretrained import AgentSpec, LoraSpec, Precision, load_policies
 from satune.tiny.tokenizers import llama_tokenizer
@@ -99,6 +100,42 @@ def test_a_merge_that_is_another_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(UserError, match=r"agent a: merged into the weights, .* lora block"):
         load(AgentSpec("a", str(tmp_path / "adapter")))
+
+
+def test_adapters_of_one_base_lie_on_one_device(tmp_path: Path) -> None:
+    base = saved_model(tmp_path / "base", tiny_lm("qwen3"))
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    saved_adapter(tmp_path / "adapter", base, config)
+    ann = AgentSpec("ann", base, device="cuda:1")
+    saved = str(tmp_path / "adapter")  # whose name says nothing of its base
+    options: Any = {"precision": Precision.of("float32"), "device": "cuda:0", "seed": 0}
+    with Devices():
+        specs = [ann, AgentSpec("bob", saved, device="cuda:1")]
+        found = load_policies(specs, shared_base=True, **options)
+        assert found["ann"].model is found["bob"].model
+        assert {str(t.device) for p in found.values() for t in p.export().values()} == {"cuda:1"}
+        with pytest.raises(UserError) as caught:
+            load_policies([ann, AgentSpec("bob", saved)], shared_base=True, **options)
+        said = str(caught.value)
+        assert said.startswith("team.agents.bob.device: cuda:0 is not where the base lies that it")
+        assert "with ann (cuda:1)" in said and "\n" not in said
+        # With a base each they are free to.
+        apart = load_policies([ann, AgentSpec("bob", saved)], shared_base=False, **options)
+        assert [str(policy.device) for policy in apart.values()] == ["cuda:1", "cuda:0"]
+
+
+def test_a_device_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
+    base = saved_model(tmp_path / "base", tiny_lm("qwen3"))
+    options: Any = {"shared_base": False, "precision": Precision.of("float32"), "seed": 0}
+    for spec, device, key in (
+        (AgentSpec("ann", base, device="gpu7"), "cpu", "team.agents.ann.device: 'gpu7'"),
+        (AgentSpec("ann", base), "gpu7", "team.device: 'gpu7'"),
+    ):
+        with pytest.raises(UserError, match=f"^{key} cannot be used .* give auto, cpu or cuda:N$"):
+            load_policies([spec], device=device, **options)
+    # Nobody lies where the team would.
+    found = load_policies([AgentSpec("ann", base, device="cpu")], device="gpu7", **options)
+    assert found["ann"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("lora", [None, LoraSpec(2, 8.0)])

@@ -13,7 +13,7 @@ import pytest
 
 import tiny_world
 from command_line import ENVIRONMENT, Run, refused
-from satune.commands.launch import Launch
+from satune.commands.launch import Job, Launch
 from satune.config.load import load_recipe, recipe_text
 from satune.types import UserError
 
@@ -74,7 +74,7 @@ def test_the_script_runs_torchrun_on_every_machine(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     words = ["relay", "seed=3", "--out", "runs/it's here", "--resume"]
-    text = Launch(words, 8, 2).script("relay", tmp_path / "log", 90, ["--partition=gpu"])
+    text = Launch(words, 8, 2).script(Job("relay", tmp_path / "log", 90, ["--partition=gpu"]))
     lines = text.splitlines()
     directives = [line for line in lines if line.startswith("#SBATCH ")]
     # sbatch reads them up to the first command.
@@ -105,6 +105,20 @@ def test_the_script_runs_torchrun_on_every_machine(
         (["--processes", "0"], "launch: --processes is 0; give 1 or more"),
         (["--slurm", "job.sh", "--sbatch", "gpu"], "--sbatch 'gpu' is no option"),
         (["stages=none"], "stages: expected an integer"),
+        (
+            ["--hosts", "2", "--processes", "2"],
+            "launch: --processes cuts each agent over processes",
+        ),
+        (["--hosts", "2", "--slurm", "job.sh", "--nodes", "2"], "launch: --nodes cuts each agent"),
+        (["--srun"], "launch: --srun is for --hosts N inside a job"),
+        (["--hosts", "2", "--srun"], "SLURM_JOB_NODELIST is not set; write the job's script by"),
+        (["--hosts", "0"], "--hosts is 0, and 3 agents are there to be dealt out (first, second, "),
+        (["--hosts", "2", "team.sharing=shared"], "launch: --hosts deals agents out, and team.sha"),
+        (
+            ["--hosts", "2", "sharding={}"],
+            "sharding: one process drives agents that live elsewhere",
+        ),
+        (["--hosts", "2", "engine.order=throughput"], "engine.order: throughput is not for agents"),
     ],
 )
 def test_what_is_wrong_is_one_line(

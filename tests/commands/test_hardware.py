@@ -19,6 +19,9 @@ from satune.types import UserError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # Qwen3-0.6B: 28 layers of 1,024, 16 heads of 128, 8 of them with keys and values, tied embeddings.
 MODEL = "Qwen/Qwen3-0.6B"
+THREE = {
+    name: {"model": MODEL, "device": f"cuda:{n}"} for name, n in (("a", 0), ("b", 1), ("c", 1))
+}
 
 
 @pytest.fixture
@@ -112,6 +115,73 @@ def test_rows_are_fitted_beside_all_weights(
     agent = describe_recipe(loaded)["agents"]["a"]
     fits = int((0.9 * 20e9 - agent["memory"]["weights"]) / message)
     assert plan(loaded, "box", 1)["rows"]["a"] == fits
+
+
+def test_agents_on_devices_of_their_own_by_hand(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three agents of one model, two on one device: nothing is cut, and nothing overlaps."""
+    three = f"team.agents={json.dumps(THREE)}"
+    monkeypatch.setitem(hardware.DEVICES, "box", Device(100e9, 1e12, 1e14, 1e13))
+    one = plan(load_recipe(recipe), "box", 1)
+    found = plan(load_recipe(recipe, [three]), "box")
+    assert found["apart"] and found["devices"] == 2 and not one["apart"]
+    assert found["rows"] == dict.fromkeys("abc", 8)
+    for part in ("rollout", "learning"):
+        times = 3 * 3 if part == "rollout" else 3  # the schedule is fresh: a rollout a step
+        assert found["seconds"][part] == pytest.approx([times * one["seconds"][part][0]] * 2)
+    parameters = describe_recipe(load_recipe(recipe))["agents"]["a"]["parameters"]
+    # Two agents' masters, and the gradients, moments and copies of one of them.
+    assert found["memory"]["held"] == (2 * 4 + 20) * parameters
+    hours = 2 * 3 * found["seconds"]["stage"][0] / 3600
+    assert found["device_hours"] == pytest.approx([hours] * 2)
+    said = plan_lines(found)
+    assert said[0].startswith("on 2 × box, agents apart and counted one after another, on paper: ")
+    assert said[1].startswith("the fullest device holds ")
+
+
+def test_rows_are_fitted_on_the_agents_own_device(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = describe_recipe(load_recipe(recipe))["agents"]["a"]["parameters"]
+    monkeypatch.setitem(hardware.DEVICES, "box", Device(25e9, 1e12, 1e14, 1e13))
+    overrides = [f"team.agents={json.dumps(THREE)}", "rollout.problems=4000"]
+    message = 2 * (2 * 28 * 8 * 128) * (512 + 100)
+    rows = plan(load_recipe(recipe, overrides), "box")["rows"]
+    # float32 masters of those that lie there, and the 16 bits that are computed in.
+    for name, held in (("a", 4 + 2), ("b", 8 + 2), ("c", 8 + 2)):
+        assert rows[name] == int((0.9 * 25e9 - held * parameters) / message)
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "memory", "said"),
+    [
+        (("cuda:0", "cuda:1"), 4, 100e9,
+         "puts its agents on 2 devices (cuda:0, cuda:1); leave out --devices"),
+        (("cuda:0", "cpu"), None, 100e9, "b on a CPU is not in a plan for box"),
+        (("cuda:0", "cuda:1"), None, 14e9,
+         "weights and the largest step of a on cuda:0 are 14 GB, activations 1.0 GB"),
+    ],
+)  # fmt: skip
+def test_devices_of_ones_own_that_cannot_be_planned(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch,
+    devices: tuple[str, str], count: int | None, memory: float, said: str,
+) -> None:  # fmt: skip
+    team = {n: {"model": MODEL, "device": d} for n, d in zip("ab", devices, strict=True)}
+    monkeypatch.setitem(hardware.DEVICES, "box", Device(memory, 1e12, 1e14, 1e13))
+    with pytest.raises(UserError) as caught:
+        plan(load_recipe(recipe, [f"team.agents={json.dumps(team)}"]), "box", count)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_auto_is_a_device_of_the_plan(recipe: Path) -> None:
+    """Whatever lies in the machine on which it is asked."""
+    team = {"a": {"model": MODEL, "device": "cuda:0"}, "b": {"model": MODEL}}
+    both = load_recipe(recipe, [f"team.agents={json.dumps(team)}"])
+    assert not plan(both, "h200", 1)["apart"]
+    team["c"] = {"model": MODEL, "device": "cuda:1"}
+    found = plan(load_recipe(recipe, [f"team.agents={json.dumps(team)}"]), "h200")
+    assert found["devices"] == 2
 
 
 def test_a_token_goes_through_some_of_the_experts() -> None:

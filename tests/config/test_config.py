@@ -247,6 +247,8 @@ def test_a_wrong_key_or_value_is_one_line(tmp_path: Path, text: str, expected: s
          "team.agents.a.learning_rate: expected a number of at most 1e+30, got 1e+39"),
         ("{agents: {a: {model: 'http://h/v1#m', frozen: true, attention: eager}, b: {model: y}}}",
          "team.agents.a.attention: its server computes a served model; remove the key"),
+        ("{agents: {a: {model: 'http://h/v1#m', frozen: true, device: cpu}, b: {model: y}}}",
+         "team.agents.a.device: its server computes a served model; remove the key"),
         ("{agents: {a: {model: 'http://h/v1'}}}",
          "team.agents.a.model: a model at h: give http://ADDRESS/v1#MODEL"),
         ("{agents: {a: {model: 'http://u:pw@h/v1#m'}}}",
@@ -378,6 +380,12 @@ def test_values_need_no_groups(relay: Path) -> None:
         (["rollout.ahead=1", "team.agents.ben.host='https://there'"], "rollout.ahead",
          "needs the weights of every agent that learns here"),
         (["rollout.ahead=-1"], "rollout.ahead", "at least 0, got -1"),
+        (["team.sharing=shared", "team.agents.ben.device=cuda:1"], "team.agents.ben.device",
+         "'ada' and 'ben' share their weights and so must agree on device"),
+        (["team.sharing=lora", "team.agents.ben.device=cuda:1"], "team.agents.ben.device",
+         "adapters on one base, which lies on one device, and here are auto and cuda:1"),
+        (["sharding={}", "team.agents.ben.device=cuda"], "team.agents.ben.device",
+         "every process holds a part of every agent; remove it or sharding"),
     ],
 )  # fmt: skip
 def test_cross_checks(relay: Path, overrides: list[str], key: str, says: str) -> None:
@@ -398,6 +406,12 @@ def test_nearby_recipes_pass_the_cross_checks(relay: Path) -> None:
     for schedule in ("reuse", "hybrid"):
         load_recipe(relay, ["rollout.ahead=2", f"schedule={schedule}", "order=random"])
     load_recipe(relay, ["rollout.ahead=1", "credit=gae", "critic.kind=head"])
+    apart = ["team.agents.ada.device=cuda:0", "team.agents.ben.device=cuda:1"]
+    load_recipe(relay, apart)
+    load_recipe(relay, [*apart, "team.sharing=lora", "team.agents.ben.model=tiny:llama-s"])
+    # Elsewhere, and named in another way, the device is the same.
+    load_recipe(relay, [*apart, "team.sharing=lora", "team.agents.ben.host='https://there'"])
+    load_recipe(relay, [apart[0], "team.device=cuda:0", "team.sharing=lora"])
     dapo = load_recipe(relay, ["objective=dapo", "objective.clip_low=null"]).objective
     assert dapo.options == {"clip_low": None, "clip_high": 0.28}
 
@@ -570,7 +584,8 @@ def test_what_a_resume_may_change_is_documented(relay: Path, tmp_path: Path) -> 
     directory.start()
     save_recipe(load_recipe(relay), directory.recipe)
     for allowed in (
-        "stages=3", "team.device=cpu", "team.cache=/elsewhere", "optimizer.micro_batch_tokens=9",
+        "stages=3", "team.device=cpu", "team.agents.ben.device=cuda:1",
+        "team.cache=/elsewhere", "optimizer.micro_batch_tokens=9",
         "optimizer.offload=none", "engine.max_rows=8", "checkpoint.keep=9",
         "log.report_to=tensorboard", "log.report_conversations=3", "log.project=other",
     ):  # fmt: skip

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from devices import Devices
+from satune.agents import memory as memory_of
 from satune.agents.policy import Policy
 from satune.engines import request as request_of
-from satune.engines.cache import RowCache
+from satune.engines.cache import PrefixStore, RowCache
 from satune.engines.local import LocalEngine
 from satune.engines.probe import token_bytes
+from satune.engines.room import rooms
 from satune.engines.rows import Rows
 from satune.types import Completion, Key, Prompt, Sampling, ids_of
 from tiny_models import Letters, tiny_lm, tiny_policy
@@ -201,3 +204,25 @@ def test_what_a_token_takes():
         policy = Policy("a", tiny_lm("qwen3", dtype=torch.float32), Letters(), 1, autocast=autocast)
         # Keys come in float32 under autocast, and attention computes in bfloat16.
         assert token_bytes("a", policy) == 2 * 2 * 1 * 8 * size
+
+
+def test_agents_on_devices_of_their_own_have_a_room_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda:0": 1000, "cuda:1": 60}
+    monkeypatch.setattr(memory_of, "free_bytes", lambda device: free[str(device)])
+    with Devices():
+        policies = {name: tiny_policy(name) for name in ("ann", "bob", "eve")}
+        for name, device in (("ann", "cuda:0"), ("bob", "cuda:1"), ("eve", "cuda:0")):
+            policies[name].model.to(device)
+        stores = {name: PrefixStore(100) for name in policies}
+        found = rooms(0.5, policies, stores, {})
+        assert found["ann"] is found["eve"] is not found["bob"]
+        assert (found["ann"].limit, found["bob"].limit) == (500, 30)
+        # What lies on one device takes nothing of the other's room.
+        cache = RowCache(None)
+        cache.keys = [torch.zeros(1, 1, 5, 2, device="cuda:0")]
+        cache.values = [torch.zeros(1, 1, 5, 2, device="cuda:0")]
+        found["ann"].decodes("ann", cache)
+        assert found["eve"].left("eve") == 500 - 2 * 40 and found["bob"].left("bob") == 30
+        assert found["bob"].alone("bob") and cache.nbytes == 80
+        # Bytes are bytes on each.
+        assert {room.limit for room in rooms(70.0, policies, stores, {}).values()} == {70}

@@ -165,6 +165,7 @@ def test_what_each_side_may_have_of_its_own(recipe: Path) -> None:
     ours = facts_of(load_recipe(recipe))
     for own in (
         "team.agents.bob.model=/elsewhere", "team.agents.bob.delta=0.1", "team.device=cuda",
+        "team.agents.bob.device=cuda:1",
         "team.agents.bob.host=https://x.example", "task.data=/other.jsonl", "stages=9",
         "engine.max_rows=7", "hosts.wait=3",
     ):  # fmt: skip

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 import tiny_world
+from devices import Devices
+from satune.agents.mixture import MixturePolicy
 from satune.agents.rendering import ChatRenderer, TemplateSettings
+from satune.commands import project
 from satune.commands.assemble import Cast
 from satune.commands.project import MEASURED, PROBLEMS
 from satune.commands.reseat import find_team, load_found, reseated, with_newcomer
@@ -31,7 +34,7 @@ from satune.tiny.training import TinySettings, imitate, rows_of
 from satune.tiny.zoo import tiny_tokenizer
 from satune.training.run_directory import RunDirectory
 from satune.training.state_file import read_state
-from satune.types import Entry, Key, UserError
+from satune.types import Entry, Key, ServedModel, UserError
 from swapped_teams import ANY, digests, go_on, state_of, trained
 
 SEVEN = '''
@@ -299,6 +302,32 @@ def test_a_projection_outside_delta_can_stay_a_mixture(
              recipe=world / "recipe.yaml")  # fmt: skip
     assert give(tmp_path / "out", ("bob", world / "newcomer"), method="auto", out=tmp_path / "y",
                 recipe=world / "recipe.yaml")["swaps"][0]["method"] == "handover"  # fmt: skip
+
+
+def test_a_newcomer_lies_where_its_incumbent_did(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PROBLEMS", "MEASURED", "PREVIEWED"):
+        monkeypatch.setattr(project, name, 2)
+    with Devices() as devices:
+        places = [f"team.agents.{n}.device=cuda:{d}" for n, d in (("ann", 0), ("bob", 1))]
+        small = ["stages=1", "rollout.problems=2", "rollout.samples=2", "engine.memory=1000000"]
+        trained(world / "recipe.yaml", tmp_path / "run", [*places, *small])
+        old = load_found(find_team(tmp_path / "run", None), lambda done, total, what: None)
+        new = with_newcomer(old, "bob", str(world / "newcomer")).cast.team.policies
+        assert [str(policy.device) for policy in new.values()] == ["cuda:0", "cuda:1"]
+        assert new["ann"] is old.cast.team.policies["ann"]
+        served = with_newcomer(old, "bob", ServedModel("http://127.0.0.1:9/v1", "m")).cast.recipe
+        assert served.team.agents["bob"].device is None
+        result = give(
+            tmp_path / "run", ("bob", world / "newcomer"), out=tmp_path / "out", rounds=1,
+            method="project", delta=1e-6, otherwise="mixture",
+        )  # fmt: skip
+        assert result["verdict"] == "mixture" and set(devices.calls) == {"cuda:0", "cuda:1"}
+        team = load_team(tmp_path / "out", device="cuda:1")
+        assert {str(part.device) for part in team.policies["bob"].parts} == {"cuda:1"}
+        with pytest.raises(AssertionError, match="one device for both"):
+            MixturePolicy("bob", new["ann"], new["bob"], 0.1)
 
 
 def test_a_projection_outside_delta_can_be_judged_by_its_reward(

@@ -75,6 +75,7 @@ class MixturePolicy(Policy):
     """
 
     def __init__(self, name: str, incumbent: Policy, newcomer: Policy, delta: float) -> None:
+        assert incumbent.device == newcomer.device, "one device for both"
         difference = tokenizer_difference(incumbent.tokenizer, newcomer.tokenizer)
         if difference is not None:
             raise UserError(

@@ -38,9 +38,10 @@ _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safeten
 class AgentSpec:
     """What an agent is made from. ``model`` is a directory, a file or a hub id, or a served model;
     ``server`` has how that is asked, as ``team.agents.*.server`` of a recipe. ``attention`` names
-    an implementation of transformers', None what the model says is best for it. With a ``host``,
-    the address at which its owner keeps it, nothing of the model is here; ``host_token_env`` names
-    the environment variable with the token that is sent there."""
+    an implementation of transformers', None what the model says is best for it. ``device`` is where
+    the model lies, None where the team does. With a ``host``, the address at which its owner keeps
+    it, nothing of the model is here; ``host_token_env`` names the environment variable with the
+    token that is sent there."""
 
     name: str
     model: str | ServedModel
@@ -50,6 +51,7 @@ class AgentSpec:
     delta: float | None = None
     trust_remote_code: bool = False
     attention: str | None = None
+    device: str | None = None
     server: Mapping[str, Any] = field(default_factory=dict)
     host: str | None = None
     host_token_env: str = HOST_VARIABLE
@@ -93,12 +95,14 @@ class Precision:
 def load_policies(
     specs: Sequence[AgentSpec], *, shared_base: bool, precision: Precision, device: str, seed: int
 ) -> dict[str, Policy]:
-    """A policy an agent. With ``shared_base``, agents of one model share its weights in memory, an
-    adapter each. Raises UserError naming the agent whose model cannot be loaded."""
-    where = _device(device)
+    """A policy an agent, on the device of its spec or else on ``device``. With ``shared_base``,
+    agents of one model share its weights in memory, an adapter each. Raises UserError naming the
+    agent whose model cannot be loaded, or whose base lies on another device than the agent."""
     bases: dict[tuple[str, str | None], tuple[PeftModel, Any]] = {}
+    places: dict[tuple[str, str | None], tuple[str, torch.device]] = {}
 
     def load(spec: AgentSpec) -> Policy:
+        where = _device_of(spec, device)
         saved = saved_adapter(spec.source)
         if saved and not Path(spec.source, "adapter_model.safetensors").is_file():
             raise UserError(  # a .bin is a pickle, and opening one may run what is written in it
@@ -119,14 +123,16 @@ def load_policies(
             config = _lora_config(spec, lora, saved)
             if (base_id, spec.attention) in bases and shared_base:
                 model, tokenizer = bases[base_id, spec.attention]
+                _check_together(spec, where, *places[base_id, spec.attention])
                 _with_adapter(model, adapter, config, seed)
             else:
                 base = _load_model(spec, base_id, precision.frozen)
                 tokenizer = _load_tokenizer(spec, base_id)
                 model = _with_adapter(base, adapter, config, seed)
                 bases[base_id, spec.attention] = model, tokenizer
+                places[base_id, spec.attention] = spec.name, where
             if saved:
-                set_peft_model_state_dict(model, load_peft_weights(spec.source), adapter)
+                set_peft_model_state_dict(model, load_peft_weights(spec.source, "cpu"), adapter)
         return Policy(
             spec.name,
             model.to(where),
@@ -191,7 +197,10 @@ def _lay_out(model: nn.Module) -> None:
                 held[name] = made[id(tensor)]
 
 
-def _device(name: str) -> torch.device:
+def _device_of(spec: AgentSpec, team: str) -> torch.device:
+    """Where an agent's model is to lie, in a team that lies on the device ``team``."""
+    key = "team.device" if spec.device is None else f"team.agents.{spec.name}.device"
+    name = spec.device or team
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -200,9 +209,18 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"team.device: {name!r} cannot be used ({reason}); give auto, cpu or cuda:N"
+            f"{key}: {name!r} cannot be used ({reason}); give auto, cpu or cuda:N"
         ) from error
     return device
+
+
+def _check_together(spec: AgentSpec, where: torch.device, first: str, device: torch.device) -> None:
+    """Raise UserError where an agent is to lie elsewhere than the ``first`` one of its base."""
+    if where != device:
+        raise UserError(
+            f"team.agents.{spec.name}.device: {where} is not where the base lies that it shares "
+            f"with {first} ({device}); give both one device, or set team.sharing to separate"
+        )
 
 
 def _lora_config(spec: AgentSpec, lora: LoraSpec, saved: SavedAdapter | None) -> LoraConfig:

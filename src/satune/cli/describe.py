@@ -43,16 +43,20 @@ def describe(
     loaded = given_recipe(shipped_recipe(recipe), overrides or [], spoken)
     # These load torch, which no mistake needs.
     from satune.commands.describe import describe_recipe
-    from satune.commands.footprint import stage_bytes
+    from satune.commands.footprint import stage_bytes_by_device
 
-    description = describe_recipe(loaded)
+    description = describe_recipe(loaded, gpu=None if on is None else True)
     if on is not None:
         from satune.commands.hardware import Assumed, plan
 
         assumed = Assumed(prompt, answer, compute, bandwidth)
         description["plan"] = plan(loaded, on, devices, assumed)
-    elif peak := stage_bytes(loaded):
-        description["peak"] = peak
+    elif found := stage_bytes_by_device(loaded):
+        fullest = max(found, key=lambda device: found[device]["peak"])
+        description["peak"] = found[fullest]
+        placed = description["places"]["devices"]
+        for device, phases in found.items() if len(placed) > 1 else ():
+            placed[device]["peak"] = phases["peak"]
     show_result(description, as_json, _show)
 
 
@@ -95,6 +99,8 @@ def _show(description: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for line in place_lines(description["places"]):
+        console.print(line, highlight=False, soft_wrap=True)
     critics = [
         f"{name} {bytes_text(held.get('weights'))} and {bytes_text(held.get('step'))}"
         for name, agent in description["agents"].items()
@@ -122,8 +128,9 @@ def _show(description: dict[str, Any]) -> None:
     if "peak" in description:
         parts = {name: bytes_text(size) for name, size in description["peak"].items()}
         most = parts.pop("peak")
+        where = " on the fullest device" if len(description["places"]["devices"]) > 1 else ""
         console.print(
-            f"tensors of a stage: at most {most} at once, activations and cache included "
+            f"tensors of a stage{where}: at most {most} at once, activations and cache included "
             f"({', '.join(f'{name} {size}' for name, size in parts.items())})",
             highlight=False,
             soft_wrap=True,
@@ -137,6 +144,43 @@ def _show(description: dict[str, Any]) -> None:
         console.print(description["overlap"], highlight=False, soft_wrap=True)
 
 
+def place_lines(places: dict[str, Any]) -> list[str]:
+    """Where what lies: a line a device, a server, and an agent that lies elsewhere."""
+    from satune.commands.describe import bytes_text
+
+    lines = []
+    for device, there in places["devices"].items():
+        held = ""
+        if len(places["devices"]) > 1:
+            held = f", {bytes_text(there.get('together'))} of weights and the largest step"
+        if "peak" in there:
+            held += f", at most {bytes_text(there['peak'])} of tensors"
+        lines.append(f"on {device}: {', '.join(there['agents'])}{held}")
+    cut = [name for name, place in places["agents"].items() if "processes" in place]
+    if cut:
+        lines.append(f"cut over all processes: {', '.join(cut)}")
+    servers: dict[str, list[str]] = {}
+    for name, place in places["agents"].items():
+        if "host" in place:
+            lines.append(f"with its owner, at {place['host']}: {name}")
+        server = place.get("server")
+        if server is not None:
+            servers.setdefault(_server(server), []).append(name)
+    return lines + [f"{server}: {', '.join(names)}" for server, names in servers.items()]
+
+
+def _server(server: dict[str, Any]) -> str:
+    """What a line calls a server by."""
+    if "number" not in server:
+        return f"served at {server['address']}"
+    where = ""
+    if "address" in server:
+        where = f" at {server['address']}"
+    elif "device" in server:
+        where = f" on CUDA device {server['device']}"
+    return f"vLLM server {server['number']}{where}"
+
+
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """What a stage takes on the devices that were asked about, and what that rests on."""
     from satune.commands.describe import bytes_text
@@ -147,13 +191,16 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 
     seconds, memory, assumed = plan["seconds"], plan["memory"], plan["assumed"]
     rows = ", ".join(f"{name} {count:,}" for name, count in plan["rows"].items())
+    on, which = f"on {plan['devices']} × {plan['device']}", "a"
+    if plan["apart"]:
+        on, which = f"{on}, agents apart and counted one after another", "the fullest"
     low, high = plan["device_hours"]
     hours = f"{low:,.1f}" if f"{low:,.1f}" == f"{high:,.1f}" else f"{low:,.1f} to {high:,.1f}"
     return [
-        f"on {plan['devices']} × {plan['device']}, on paper: a stage {span(*seconds['stage'])} "
+        f"{on}, on paper: a stage {span(*seconds['stage'])} "
         f"(rollouts {span(*seconds['rollout'])}, learning {span(*seconds['learning'])}); the run "
         f"{hours} device hours",
-        f"a device holds {bytes_text(memory['held'])} of weights and the largest step and "
+        f"{which} device holds {bytes_text(memory['held'])} of weights and the largest step and "
         f"{bytes_text(memory['activations'])} of activations; messages decoded at once: {rows}",
         f"assumed: prompts of {assumed['prompt']:,} and messages of {assumed['answer']:,} tokens, "
         f"{assumed['precision']}, {assumed['share_of_compute']:.0%} of the published operations "

@@ -67,6 +67,7 @@ def _serve(
     from satune.cli.progress import Display
     from satune.commands.host import assemble_owners, own_agents
     from satune.config.schema import Recipe
+    from satune.files.interrupts import ended_by_term
     from satune.files.lock import LOCK, locked
     from satune.files.writing import disk_errors
     from satune.hosts.client import token_in
@@ -80,6 +81,7 @@ def _serve(
         # As in a run of tiny models alone.
         torch.set_num_threads(1)
     with ExitStack() as stack:
+        stack.enter_context(ended_by_term())
         for place in places.values():
             with disk_errors(place):
                 place.mkdir(parents=True, exist_ok=True)

@@ -275,6 +275,7 @@ def agent_spec(name: str, section: AgentSection, model: str | ServedModel) -> Ag
         delta=section.delta,
         trust_remote_code=section.trust_remote_code,
         attention=section.attention,
+        device=section.device,
         server=asdict(section.server) if section.server else {},
         host=section.host,
         host_token_env=section.host_token_env,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import yaml
 from satune.agents.architectures import cached_numbers, configuration, skeleton
 from satune.agents.specs import CriticSettings, LoraSpec
 from satune.commands.assemble import check_room, engine_of, load_tasks, overlap_note
+from satune.commands.placement import bases, copied, is_here, places_of
 from satune.config.checks import schedule_of
 from satune.config.load import recipe_text
-from satune.config.schema import Recipe
+from satune.config.schema import AgentSection, Recipe
 from satune.engines.base import keeps_weights
 from satune.protocols.named import load_protocol
 from satune.tasks.catalog import find_task
 from satune.tiny.zoo import is_tiny, tiny_model
-from satune.types import ServedModel
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _PARTS = ("weights", "gradients", "optimizer", "anchor_and_proposal")
@@ -27,8 +28,9 @@ _DEVICE = 80 * 10**9
 """What a common accelerator holds; the description says whether that is enough."""
 
 
-def describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The effective recipe; per agent its size and memory in bytes; the episodes of a stage.
+def describe_recipe(recipe: Recipe, gpu: bool | None = None) -> dict[str, Any]:
+    """The effective recipe; per agent its size and memory in bytes; where everything lies
+    (``commands.placement``, which says what ``gpu`` is); the episodes of a stage.
 
     Memory counts weights, gradients, AdamW's two moments (resident for one agent at a time) and the
     two copies a step keeps (anchor and proposal). With ``rollout.ahead`` the sum of all weights has
@@ -46,11 +48,11 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     task, protocol = recipe.task, recipe.protocol
     find_task(task.name, task.data, recipe.seed, None, **task.options)
     load_protocol(protocol.name, list(resolved.seats), None, **protocol.options)
-    master = 8 if recipe.team.dtype == "float64" else 4
     agents: dict[str, Any] = {}
-    counted: set[str] = set()
-    own_weights = recipe.rollout.ahead and keeps_weights(engine_of(recipe))
-    total = 0
+    base_of, counted = bases(recipe), set()
+    apart = recipe.rollout.ahead and not keeps_weights(engine_of(recipe))
+    twice = copied(recipe) if apart else set()
+    held: dict[str, int | None] = {}
     for name, section in resolved.agents.items():
         entry: dict[str, Any] = {
             "model": str(section.model),
@@ -59,64 +61,36 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             "delta": recipe.trust_region.of(section.delta).delta,
             "trained": not section.frozen and recipe.stages > 0,
         }
-        if section.host is not None or isinstance(section.model, ServedModel):
+        if is_here(section):
+            entry |= _sized(recipe, section, alone=base_of[name] not in counted)
+            counted.add(base_of[name])
+            held[name] = _held(entry, copied=name in twice)
+        else:
             # Elsewhere it may take what it takes.
             entry["memory"] = dict.fromkeys(_PARTS, 0)
-        elif (sizes := _sizes(section.model, section.lora, recipe)) is not None:
-            parameters, adapter, numbers = sizes
-            shared = recipe.team.sharing == "lora" and section.model in counted
-            counted.add(section.model)
-            base_bytes = (
-                0
-                if shared
-                else parameters * (_BYTES[recipe.team.dtype] if section.lora else master)
-            )
-            still = section.frozen or recipe.stages == 0
-            trained = 0 if still else (adapter if section.lora else parameters)
-            entry["parameters"] = parameters
-            entry["trained_parameters"] = trained
-            weights = base_bytes + (adapter * master if section.lora else 0)
-            step = trained * master
-            entry["memory"] = dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True))
-            # What is drawn ahead is drawn with a copy, while the learner changes.
-            copied = bool(trained and recipe.rollout.ahead and not own_weights)
-            total += entry["memory"]["weights"] * (1 + copied)
-            if trained and recipe.critic.kind != "none":
-                entry["critic"] = _critic(recipe.critic, section.model, master)
-                total += entry["critic"].get("memory", {}).get("weights", 0)
-            if numbers is not None:
-                # Keys and values are held in the type that attention computes in.
-                held = _BYTES[recipe.team.dtype] if section.lora else master
-                autocast = recipe.optimizer.autocast
-                token = numbers * (held if autocast is None else _BYTES[autocast])
-                entry["cache"] = {"token": token, "message": token * recipe.rollout.max_new_tokens}
         agents[name] = entry
     steps = sum(agent["trained"] for agent in agents.values())
-    updates = max(
-        (
-            sum(v for k, v in agent["memory"].items() if k != "weights")
-            + agent.get("critic", {}).get("memory", {}).get("step", 0)
-            for agent in agents.values()
-            if "memory" in agent
-        ),
-        default=0,
-    )
-    # Sizes of models on the hub are not known here, and a sum without them would be too small.
-    known = all(
-        "memory" in agent and "memory" in agent.get("critic", agent) for agent in agents.values()
-    )
+    step_bytes = {
+        name: sum(v for k, v in agent.get("memory", {}).items() if k != "weights")
+        + agent.get("critic", {}).get("memory", {}).get("step", 0)
+        for name, agent in agents.items()
+    }
+    places = places_of(recipe, held, step_bytes, gpu)
     rollouts = schedule_of(recipe).rollouts(steps)
     episodes = recipe.rollout.problems * recipe.rollout.samples
-    memory = (
-        {"all_weights": total, "largest_step": updates, "together": total + updates}
-        if known
-        else {}
-    )
+    memory: dict[str, int] = {}
+    known = [each for each in held.values() if each is not None]
+    # Sizes of models on the hub are not known here, and a sum without them would be too small.
+    if len(known) == len(held):
+        largest = max(step_bytes.values())
+        memory = {"all_weights": sum(known), "largest_step": largest}
+        memory["together"] = memory["all_weights"] + largest
     return {
         "recipe": yaml.safe_load(recipe_text(recipe)),
         "agents": agents,
         "memory": memory,
-        "fit": _fit(memory, agents),
+        "places": places,
+        "fit": _fit(memory, agents, places["devices"]),
         "stage": {
             "steps": steps,
             "rollouts": list(rollouts),
@@ -126,6 +100,44 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "stages": recipe.stages,
         **_overlap(recipe),
     }
+
+
+def _sized(recipe: Recipe, section: AgentSection, *, alone: bool) -> dict[str, Any]:
+    """What is said of an agent's sizes; nothing where they cannot be told. The base is the agent's
+    to count where it is ``alone`` on it so far."""
+    model, lora = str(section.model), section.lora
+    sizes = _sizes(model, lora, recipe)
+    if sizes is None:
+        return {}
+    parameters, adapter, numbers = sizes
+    master = 8 if recipe.team.dtype == "float64" else 4
+    of_base = _BYTES[recipe.team.dtype] if lora else master
+    still = section.frozen or recipe.stages == 0
+    trained = 0 if still else (adapter if lora else parameters)
+    weights = alone * parameters * of_base + (adapter * master if lora else 0)
+    step = trained * master
+    found: dict[str, Any] = {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "memory": dict(zip(_PARTS, (weights, step, 2 * step, 2 * step), strict=True)),
+    }
+    if trained and recipe.critic.kind != "none":
+        found["critic"] = _critic(recipe.critic, model, master)
+    if numbers is not None:
+        # Keys and values are held in the type that attention computes in.
+        autocast = recipe.optimizer.autocast
+        token = numbers * (of_base if autocast is None else _BYTES[autocast])
+        found["cache"] = {"token": token, "message": token * recipe.rollout.max_new_tokens}
+    return found
+
+
+def _held(entry: dict[str, Any], *, copied: bool) -> int | None:
+    """Bytes of weights that lie there because of an agent: its own, twice where what is drawn ahead
+    is drawn with a copy, and its critic's. None where they cannot be told."""
+    critic = entry.get("critic", {"memory": {"weights": 0}})
+    if "memory" not in entry or "memory" not in critic:
+        return None
+    return entry["memory"]["weights"] * (1 + copied) + critic["memory"]["weights"]
 
 
 def _certify_episodes(recipe: Recipe, steps: int) -> list[int]:
@@ -205,21 +217,30 @@ def _critic(critic: CriticSettings, agents: str, number: int) -> dict[str, Any]:
     return {"parameters": trained, "memory": memory}
 
 
-def _fit(memory: dict[str, int], agents: dict[str, Any]) -> str:
-    """One line: whether weights and the largest step fit one device, and what that leaves."""
+def _fit(
+    memory: dict[str, int], agents: dict[str, Any], devices: Mapping[str, dict[str, Any]]
+) -> str:
+    """One line: whether weights and the largest step fit one device, the fullest where agents lie
+    on several, and what that leaves."""
     together = memory.get("together")
-    device = f"one device of {_DEVICE // 10**9} GB"
+    device, there = f"one device of {_DEVICE // 10**9} GB", list(agents)
+    if together is not None and len(devices) > 1:
+        fullest = max(devices, key=lambda name: devices[name]["together"])
+        together, there = devices[fullest]["together"], devices[fullest]["agents"]
+        device = f"devices of {_DEVICE // 10**9} GB, of which {fullest} is the fullest"
     if together is None:
         return f"{device}: not known here, the size of a model is missing"
+    found = [agents[name] for name in there]
     if together > _DEVICE:
-        sized = [agent for agent in agents.values() if "parameters" in agent]
+        sized = [agent for agent in found if "parameters" in agent]
         whole = any(agent["trained_parameters"] == agent["parameters"] for agent in sized)
         mend = "; adapters take less (team.sharing=lora)" if whole else ""
         return f"{device}: too small by {bytes_text(together - _DEVICE)}{mend}"
-    caches = [agent["cache"]["token"] for agent in agents.values() if "cache" in agent]
+    caches = [agent["cache"]["token"] for agent in found if "cache" in agent]
     # Agents decode one after the other, but finished turns of all of them are kept.
     tokens = int((_DEVICE - together) / sum(caches)) if caches else 0
-    room = f", or the cache of {tokens:,} tokens of every agent" if caches else ""
+    whose = "every agent" if len(devices) < 2 else "every agent there"
+    room = f", or the cache of {tokens:,} tokens of {whose}" if caches else ""
     return f"{device}: fits, {bytes_text(_DEVICE - together)} left for activations{room}"
 
 

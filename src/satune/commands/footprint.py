@@ -8,6 +8,7 @@ the real tensors would take. What a step holds beside that is a matter of copies
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ from satune.agents.pretrained import Precision, hollow_policy
 from satune.agents.rendering import ChatRenderer
 from satune.agents.sources import read_tokenizer, saved_adapter, source_of
 from satune.commands.assemble import agent_spec, engine_of, load_tasks
+from satune.commands.placement import bases, device_of, is_here
 from satune.config.schema import AgentSection, Recipe, ResolvedTeam
 from satune.core.logprobs import chunk_for, policy_logits
 from satune.engines.base import LocalSettings
 from satune.files.arrays import shared_prefix
 from satune.tasks.catalog import take
 from satune.tiny.zoo import is_tiny, tiny_model, tiny_tokenizer
-from satune.types import Entry, ServedModel
+from satune.types import Entry
 
 _PROMPTS = 32
 """So many problems are looked at for the longest prompt."""
@@ -71,8 +73,15 @@ class _Batch:
 
 
 def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
-    """The most bytes of tensors at once in each part of a stage, on the device of the team (on a
-    CPU with what rests there between steps, as it does from the second stage on).
+    """``stage_bytes_by_device`` of the device with the highest peak."""
+    found = stage_bytes_by_device(recipe)
+    return None if found is None else max(found.values(), key=lambda phases: phases["peak"])
+
+
+def stage_bytes_by_device(recipe: Recipe) -> dict[str, dict[str, int]] | None:
+    """The most bytes of tensors at once in each part of a stage, on each device on which agents lie
+    (on a CPU with what rests there of its agents between steps, as it does from the second stage
+    on).
 
     Counted for conversations in which every seat speaks once, as long as it may, and reads all of
     the others. Certificates, a reference KL, a hand-over, rollouts ahead, and the gauge of rounding
@@ -82,40 +91,45 @@ def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
     if recipe.critic.kind != "none":
         return None
     team = recipe.team.resolved()
-    models = {
-        name: agent.model
-        for name, agent in team.agents.items()
-        if agent.host is None and not isinstance(agent.model, ServedModel)
-    }
+    models = {name: str(agent.model) for name, agent in team.agents.items() if is_here(agent)}
     found_prompts = [_prompts(recipe, team.agents[name], model) for name, model in models.items()]
     prompts = [lengths for lengths in found_prompts if lengths is not None]
     if not prompts or len(prompts) < len(models):
         return None
-    given = recipe.team.device
-    here = given == "cpu" or (given == "auto" and not torch.cuda.is_available())
-    device = torch.device("cpu" if here else "cuda")
-    precision = Precision.of(recipe.team.dtype, recipe.optimizer.autocast)
-    engine = engine_of(recipe)
-    rows = engine.max_rows if isinstance(engine, LocalSettings) else _ROWS
-    held, trained, steps = 0, {}, {}
-    bases: set[str] = set()
-    decoding = 0
+    there: dict[str, dict[str, dict[str, int]]] = {}
+    base_of, counted = bases(recipe), set()
     for (name, model), lengths in zip(models.items(), prompts, strict=True):
+        device = device_of(recipe, team.agents[name])
         try:
-            found = _agent(recipe, team, name, model, lengths, precision, device, rows)
+            found = _agent(recipe, team, name, model, lengths, device == "cpu")
         except _UNTRACEABLE:
             return None
-        shared = recipe.team.sharing == "lora" and model in bases
-        bases.add(model)
-        held += found["own"] + (0 if shared else found["frozen"])
-        decoding = max(decoding, found["decoding"])
-        if found["own"] and not team.agents[name].frozen and recipe.stages:
-            trained[name], steps[name] = found["own"], found
+        if base_of[name] in counted:
+            found["frozen"] = 0
+        counted.add(base_of[name])
+        there.setdefault(device, {})[name] = found
+    return {device: _phases(recipe, team, found, device) for device, found in there.items()}
+
+
+def _phases(
+    recipe: Recipe, team: ResolvedTeam, agents: Mapping[str, dict[str, int]], device: str
+) -> dict[str, int]:
+    """The most bytes in each part of a stage on a device on which these ``agents`` lie, and the
+    ``peak`` of all."""
+    here = device == "cpu"
+    steps = {
+        name: found
+        for name, found in agents.items()
+        if found["own"] and not team.agents[name].frozen and recipe.stages
+    }
+    held = sum(found["own"] + found["frozen"] for found in agents.values())
     # A step begins with moments of before, and keeps them for a revert; the others' rest.
-    resting = 2 * sum(trained.values()) if here and recipe.optimizer.offload != "disk" else 0
+    trained = sum(found["own"] for found in steps.values())
+    resting = 2 * trained if here and recipe.optimizer.offload != "disk" else 0
+    decoding = max(found["decoding"] for found in agents.values())
     phases = {"rollout": held + resting + decoding}
-    for name, own in trained.items():
-        found = steps[name]
+    for found in steps.values():
+        own = found["own"]
         before = 2 * own if here and not resting else 0
         base = held + resting + before + own + 2 * own + (found["states"] if here else 0)
         # AdamW takes the root of a moment of every parameter at once.
@@ -132,19 +146,21 @@ def _agent(
     name: str,
     model: str,
     lengths: tuple[int, int],
-    precision: Precision,
-    device: torch.device,
-    conversations: int,
+    on_cpu: bool,
 ) -> dict[str, int]:
     """Bytes of one agent: ``own`` and ``frozen`` parameters; ``backward``, what a mini-batch takes
     with its gradients; ``forward``, what measuring feeds at once; ``mixing``, what a proposal
-    that is shrunk takes; ``states`` of the anchor; ``decoding``, keys and values of so many
-    ``conversations`` at a time with what fills them."""
+    that is shrunk takes; ``states`` of the anchor; ``decoding``, keys and values of the
+    conversations that are decoded at a time with what fills them."""
     section, (prompt, opening) = team.agents[name], lengths
     seats = sum(agent == name for agent in team.seats.values())
     new = recipe.rollout.max_new_tokens * len(team.seats)
     episodes = recipe.rollout.problems * recipe.rollout.samples
+    device = torch.device("cpu" if on_cpu else "cuda")
     budget = padded_budget(recipe.optimizer.micro_batch_tokens, device)
+    precision = Precision.of(recipe.team.dtype, recipe.optimizer.autocast)
+    engine = engine_of(recipe)
+    conversations = engine.max_rows if isinstance(engine, LocalSettings) else _ROWS
 
     def batch(count: int) -> _Batch:
         rows = max(1, min(count * seats, budget // (prompt + new)))

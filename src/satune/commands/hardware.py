@@ -10,6 +10,7 @@ are assumptions until they are measured on the device, and are said with the res
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,9 @@ def plan(
     recipe: Recipe, name: str, devices: int | None = None, assumed: Assumed | None = None
 ) -> dict[str, Any]:
     """Memory a device and seconds a stage on ``devices`` devices of that name (None: the fewest, a
-    power of two, that hold all weights and the largest step, cut evenly).
+    power of two, that hold all weights and the largest step, cut evenly). Agents that the recipe
+    puts on devices of their own lie there whole, ``apart``, and there are as many as it names: one
+    agent decodes or learns at a time, which is what the local engine and a sweep do.
 
     ``seconds`` has the fewest and the most a stage, since some schedules roll out as often as they
     need to; ``rows`` how many messages of each agent are decoded at once on one device. Raises
@@ -100,7 +103,7 @@ def plan(
     assumed = assumed or Assumed()
     if name not in DEVICES:
         raise UserError(f"no device {name!r}{nearest_hint(name, DEVICES)}")
-    device, described = DEVICES[name], describe_recipe(recipe)
+    device, described = DEVICES[name], describe_recipe(recipe, gpu=True)
     half = recipe.optimizer.autocast is not None or recipe.team.dtype in ("bfloat16", "float16")
     peak = assumed.compute * (device.half if half else device.single)
     answer = assumed.answer or recipe.rollout.max_new_tokens
@@ -109,48 +112,52 @@ def plan(
     works = {n: work for n, work in works.items() if work is not None}
     if not works:
         raise UserError("describe: all agents live elsewhere; there is nothing to plan")
-    activations = max(_activations(recipe, n, assumed.prompt + answer, item) for n in works)
+    longest = assumed.prompt + answer
+    activations = {n: _activations(recipe, n, longest, item) for n in works}
     if "together" not in described["memory"]:
         raise UserError(
             f"describe: critic: the sizes of {recipe.critic.model} are not known here; give "
             "critic.model a directory"
         )
-    together = described["memory"]["together"]
     room = _USABLE * device.memory
-    if activations >= room:
+    most = max(activations.values())
+    if most >= room:
         raise UserError(
-            f"describe: activations of {activations / 1e9:,.0f} GB do not fit {name}, however many "
+            f"describe: activations of {most / 1e9:,.0f} GB do not fit {name}, however many "
             "there are; set optimizer.gradient_checkpointing, or fewer "
             "optimizer.micro_batch_tokens"
         )
-    if devices is None:
-        fewest = together / (room - activations)
-        devices = 1 << max(0, math.ceil(math.log2(fewest)))
-    elif together / devices + activations > room:
-        raise UserError(
-            f"describe: {devices} × {name} hold {devices * room / 1e9:,.0f} GB; weights and the "
-            f"largest step are {together / 1e9:,.0f} GB, activations {activations / 1e9:,.1f} GB a "
-            "device; give more devices"
-        )
+    placed = described["places"]["devices"]
+    apart = len(placed) > 1
+    memory = described["memory"]
+    if apart:
+        devices = _apart(placed, name, devices, room, activations)
+        held = max(there["together"] for there in placed.values())
+    else:
+        devices = _together(memory["together"], name, devices, room, most)
+        held = memory["together"] / devices
     rows: dict[str, int] = {}
     decode, learn = {}, {}
     episodes = recipe.rollout.problems * recipe.rollout.samples
     for n, work in works.items():
         messages = episodes * len(described["agents"][n]["seats"])
-        length = assumed.prompt + answer
-        # All weights lie there, cut evenly; decoding has the agent's whole, in its own type.
-        beside = 0 if devices == 1 and work.at_rest else work.weights
-        free = room - described["memory"]["all_weights"] / devices - beside
-        fits = int(free / max(work.cache * length, 1))
+        # All weights lie there, cut evenly; decoding has the agent's whole, in its own type. Those
+        # of agents that lie apart are whole.
+        shared, lying = devices, memory["all_weights"] / devices
+        if apart:
+            own = described["places"]["agents"][n]["device"]
+            shared, lying = 1, placed[own]["all_weights"]
+        beside = 0 if shared == 1 and work.at_rest else work.weights
+        fits = int((room - lying - beside) / max(work.cache * longest, 1))
         if fits < 1:
             raise UserError(
                 f"describe: agent {n}: one {name} does not hold its weights and the keys and "
-                f"values of one message of {length:,} tokens beside what lies there; give a "
+                f"values of one message of {longest:,} tokens beside what lies there; give a "
                 "shorter --answer, more devices or a larger one"
             )
-        rows[n] = min(fits, math.ceil(messages / devices))
-        decode[n] = _decoding(work, messages, rows[n], devices, peak, device, assumed, answer)
-        learn[n] = _learning(recipe, work, messages, assumed.prompt, answer) / (devices * peak)
+        rows[n] = min(fits, math.ceil(messages / shared))
+        decode[n] = _decoding(work, messages, rows[n], shared, peak, device, assumed, answer)
+        learn[n] = _learning(recipe, work, messages, assumed.prompt, answer) / (shared * peak)
     rollouts = schedule_of(recipe).rollouts(described["stage"]["steps"])
     certify = described["stage"]["certify_episodes"]
     rolled = [
@@ -165,7 +172,8 @@ def plan(
     return {
         "device": name,
         "devices": devices,
-        "memory": {"held": together / devices, "activations": activations},
+        "apart": apart,
+        "memory": {"held": held, "activations": most},
         "rows": rows,
         "seconds": seconds,
         "device_hours": [devices * recipe.stages * each / 3600 for each in seconds["stage"]],
@@ -178,6 +186,54 @@ def plan(
             "candidates": _CANDIDATES,
         },
     }
+
+
+def _together(
+    together: int, name: str, devices: int | None, room: float, activations: float
+) -> int:
+    """How many devices hold all weights and the largest step, cut evenly, each with ``room`` bytes:
+    ``devices``, or the fewest. Raises UserError where those that were given do not."""
+    if devices is None:
+        fewest = together / (room - activations)
+        return 1 << max(0, math.ceil(math.log2(fewest)))
+    if together / devices + activations > room:
+        raise UserError(
+            f"describe: {devices} × {name} hold {devices * room / 1e9:,.0f} GB; weights and the "
+            f"largest step are {together / 1e9:,.0f} GB, activations {activations / 1e9:,.1f} GB a "
+            "device; give more devices"
+        )
+    return devices
+
+
+def _apart(
+    placed: Mapping[str, Mapping[str, Any]],
+    name: str,
+    devices: int | None,
+    room: float,
+    activations: Mapping[str, float],
+) -> int:
+    """How many devices agents lie on that have devices of their own. Raises UserError where another
+    number was given, where one of them does not hold what lies there, and where one is a CPU."""
+    if devices is not None and devices != len(placed):
+        raise UserError(
+            f"describe: the recipe puts its agents on {len(placed)} devices ({', '.join(placed)}); "
+            "leave out --devices, or the agents' device"
+        )
+    for own, there in placed.items():
+        if own == "cpu":
+            raise UserError(
+                f"describe: {', '.join(there['agents'])} on a CPU is not in a plan for {name}; "
+                "give every agent's device a GPU, or leave out --on"
+            )
+        most = max(activations[agent] for agent in there["agents"])
+        if there["together"] + most > room:
+            raise UserError(
+                f"describe: a {name} holds {room / 1e9:,.0f} GB; weights and the largest step of "
+                f"{', '.join(there['agents'])} on {own} are {there['together'] / 1e9:,.0f} GB, "
+                f"activations {most / 1e9:,.1f} GB; set optimizer.gradient_checkpointing, adapters "
+                "(team.sharing=lora), or other devices"
+            )
+    return len(placed)
 
 
 def _work(recipe: Recipe, name: str, agent: dict[str, Any], item: int) -> Work | None:

@@ -23,6 +23,50 @@ PORT = 29_500
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """What Slurm is told of a run; ``options`` are further ones of sbatch (``--partition=gpu``)."""
+
+    name: str
+    log: Path
+    minutes: int | None = None
+    options: Sequence[str] = ()
+
+    def script(self, nodes: int, interrupted: str, lines: Sequence[str]) -> str:
+        """A batch script that runs ``lines`` of bash, on the first of ``nodes`` machines.
+
+        ``interrupted`` (INT: the steps that srun starts, B:INT: the script) is told two minutes
+        before the time is over, and the job may be put into the queue again: the run then goes on
+        from its last checkpoint.
+
+        Raises UserError for an option that is none, or in more than one line.
+        """
+        for option in self.options:
+            if not option.startswith("--") or "\n" in option:
+                raise UserError(f"launch: --sbatch {option!r} is no option; give --NAME=VALUE")
+        directives = [
+            f"--job-name={shlex.quote(self.name)}",
+            f"--nodes={nodes}",
+            "--ntasks-per-node=1",
+            f"--output={shlex.quote(str(self.log))}",
+            "--open-mode=append",
+            "--requeue",
+            f"--signal={interrupted}@120",
+            *([] if self.minutes is None else [f"--time={self.minutes}"]),
+            *self.options,
+        ]
+        return "\n".join(
+            [
+                "#!/usr/bin/env bash",
+                *(f"#SBATCH {directive}" for directive in directives),
+                "set -euo pipefail",
+                f"cd {shlex.quote(str(Path.cwd()))}",
+                *lines,
+                "",
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """``satune train`` with these words, by ``processes`` processes on each of ``nodes`` machines.
 
@@ -51,28 +95,8 @@ class Launch:
         threads = max(1, (os.cpu_count() or 1) // self.processes)
         return {**given, "OMP_NUM_THREADS": str(threads)}
 
-    def script(self, name: str, log: Path, minutes: int | None, options: Sequence[str]) -> str:
-        """A batch script for Slurm; ``options`` are further ones of sbatch (``--partition=gpu``).
-
-        It is stopped two minutes before its time is over, and may be put into the queue again: the
-        run then goes on from its last checkpoint.
-
-        Raises UserError for an option that is none, or in more than one line.
-        """
-        for option in options:
-            if not option.startswith("--") or "\n" in option:
-                raise UserError(f"launch: --sbatch {option!r} is no option; give --NAME=VALUE")
-        directives = [
-            f"--job-name={shlex.quote(name)}",
-            f"--nodes={self.nodes}",
-            "--ntasks-per-node=1",
-            f"--output={shlex.quote(str(log))}",
-            "--open-mode=append",
-            "--requeue",
-            "--signal=INT@120",
-            *([] if minutes is None else [f"--time={minutes}"]),
-            *options,
-        ]
+    def script(self, job: Job) -> str:
+        """A batch script for Slurm, as ``Job.script``."""
         run = [
             *self._torchrun(
                 "--nnodes", str(self.nodes), "--master-port", str(PORT), "--rdzv-backend", "static"
@@ -82,18 +106,15 @@ class Launch:
         ]  # fmt: skip
         shell = {"$MASTER": '"$MASTER"', "$SLURM_NODEID": '"$SLURM_NODEID"'}
         line = " ".join(shell.get(word) or shlex.quote(word) for word in run)
-        return "\n".join(
+        return job.script(
+            self.nodes,
+            "INT",
             [
-                "#!/usr/bin/env bash",
-                *(f"#SBATCH {directive}" for directive in directives),
-                "set -euo pipefail",
-                f"cd {shlex.quote(str(Path.cwd()))}",
                 # The batch shell knows the machines, each of the tasks its own number among them.
                 'MASTER="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
                 "export MASTER",
                 f"srun bash -c {shlex.quote('exec ' + line)}",
-                "",
-            ]
+            ],
         )
 
     def _torchrun(self, *options: str) -> list[str]:

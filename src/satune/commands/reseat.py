@@ -185,8 +185,8 @@ def load_found(found: Found, progress: Progress, servers: Servers | None = None)
         found = replace(found, recipe=local)
     cast = assemble(found.recipe, progress, servers, visiting=found.digests)
     if found.run is None:
-        manifest, section = manifest_of(found.path), found.recipe.team
-        add_mixtures(cast.team, found.path, manifest, dtype=section.dtype, device=section.device)
+        dtype = found.recipe.team.dtype
+        add_mixtures(cast.team, found.path, manifest_of(found.path), dtype=dtype)
         numbers = Numbers()
         return Reseated(with_team(cast, _fitting(found, cast.team), cast.team, numbers), numbers)
     assert found.checkpoint is not None
@@ -294,7 +294,8 @@ def with_newcomer(
     server: Mapping[str, Any] | None = None,
 ) -> Reseated:
     """``base`` with ``model`` in ``seat``. A tiny model is taught first, as in training but for the
-    settings in ``tiny``; one that is served is asked as ``server`` says, and from then on frozen.
+    settings in ``tiny``, and lies where the incumbent did; one that is served is asked as
+    ``server`` says, and from then on frozen.
     A host is asked for the agent that fills the seat, by its name, as it is there now. ``loaded``
     is the policy where there is one already. Raises UserError where the model does not load."""
     cast = base.cast
@@ -312,6 +313,7 @@ def with_newcomer(
             "host_token_env": model.variable if there else HOST_VARIABLE,
             "trust_remote_code": False,
             "attention": None,
+            "device": None if at_server or there else had.device,
             "lora": None if at_server or there else had.lora,
             "frozen": at_server or (had.frozen and incumbent in team.policies),
             "server": _server_of(recipe.team, model.address, server or {}) if at_server else None,

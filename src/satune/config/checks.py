@@ -6,16 +6,19 @@ Each check yields ``(path, message)``: the dotted key at fault, and what is wron
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from urllib.parse import urlsplit
 
+from satune.config.place_checks import (
+    Fault,
+    one_base_lies_on_one_device,
+    shards_are_learners,
+    vllm_is_given_models_that_it_knows,
+)
 from satune.config.schema import AgentSection, Recipe
 from satune.engines.settings import ServerSettings
 from satune.loading import address_in, holds_key, nearest
 from satune.training.credit import CREDIT
 from satune.training.schedules import SCHEDULES, Schedule
 from satune.types import ServedModel
-
-Fault = tuple[str, str]
 
 STILL_OR_FREE = (
     "to leave an agent as it is set its frozen to true, to train without a bound set "
@@ -90,6 +93,8 @@ def _served_agents_are_still(recipe: Recipe) -> Iterator[Fault]:
             yield f"{path}.template.chat", "its server renders a served model; remove the key"
         elif agent.attention is not None:
             yield f"{path}.attention", "its server computes a served model; remove the key"
+        elif agent.device is not None:
+            yield f"{path}.device", "its server computes a served model; remove the key"
         elif not agent.frozen:
             yield f"{path}.frozen", "a served model cannot be trained; set frozen to true"
 
@@ -294,19 +299,6 @@ def _overlap_has_two_sides(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
-def _shards_are_learners(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.sharding is None:
-        return
-    if recipe.critic.kind != "none":
-        yield "sharding", "a critic is not sharded; use another credit than gae, or remove the key"
-    if recipe.team.device not in ("auto", "cpu", "cuda"):
-        yield (
-            "team.device",
-            f"must be auto, cpu or cuda with sharding, got {recipe.team.device}: every process"
-            " takes the device of its number",
-        )
-
-
 def _ahead_is_corrected(recipe: Recipe) -> Iterator[Fault]:
     """What is drawn ahead is learnt from by w alone, in one process."""
     if not recipe.rollout.ahead:
@@ -344,30 +336,6 @@ def _ahead_is_corrected(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
-def _vllm_is_given_models_that_it_knows(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.engine.name != "vllm":
-        return
-    for name, agent in recipe.team.agents.items():
-        if isinstance(agent.model, str) and agent.model.startswith("tiny:"):
-            yield f"team.agents.{name}.model", "is too small a model for vLLM; use engine: local"
-    options = recipe.engine.options
-    for at, server in enumerate(options["servers"]):
-        path = f"engine.servers[{at}]"
-        if address_in(server) is None or urlsplit(server).path.strip("/"):
-            yield path, f"expected http://HOST:PORT, got '{server}'"
-        elif holds_key(server):
-            yield path, "its address holds a user, a password or a query; leave them out"
-    context, longest = options["context"], recipe.rollout.max_new_tokens
-    if context is not None and longest >= context:
-        yield (
-            "engine.context",
-            f"must be above rollout.max_new_tokens ({longest}), or no prompt has room, got"
-            f" {context}",
-        )
-    if recipe.team.dtype == "float64":
-        yield "team.dtype", "vLLM does not compute in float64; use float32 or engine: local"
-
-
 CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _seats_name_agents,
     _every_agent_sits,
@@ -385,7 +353,8 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _overlong_buffer_fits,
     _certificates_are_sound,
     _overlap_has_two_sides,
-    _shards_are_learners,
+    shards_are_learners,
+    one_base_lies_on_one_device,
     _ahead_is_corrected,
-    _vllm_is_given_models_that_it_knows,
+    vllm_is_given_models_that_it_knows,
 )

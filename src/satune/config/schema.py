@@ -76,6 +76,7 @@ class AgentSection(Section):
     frozen: bool = False
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager"] | None = None
+    device: Annotated[Text | None, MayChange()] = None
     server: Annotated[Annotated[ServerSettings, Derived()] | None, MayChange()] = None
     host: Annotated[Text | None, MayChange(still_hosted)] = None
     host_token_env: Annotated[Variable, MayChange()] = HOST_VARIABLE

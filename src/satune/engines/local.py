@@ -15,15 +15,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
-from satune.agents.memory import allowed_bytes
 from satune.agents.merging import merged
 from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore
 from satune.engines.probe import token_bytes
 from satune.engines.request import ConversationId, Request, conversation_id
-from satune.engines.room import Room
+from satune.engines.room import rooms
 from satune.engines.rows import Rows
 from satune.types import Completion, Key, Prompt, Sampling, UserError, ids_of, logprobs_of
 
@@ -35,9 +32,9 @@ class LocalEngine:
 
     ``max_rows`` bounds a batch, ``prefill_tokens`` the padded tokens of one prompt forward,
     ``cache_tokens`` what is kept an agent between the turns of a conversation. ``memory`` bounds
-    the keys and values of both together: up to 1 a share of what is free on the device when the
-    engine is made, above 1 bytes. ``order`` is exact or throughput (see the module; None: exact on
-    the CPU, throughput on any other device).
+    the keys and values of both together, of the agents on one device: up to 1 a share of what is
+    free there when the engine is made, above 1 bytes. ``order`` is exact or throughput (see the
+    module; None: exact on the CPU, throughput on any other device).
     """
 
     def __init__(
@@ -70,9 +67,8 @@ class LocalEngine:
         self._decoding: list[Request] = []
         self._called: dict[str, tuple[Rows, int]] = {}
         self._token_bytes = {name: token_bytes(name, p) for name, p in self.policies.items()}
-        device = next(iter(self.policies.values())).device if policies else torch.device("cpu")
         waiting = self._waiting if self.order == "throughput" else {}
-        self._room = Room(allowed_bytes(memory, device), self._stores, waiting)
+        self._rooms = rooms(memory, self.policies, self._stores, waiting)
 
     # -- what rollouts call ----------------------------------------------------------------------
 
@@ -167,13 +163,17 @@ class LocalEngine:
             store.clear()
         for remembered in (self._called, self._open, self._pending, self._decoding):
             remembered.clear()
-        self._room.clear()
+        self._clear_rooms()
+
+    def _clear_rooms(self) -> None:
+        for room in self._rooms.values():
+            room.clear()
 
     # -- the driver ------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
         self._decoding.clear()  # an earlier driver may have been cut off
-        self._room.clear()
+        self._clear_rooms()
         try:
             await (self._in_lock_step() if self.order == "exact" else self._side_by_side())
         except Exception as error:
@@ -241,7 +241,7 @@ class LocalEngine:
             agent,
             self.policies[agent],
             self._stores[agent],
-            self._room,
+            self._rooms[agent],
             self._token_bytes[agent],
             self.prefill_tokens,
             lambda conversation: conversation in self._open,

@@ -1,9 +1,13 @@
-"""How many bytes an engine's keys and values may take, over all of its agents."""
+"""How many bytes an engine's keys and values may take, over all of its agents on one device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
+from satune.agents.memory import allowed_bytes
+from satune.agents.policy import Policy
 from satune.engines.cache import PrefixStore, RowCache
 from satune.engines.request import Request
 
@@ -61,3 +65,21 @@ class Room:
             while self.left(agent) < wanted and self.kept > keep and store.drop_oldest():
                 pass
         return self.left(agent)
+
+
+def rooms(
+    memory: float,
+    policies: Mapping[str, Policy],
+    stores: Mapping[str, PrefixStore],
+    waiting: Mapping[str, Sequence[Request]],
+) -> dict[str, Room]:
+    """The room of each agent, which those on one device share: up to 1 ``memory`` is a share of
+    what is free there now, above 1 a number of bytes."""
+    together: dict[torch.device, list[str]] = {}
+    for name, policy in policies.items():
+        together.setdefault(policy.device, []).append(name)
+    found: dict[str, Room] = {}
+    for device, names in together.items():
+        own = {name: stores[name] for name in names}
+        found |= dict.fromkeys(names, Room(allowed_bytes(memory, device), own, waiting))
+    return found

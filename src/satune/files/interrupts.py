@@ -44,3 +44,22 @@ def uninterrupted(ask: Callable[[], None] | None = None) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if held:
         previous(*held[-1])
+
+
+@contextmanager
+def ended_by_term() -> Iterator[None]:
+    """Answer SIGTERM as ctrl-C inside the block, also where ctrl-C itself is ignored: it is how
+    schedulers and other programs end one. Other threads are let be."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        answer = signal.getsignal(signal.SIGINT)
+        (answer if callable(answer) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -346,8 +346,8 @@ def _tokens_played(episodes: list[Episode]) -> dict[str, int]:
 
 
 def peak_memory() -> int:
-    """Largest memory held so far in bytes: of the accelerator where there is one."""
+    """Largest memory held so far in bytes: of the fullest accelerator where there is one."""
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -51,6 +51,7 @@ class RunDirectory:
         self.team = self.path / "team"
         self.certify = self.path / "certify.jsonl"
         self.report = self.path / "report.html"
+        self.hosts = self.path / "hosts"
         self.intent = self.path / "going-back.json"
         self._unsynced: set[Path] = set()
 
@@ -100,7 +101,7 @@ class RunDirectory:
                     )
                 return
             # A start that failed half-way has left no more than this.
-            ours = {"episodes", "checkpoints", "optimizers", *_TRACKERS, _PROBE, LOCK}
+            ours = {"episodes", "checkpoints", "optimizers", "hosts", *_TRACKERS, _PROBE, LOCK}
             items = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
             full = any(any(place.glob("*")) for place in (self.episodes, self.checkpoints))
             if full or any(name not in ours and not is_partial(name) for name in items):

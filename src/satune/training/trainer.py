@@ -84,10 +84,11 @@ def _check_episodes(training: Training) -> list[Any]:
 
 
 def _begin(training: Training, tolerance: Tolerance) -> None:
+    learners = training.learners.values()
     for name in training.learners:
         training.publish(name)
     if training.settings.update.objective.reference_kl > 0:
-        for learner in training.learners.values():
+        for learner in learners:
             if not learner.frozen:
                 learner.keep_reference()
     report = self_check(training.learners, _check_episodes(training), tolerance)
@@ -101,7 +102,7 @@ def _begin(training: Training, tolerance: Tolerance) -> None:
             "host": {
                 "torch": torch.__version__,
                 "python": platform.python_version(),
-                "device": next(iter(training.learners.values())).device,
+                "device": ", ".join(dict.fromkeys(each.device for each in learners)),
                 "threads": torch.get_num_threads(),
             },
         }
