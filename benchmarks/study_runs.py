@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from satune.files.writing import write_atomically
+
 
 @dataclass(frozen=True)
 class Run:
@@ -74,19 +78,21 @@ def draw_majority(run: Run, out: Path, answers: int, threads: int) -> None:
     """Have the run's only agent answer its held-out problems so many times, at its own temperature,
     unless it has. Stops with the command's own line on failure."""
     found = run.directory(out) / "majority.json"
+    recipe = yaml.safe_load((run.directory(out) / "recipe.yaml").read_text(encoding="utf-8"))
+    problems = recipe["evaluate"]["problems"]
     if found.is_file():
         return
     where = str(run.directory(out) / "majority")
     command = [sys.executable, "-m", "satune", "eval", str(run.directory(out))]
     done = subprocess.run(
-        [*command, "-k", str(answers), "--out", where, "--json"],
+        [*command, "-k", str(answers), "--limit", str(problems), "--out", where, "--json"],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
     )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
-    found.write_text(done.stdout)
+    write_atomically(found, done.stdout)
 
 
 def change(summary: dict[str, Any]) -> str:

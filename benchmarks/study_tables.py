@@ -54,9 +54,11 @@ def against_the_first(runs: Sequence[Run], out: Path) -> str:
         problems = 0
         for ours, theirs in ((_sampled, _sampled), (_greedy, _greedy), (_majority, _sampled)):
             pairs = [(ours(run, out), theirs(base, out)) for run, base in paired]
-            differences = [
-                a - b for mine, other in pairs if mine for a, b in zip(mine, other, strict=True)
-            ]
+            # A figure is of all seeds or is not there.
+            whole = all(mine and len(mine) == len(other) for mine, other in pairs)
+            differences = (
+                [a - b for each in pairs for a, b in zip(*each, strict=True)] if whole else []
+            )
             problems = max(problems, len(differences))
             if len(differences) < 2:
                 figures.append("")

@@ -28,6 +28,9 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 """The environment variable that holds a server's key where no other is named."""
 HOST_VARIABLE = "SATUNE_HOST_TOKEN"
 """The environment variable that holds the token of an agent's host where no other is named."""
+LAUNCH_VARIABLE = "SATUNE_LAUNCH_TOKEN"
+"""The environment variable that holds the token of hosts that ``satune launch`` starts, and of no
+others."""
 
 
 def model_in(text: str) -> str | ServedModel:

@@ -106,8 +106,7 @@ class Team:
         with written_beside(directory) as beside:
             self._write(beside, final or directory, digests or {})
             for name, tensors in (critics or {}).items():
-                held = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-                save_file(held, beside / f"{name}.critic.safetensors")
+                save_critic(tensors, critic_file(beside, name))
 
     def _write(self, beside: Path, final: Path, digests: Mapping[str, str]) -> None:
         bases: dict[str, str] = {}
@@ -266,6 +265,15 @@ def moved_hosts(manifest: Mapping[str, Any], hosts: Mapping[str, str]) -> dict[s
         if fault is not None:
             raise UserError(f"--agent-host {name}: {fault}")
     return {**manifest, "agents": agents}
+
+
+def critic_file(directory: Path, agent: str) -> Path:
+    """Where an agent's critic lies in a team's directory, or beside the agent at its host."""
+    return directory / f"{agent}.critic.safetensors"
+
+
+def save_critic(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, file)
 
 
 def load_team(

@@ -118,6 +118,11 @@ def test_the_script_runs_torchrun_on_every_machine(
             ["--hosts", "2", "sharding={}"],
             "sharding: one process drives agents that live elsewhere",
         ),
+        (
+            ["--processes", "2", "team.agents.first.device=cpu"],
+            "team.agents.first.device: is for a run in one process",
+        ),
+        (["--hosts", "2", "--processes", "0"], "launch: --processes cuts each agent"),
         (["--hosts", "2", "engine.order=throughput"], "engine.order: throughput is not for agents"),
     ],
 )
@@ -127,6 +132,19 @@ def test_what_is_wrong_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert line in refused(satune("launch", "relay", *words))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_agents_on_devices_of_their_own_are_one_process(
+    satune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("satune.commands.launch.usual_processes", lambda: 2)
+    apart = "team.agents.first.device=cpu"
+    for job, overrides, processes in (("one.sh", [apart], "1"), ("two.sh", [], "2")):
+        assert satune("launch", "relay", *overrides, "--slurm", job)[0] == 0
+        words = shlex.split(shlex.split((tmp_path / job).read_text().splitlines()[-1])[3])
+        assert words[words.index("--nproc-per-node") + 1] == processes
+        assert ("sharding={}" in words) == (processes == "2")
 
 
 def test_a_script_is_written_once(

@@ -19,7 +19,7 @@ import pytest
 import tiny_world
 from command_line import ENVIRONMENT, Run, refused
 from owners import alone
-from satune.commands.own_hosts import TOKEN
+from satune.loading import LAUNCH_VARIABLE
 
 STAGES = "stages=2"
 WORDS = ("team.agents.ann.delta=0.1", STAGES, "--hosts", "2")
@@ -90,7 +90,11 @@ def hosts_of(recipe: Path) -> list[int]:
 
 def token_of(process: int) -> str:
     variables = Path(f"/proc/{process}/environ").read_text().split("\0")
-    (token,) = (each.removeprefix(f"{TOKEN}=") for each in variables if each.startswith(TOKEN))
+    (token,) = (
+        each.removeprefix(f"{LAUNCH_VARIABLE}=")
+        for each in variables
+        if each.startswith(LAUNCH_VARIABLE)
+    )
     return token
 
 
@@ -218,5 +222,5 @@ def test_what_cannot_be_is_told_before_a_host_begins(
     (whole / "recipe.yaml").write_text(recipe.read_text())
     (whole / "events.jsonl").write_text('{"event": "run", "stages": 16}\n')
     said = refused(satune(*words, "whole"))
-    assert "was started with another recipe (team.agents.first.host)" in said
+    assert said == "whole: the run was started with no `--hosts`, and goes on with that alone"
     assert not (whole / "hosts").exists()

@@ -11,9 +11,20 @@ import pytest
 
 from measured_stage import measure_apart, measured, write_recipe
 from real_models import real_model
-from satune.commands.footprint import stage_bytes
+from satune.commands.footprint import stage_bytes_by_device
 from satune.config.load import load_recipe
+from satune.config.schema import Recipe
 from satune.tiny.zoo import tiny_model, tiny_tokenizer
+
+
+def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
+    """Those of the one device on which everything lies."""
+    found = stage_bytes_by_device(recipe)
+    if found is None:
+        return None
+    (only,) = found.values()
+    return only
+
 
 KINDS = {
     "full weights": [],

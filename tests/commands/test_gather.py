@@ -12,8 +12,8 @@ import pytest
 import tiny_world
 from owners import alone, owners
 from satune.commands.gather import gather
-from satune.commands.own_hosts import TOKEN
 from satune.config.load import load_recipe
+from satune.loading import LAUNCH_VARIABLE
 from satune.team import load_team
 from satune.training.run_directory import RunDirectory
 
@@ -50,8 +50,9 @@ def _in_order(path: Path) -> bytes:
                 "team.agents.bob.model={}/model-0",
             ],
         ),
+        (["ann", "bob"], ["ann", "bob"], ["credit=gae", "critic={{kind: head}}"]),
     ],
-    ids=["weights of their own", "adapters"],
+    ids=["weights of their own", "adapters", "critics"],
 )
 def test_the_team_is_that_of_one_process(
     agents: Sequence[str],
@@ -63,8 +64,8 @@ def test_the_team_is_that_of_one_process(
     recipe = tiny_world.build(tmp_path / "world", agents)
     overrides = ["stages=1", *(each.format(recipe.parent) for each in overrides)]
     run = RunDirectory(tmp_path / "run")
-    monkeypatch.setenv(TOKEN, "the owners' word")
-    tokens = [f"team.agents.{agent}.host_token_env={TOKEN}" for agent in hosted]
+    monkeypatch.setenv(LAUNCH_VARIABLE, "the owners' word")
+    tokens = [f"team.agents.{agent}.host_token_env={LAUNCH_VARIABLE}" for agent in hosted]
     with owners(recipe, run.hosts, hosted, [*overrides, *tokens]) as there:
         there.train(run.path)
     kept = files(run.hosts)
@@ -96,7 +97,7 @@ def test_a_reference_to_another_owner_stays(tmp_path: Path) -> None:
         "protocol": {}, "task": {},
     }  # fmt: skip
     (run.team / "manifest.json").write_text(json.dumps(manifest))
-    ours = dict(far, host_token_env=TOKEN)
+    ours = dict(far, host_token_env=LAUNCH_VARIABLE)
     gather(run, recipe)
     assert json.loads((run.team / "manifest.json").read_text()) == manifest
     (run.team / "manifest.json").write_text(

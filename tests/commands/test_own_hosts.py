@@ -13,7 +13,6 @@ import torch
 
 from satune.commands import own_hosts
 from satune.commands.own_hosts import (
-    TOKEN,
     OwnHosts,
     Place,
     dealt,
@@ -24,6 +23,7 @@ from satune.commands.own_hosts import (
 )
 from satune.config.schema import Recipe
 from satune.hosts.client import HostLost
+from satune.loading import LAUNCH_VARIABLE
 from satune.types import UserError
 
 SAYS = """
@@ -34,7 +34,9 @@ print("agent " + sys.argv[1] + ": http://0.0.0.0:81, checkpoints in here", file=
 STAYS = SAYS + "time.sleep(60)"
 UNTIL = SAYS + "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\nsys.exit(3)"
 """A host that is there until a file of its agent's name lies in the working directory."""
-NOTES = f"print(os.getpid(), os.environ[{TOKEN!r}], file=open(sys.argv[1], 'w'), flush=True)\n"
+NOTES = f"""
+print(os.getpid(), os.environ[{LAUNCH_VARIABLE!r}], file=open(sys.argv[1], "w"), flush=True)
+"""
 """It leaves such a file."""
 
 
@@ -73,7 +75,10 @@ def test_parts_are_in_order_and_as_equal_as_can_be(count: int, parts: list[list[
 
 def test_trained_agents_without_another_owner_are_dealt_out() -> None:
     far = {"host": "https://far.example"}
-    ours = {"host": "http://127.0.0.1:1234", "host_token_env": TOKEN}  # of an earlier start
+    ours = {
+        "host": "http://127.0.0.1:1234",
+        "host_token_env": LAUNCH_VARIABLE,
+    }  # of an earlier start
     team = recipe(a={}, b=far, c={"frozen": True}, d=ours, e={})
     assert shares(team, 2) == [["a"], ["d", "e"]]
 
@@ -90,9 +95,9 @@ def test_the_run_is_told_where_they_are_and_runs_no_code_of_theirs() -> None:
     said = run_overrides(team, {"a": "http://x:1", "b": "http://x:2"})
     assert said == [
         "team.agents.a.host=http://x:1",
-        f"team.agents.a.host_token_env={TOKEN}",
+        f"team.agents.a.host_token_env={LAUNCH_VARIABLE}",
         "team.agents.b.host=http://x:2",
-        f"team.agents.b.host_token_env={TOKEN}",
+        f"team.agents.b.host_token_env={LAUNCH_VARIABLE}",
         "team.agents.b.trust_remote_code=false",
     ]
 
@@ -105,7 +110,10 @@ def test_a_hosts_words(monkeypatch: pytest.MonkeyPatch) -> None:
     own = [
         word
         for name in "abc"
-        for word in (f"team.agents.{name}.host=null", f"team.agents.{name}.host_token_env={TOKEN}")
+        for word in (
+            f"team.agents.{name}.host=null",
+            f"team.agents.{name}.host_token_env={LAUNCH_VARIABLE}",
+        )
     ]
     listens = ["--port", "0", "--address"]
     assert made.command(0) == [
@@ -129,6 +137,7 @@ def test_a_hosts_words(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, 0, "auto", [None, None]),
         (None, 4, "cpu", [None, None]),
         (None, 4, "cuda:3", [None, None]),
+        (None, 4, "auto cuda:0", [None, None]),  # one agent's own, which is of all GPUs
     ],
 )
 def test_gpus_are_dealt_out(
@@ -138,7 +147,7 @@ def test_gpus_are_dealt_out(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if said is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
-    places = places_here(2, device)
+    places = places_here(2, device.split())
     assert [place.variables.get("CUDA_VISIBLE_DEVICES") for place in places] == seen
 
 
@@ -179,11 +188,11 @@ def test_they_live_as_long_as_the_block(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt), hosts.running(told.append) as addresses:
         assert addresses == {"ann": "http://far:81", "bob": "http://far:81"}
         (ann, token), (bob, theirs) = (Path(n).read_text().split() for n in ("ann", "bob"))
-        assert token == theirs == os.environ[TOKEN] and len(token) == 64
+        assert token == theirs == os.environ[LAUNCH_VARIABLE] and len(token) == 64
         assert not ended(int(ann)) and not ended(int(bob))
         raise KeyboardInterrupt
     assert ended(int(ann)) and ended(int(bob))
-    assert TOKEN not in os.environ
+    assert LAUNCH_VARIABLE not in os.environ
     assert told == [
         "ann: http://far:81, log in hosts/host-1.log",
         "bob: http://far:81, log in hosts/host-2.log",
@@ -214,7 +223,7 @@ def test_each_start_has_its_token_and_reads_its_own_lines(tmp_path: Path) -> Non
     tokens = []
     for port in ("81", "82"):
         with scripted(tmp_path, STAYS.replace(":81", f":{port}")).running(print) as addresses:
-            tokens.append(os.environ[TOKEN])
+            tokens.append(os.environ[LAUNCH_VARIABLE])
             assert addresses == {"ann": f"http://far:{port}"}
     assert tokens[0] != tokens[1]
     assert (tmp_path / "host-1.log").read_text().count("agent ann") == 2  # nothing is lost
@@ -247,5 +256,9 @@ def test_one_that_ends_under_the_run_is_named_with_its_log(
         (tmp_path / "bob").touch()
         raise HostLost("agent bob: its host is lost")
     others = scripted(tmp_path, STAYS)
-    with pytest.raises(UserError, match=r"^agent cat: its host is lost$"), others.running(print):
-        raise HostLost("agent cat: its host is lost")
+    with pytest.raises(UserError) as said, others.running(print):
+        raise HostLost("agent cat: its host is lost; then go on with --resume")
+    assert str(said.value) == (
+        "launch: agent cat: its host is lost; then give the same command again; the hosts' logs "
+        f"lie in {tmp_path}"
+    )

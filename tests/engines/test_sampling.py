@@ -94,6 +94,16 @@ def test_rare_tokens_keep_their_place():
     assert tokens == [1, 50, 100, 101]
 
 
+@pytest.mark.parametrize("first", [0, 128, 200])
+def test_rare_tokens_keep_their_place_among_blocks(first):
+    # One token has nearly all of the mass of its block, in float32; the next ones 1e-10 each.
+    weights = torch.full((384,), 1e-10, dtype=torch.float64)
+    weights[first] = 1.0
+    total, before = weights.sum().item(), first * 1e-10 + 1.0
+    tokens, _ = draw([(before + (k - 0.5) * 1e-10) / total for k in (1, 30, 50)], weights.log())
+    assert tokens == [first + 1, first + 30, first + 50]
+
+
 @given(st.integers(1, 700), st.integers(0, 2**31), st.floats(0, 1, exclude_max=True), st.booleans())
 def test_large_vocabularies_are_inverted_as_by_one_running_sum(size, seed, u, rare):
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +119,7 @@ def test_large_vocabularies_are_inverted_as_by_one_running_sum(size, seed, u, ra
 
 @pytest.mark.parametrize("size", [127, 128, 129, 300])
 def test_what_weighs_nothing_at_the_end_is_not_drawn_by_the_largest_uniform(size):
-    # Of so many rows some blocks' sums, in float32, are rounded up, and go beyond their last token.
+    # Of so many rows some blocks' sums are rounded up, and go beyond their last token.
     logits_RV = torch.full((200, size), -math.inf)
     logits_RV[:, :100] = torch.randn(200, 100, generator=torch.Generator().manual_seed(0))
     tokens_R, _ = sample_tokens(logits_RV, [Sampling(1)] * 200, [1 - 2**-53] * 200)

@@ -36,10 +36,13 @@ def test_term_is_answered_as_ctrl_c(ctrl_c: signal.Handlers) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_term_waits_for_what_must_not_be_left_half_done() -> None:
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_term_waits_for_what_must_not_be_left_half_done(ctrl_c: signal.Handlers) -> None:
+    signal.signal(signal.SIGINT, ctrl_c)
     done = []
     with pytest.raises(KeyboardInterrupt), ended_by_term(), uninterrupted():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0)
         done.append("all of it")
     assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) == ctrl_c

@@ -216,7 +216,7 @@ def _device_of(spec: AgentSpec, team: str) -> torch.device:
 
 def _check_together(spec: AgentSpec, where: torch.device, first: str, device: torch.device) -> None:
     """Raise UserError where an agent is to lie elsewhere than the ``first`` one of its base."""
-    if where != device:
+    if (where.type, where.index or 0) != (device.type, device.index or 0):
         raise UserError(
             f"team.agents.{spec.name}.device: {where} is not where the base lies that it shares "
             f"with {first} ({device}); give both one device, or set team.sharing to separate"

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,21 +95,28 @@ def launch(
     job = Job(path.stem, place.with_name(f"{place.name}-%j.log"), minutes, sbatch or [])
     if hosts is not None:
         for number, name in ((processes, "processes"), (nodes, "nodes")):
-            if number is not None and number > 1:
+            if number not in (None, 1):
                 raise UserError(
                     f"launch: --{name} cuts each agent over processes, --hosts deals whole agents"
                     " out; give one of the two"
                 )
-        words = given.words(["--hosts", str(hosts), *(["--srun"] if slurm or srun else [])])
+        options = ["--hosts", str(hosts), *(["--srun"] if slurm or srun else [])]
         if slurm is None:
+            # A lock is broken once, and not whenever the run goes on.
+            words = replace(given, break_lock=False).words(options)
             again = shlex.join(["satune", "launch", *words])
             return _train_over_hosts(given, loaded, hosts, again, srun=srun)
         _load_hosted(given, loaded, hosts)
+        words = given.words(options)
         start = shlex.join([sys.executable, "-m", "satune", "launch", *words])
         _write(slurm, job.log, job.script(hosts, "B:INT", [f"exec {start}"]))
         return
-    count = usual_processes() if processes is None else processes
+    count = processes
+    if count is None:
+        apart = any(agent.device is not None for agent in loaded.team.agents.values())
+        count = 1 if apart else usual_processes()
     sharded = ["sharding={}"] if count * nodes > 1 and loaded.sharding is None else []
+    given.load(sharded)
     made = Launch(given.words(["--resume"], sharded), count, nodes)
     if slurm is None:
         command = made.command()
@@ -168,19 +175,20 @@ def _train_over_hosts(given: _Given, recipe: Any, count: int, command: str, *, s
     from satune.commands.gather import gather
     from satune.commands.own_hosts import (
         OwnHosts,
+        devices_of,
         places_here,
         places_of_job,
         run_overrides,
         shares,
     )
-    from satune.files.interrupts import ended_by_term
+    from satune.files.interrupts import ended_by_term, uninterrupted
     from satune.training.run_directory import RunDirectory
 
     loaded, run = _load_hosted(given, recipe, count), RunDirectory(given.out)
-    here = places_of_job(count, os.environ) if srun else places_here(count, recipe.team.device)
-    hosts = OwnHosts(
-        given.recipe, given.overrides, given.options, shares(recipe, count), here, run.hosts
-    )
+    dealt = shares(recipe, count)
+    devices = devices_of(recipe, (name for share in dealt for name in share))
+    here = places_of_job(count, os.environ) if srun else places_here(count, devices)
+    hosts = OwnHosts(given.recipe, given.overrides, given.options, dealt, here, run.hosts)
     summary = run.read_summary() if run.unfinished() is None else None
     with ExitStack() as stack:
         stack.enter_context(ended_by_term())
@@ -195,7 +203,8 @@ def _train_over_hosts(given: _Given, recipe: Any, count: int, command: str, *, s
             command=command,
             break_lock=given.break_lock,
         )
-    gather(run, recipe)
+        with run.held(break_lock=given.break_lock), uninterrupted():
+            gather(run, recipe)
     show_result(summary, False, show_summary)
 
 

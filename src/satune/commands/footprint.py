@@ -72,12 +72,6 @@ class _Batch:
         return self.prompt + self.new - 1  # the last token predicts nothing that is scored
 
 
-def stage_bytes(recipe: Recipe) -> dict[str, int] | None:
-    """``stage_bytes_by_device`` of the device with the highest peak."""
-    found = stage_bytes_by_device(recipe)
-    return None if found is None else max(found.values(), key=lambda phases: phases["peak"])
-
-
 def stage_bytes_by_device(recipe: Recipe) -> dict[str, dict[str, int]] | None:
     """The most bytes of tensors at once in each part of a stage, on each device on which agents lie
     (on a CPU with what rests there of its agents between steps, as it does from the second stage

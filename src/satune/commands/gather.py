@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from satune.agents.sources import saved_adapter
-from satune.commands.own_hosts import TOKEN
 from satune.config.schema import Recipe
 from satune.files.manifest import MANIFEST
 from satune.files.writing import link, write_atomically, written_beside
-from satune.team import manifest_of
+from satune.loading import LAUNCH_VARIABLE
+from satune.team import critic_file, manifest_of
 from satune.tiny.zoo import is_tiny
 from satune.training.run_directory import RunDirectory
 
@@ -26,7 +26,9 @@ def gather(run: RunDirectory, recipe: Recipe) -> None:
     manifest = manifest_of(run.team)
     agents: dict[str, Any] = manifest["agents"]
     models = {name: str(recipe.team.agents[name].model) for name in agents}
-    theirs = [name for name, entry in agents.items() if entry.get("host_token_env") == TOKEN]
+    theirs = [
+        name for name, entry in agents.items() if entry.get("host_token_env") == LAUNCH_VARIABLE
+    ]
     if not theirs:
         return
     with written_beside(run.team) as beside:
@@ -39,6 +41,9 @@ def gather(run: RunDirectory, recipe: Recipe) -> None:
         for name in theirs:
             saved = run.hosts / name / "agent" / name
             _link_all(saved, beside / name)
+            critic = critic_file(saved.parent, name)
+            if critic.is_file():
+                link(critic, critic_file(beside, name))
             agents[name] = _entry(name, models[name], agents[name])
             base = _base(saved)
             if base is not None:

@@ -132,7 +132,14 @@ def plan(
     memory = described["memory"]
     if apart:
         devices = _apart(placed, name, devices, room, activations)
-        held = max(there["together"] for there in placed.values())
+        # The fullest one: what it holds, and what its own agents compute with.
+        held, most = max(
+            (
+                (each["together"], max(activations[n] for n in each["agents"]))
+                for each in placed.values()
+            ),
+            key=sum,
+        )
     else:
         devices = _together(memory["together"], name, devices, room, most)
         held = memory["together"] / devices

@@ -20,7 +20,7 @@ from satune.hosts.owner import Owner
 from satune.hosts.vault import Vault
 from satune.hosts.visits import Visits
 from satune.protocols.named import load_protocol
-from satune.team import Team
+from satune.team import Team, critic_file, save_critic
 from satune.types import Progress, TeamProtocol, UserError, no_progress
 
 
@@ -97,6 +97,8 @@ def _owner(
     def save() -> None:
         with written_beside(place / "agent") as beside:
             team.save_agent(agent, beside, place / "agent", {})
+            if agent in critics:
+                save_critic(critics[agent].weights(), critic_file(beside, agent))
 
     scratch = place / "optimizers"
     critics = make_critics(recipe, replace(team, policies=policies), protocol, scratch, progress)

@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -26,10 +26,9 @@ import torch
 from satune.config.schema import Recipe
 from satune.files.writing import disk_errors
 from satune.hosts.client import HostLost
+from satune.loading import LAUNCH_VARIABLE
 from satune.types import UserError
 
-TOKEN = "SATUNE_LAUNCH_TOKEN"
-"""The environment variable that has the token of these hosts, and of no others."""
 _LISTENS = re.compile(r"^agent \S+: http://\S+:(\d+), checkpoints in ", re.MULTILINE)
 """How a host says where it listens."""
 _DEATH_SIGNAL = 1
@@ -60,7 +59,7 @@ def shares(recipe: Recipe, count: int) -> list[list[str]]:
         name
         for name, agent in recipe.team.resolved().agents.items()
         # A run's own recipe names the addresses that its hosts had.
-        if not agent.frozen and (agent.host is None or agent.host_token_env == TOKEN)
+        if not agent.frozen and (agent.host is None or agent.host_token_env == LAUNCH_VARIABLE)
     ]
     if not 1 <= count <= len(agents):
         most = f"give 1 to {len(agents)}" if agents else "remove it"
@@ -71,6 +70,11 @@ def shares(recipe: Recipe, count: int) -> list[list[str]]:
     return dealt(agents, count)
 
 
+def devices_of(recipe: Recipe, agents: Iterable[str]) -> set[str]:
+    """Where the recipe puts these agents, in its own words."""
+    return {recipe.team.agents[name].device or recipe.team.device for name in agents}
+
+
 def _in_brackets(names: Sequence[str]) -> str:
     return f"({', '.join(names)})" if names else ""
 
@@ -79,7 +83,10 @@ def run_overrides(recipe: Recipe, addresses: Mapping[str, str]) -> list[str]:
     """What the run's recipe says of agents whose hosts are at ``addresses``."""
     said = []
     for name, url in addresses.items():
-        said += [f"team.agents.{name}.host={url}", f"team.agents.{name}.host_token_env={TOKEN}"]
+        said += [
+            f"team.agents.{name}.host={url}",
+            f"team.agents.{name}.host_token_env={LAUNCH_VARIABLE}",
+        ]
         if recipe.team.agents[name].trust_remote_code:  # which is the host's to run
             said.append(f"team.agents.{name}.trust_remote_code=false")
     return said
@@ -96,10 +103,11 @@ class Place:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def places_here(count: int, device: str) -> list[Place]:
-    """This machine, ``count`` times. Where the recipe's ``device`` names none by its number the
-    GPUs that are seen here are dealt out as well; hosts that are more than GPUs share them."""
-    found = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+def places_here(count: int, devices: Iterable[str]) -> list[Place]:
+    """This machine, ``count`` times. Where none of the agents' ``devices`` is named by its number
+    the GPUs that are seen here are dealt out as well; hosts that are more than GPUs share them."""
+    named = any(device not in ("auto", "cuda") for device in devices)
+    found = 0 if named else torch.cuda.device_count()
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (said.split(",") if said else [str(number) for number in range(found)])[:found]
     if not gpus:
@@ -183,7 +191,7 @@ class OwnHosts:
             for name in (name for share in self.shares for name in share)
             for word in (
                 f"team.agents.{name}.host=null",
-                f"team.agents.{name}.host_token_env={TOKEN}",
+                f"team.agents.{name}.host_token_env={LAUNCH_VARIABLE}",
             )
         ]
         # One agent's folder is named, several have one each in the folder that is named.
@@ -197,15 +205,15 @@ class OwnHosts:
     @contextmanager
     def running(self, tell: Callable[[str], None]) -> Iterator[dict[str, str]]:
         """Start them and give the address of each agent's once all listen; ``tell`` is shown a line
-        a host, and ``TOKEN`` is set for this process. They end with the block, and with this
-        process however that ends.
+        a host, and ``LAUNCH_VARIABLE`` is set for this process. They end with the block, and on
+        Linux with this process however that ends.
 
         Raises UserError, with the log, for a host that ends before or while it is needed.
         """
-        os.environ[TOKEN] = secrets.token_hex(32)
+        os.environ[LAUNCH_VARIABLE] = secrets.token_hex(32)
         started: list[_Started] = []
         with ExitStack() as stack:
-            stack.callback(os.environ.pop, TOKEN)
+            stack.callback(os.environ.pop, LAUNCH_VARIABLE)
             stack.callback(_end, started)
             for number in range(len(self.shares)):
                 started.append(self._start(number, stack))
@@ -218,7 +226,7 @@ class OwnHosts:
             try:
                 yield addresses
             except HostLost as lost:
-                raise UserError(_why(lost, started)) from lost
+                raise UserError(_why(lost, started, self.out)) from lost
 
     def _start(self, number: int, stack: ExitStack) -> _Started:
         log = self.out / f"host-{number + 1}.log"
@@ -252,23 +260,27 @@ def _beginning() -> Callable[[], None]:
     return begin
 
 
-def _why(lost: HostLost, started: Sequence[_Started]) -> str:
-    """What is said of a host that was lost: how its process ended, if it did."""
+def _why(lost: HostLost, started: Sequence[_Started], logs: Path) -> str:
+    """What is said of a host that was lost: how its process ended, if it did, else where its log
+    lies. A run's own words name an option that this command does not have."""
     for _ in range(20):
         for host in started:
             if host.process.poll() is not None:
                 return f"launch: {host.end}; the same command goes on"
         time.sleep(0.05)  # a connection is gone a little before its process
-    return str(lost)
+    said = str(lost).replace("go on with --resume", "give the same command again")
+    return f"launch: {said}; the hosts' logs lie in {logs}"
 
 
 def _end(started: Sequence[_Started]) -> None:
     for host in started:
         host.process.send_signal(signal.SIGINT)  # nothing where it has ended
     until = time.monotonic() + _PATIENCE
-    for host in started:
-        try:
-            host.process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    try:
+        for host in started:
+            with suppress(subprocess.TimeoutExpired):
+                host.process.wait(max(0.0, until - time.monotonic()))
+    finally:  # also where whoever waits is interrupted once more
+        for host in started:
             host.process.kill()
             host.process.wait()

@@ -25,7 +25,7 @@ from satune.config.load import differences, load_recipe, save_recipe
 from satune.config.schema import AgentSection, Recipe
 from satune.core.confidence import Spending
 from satune.core.settings import ObjectiveSettings
-from satune.loading import check_options, load_object
+from satune.loading import LAUNCH_VARIABLE, check_options, load_object
 from satune.task_parts import is_fresh
 from satune.tasks.catalog import draw, take
 from satune.team import Team
@@ -235,6 +235,11 @@ def check_held_out(task: Task) -> None:
         )
 
 
+def _launched(recipe: Recipe) -> bool:
+    """Whether ``satune launch`` keeps agents of this recipe in hosts of its own."""
+    return any(a.host_token_env == LAUNCH_VARIABLE for a in recipe.team.agents.values())
+
+
 def check_recipe_unchanged(
     directory: RunDirectory, recipe: Recipe, recorded: Mapping[str, Any] | None = None
 ) -> None:
@@ -258,6 +263,11 @@ def check_recipe_unchanged(
     else:
         return
     changed = [key for key in differences(held, recipe) if not _may_change(key, held, recipe)]
+    if changed and changed[0].endswith(".host") and _launched(held) != _launched(recipe):
+        started = "`satune launch --hosts N`" if _launched(held) else "no `--hosts`"
+        raise UserError(
+            f"{directory.path}: the run was started with {started}, and goes on with that alone"
+        )
     if changed:
         raise UserError(
             f"{directory.path}: the run was started with another recipe ({changed[0]}), and "

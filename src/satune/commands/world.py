@@ -100,7 +100,7 @@ class AheadWorld(LocalWorld):
     def draw_ahead(
         self, key: Key, offset: int, problems: int, team: TeamWeights
     ) -> Future[list[Episode]]:
-        if all(each.done() for each in self._under_way):
+        if not self._given and all(each.done() for each in self._under_way):
             # Here, where ctrl-C ends it: an engine may have to be started for it.
             self._give_team(team)
         found = self._thread.submit(self._draw_by, key, offset, problems, team)

@@ -43,7 +43,7 @@ def one_base_lies_on_one_device(recipe: Recipe) -> Iterator[Fault]:
             continue
         device = agent.device or recipe.team.device
         other, there = first.setdefault((agent.model, agent.attention), (name, device))
-        if there != device:
+        if there != device and {there, device} != {"cuda", "cuda:0"}:
             yield (
                 f"team.agents.{name}.device",
                 f"'{other}' and '{name}' have adapters on one base, which lies on one device, and"

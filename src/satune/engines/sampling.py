@@ -47,13 +47,13 @@ def _inverted(weights_RV: Tensor, u_R1: Tensor) -> Tensor:
     if size % _BLOCK:
         weights_RV = torch.nn.functional.pad(weights_RV, (0, -size % _BLOCK))
     weights_RBW = weights_RV.view(rows, -1, _BLOCK)
-    sums_RB = weights_RBW.sum(-1).cumsum(-1, dtype=torch.float64)
+    sums_RB = weights_RBW.sum(-1, dtype=torch.float64).cumsum(-1)
     reached_R1 = u_R1 * sums_RB[:, -1:]
     block_R1 = torch.searchsorted(sums_RB, reached_R1, right=True).clamp(max=sums_RB.shape[1] - 1)
     before_R1 = torch.where(block_R1 > 0, sums_RB.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
     row_R = torch.arange(rows, device=weights_RV.device)
     inner_RW = before_R1 + weights_RBW[row_R, block_R1[:, 0]].cumsum(-1, dtype=torch.float64)
-    # The block's own sum may have been rounded up, and its last tokens may weigh nothing.
+    # The block's own sum may be the larger by rounding, and its last tokens may weigh nothing.
     reached_R1 = torch.minimum(reached_R1, inner_RW[:, -1:].nextafter(reached_R1.new_zeros(())))
     within_R1 = torch.searchsorted(inner_RW, reached_R1, right=True)
     return (block_R1 * _BLOCK + within_R1).squeeze(-1).clamp(max=size - 1)

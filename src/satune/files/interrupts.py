@@ -58,8 +58,14 @@ def ended_by_term() -> Iterator[None]:
         answer = signal.getsignal(signal.SIGINT)
         (answer if callable(answer) else signal.default_int_handler)(signal.SIGINT, frame)
 
+    # Where ctrl-C was ignored it is answered too: else ``uninterrupted`` would hold back neither.
+    ignored = signal.getsignal(signal.SIGINT)
+    if not callable(ignored):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     previous = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        if not callable(ignored):
+            signal.signal(signal.SIGINT, ignored)

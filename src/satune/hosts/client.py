@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from satune.hosts.wire import Plain, from_bytes, to_bytes
+from satune.loading import LAUNCH_VARIABLE
 from satune.types import UserError
 
 _SAID = 2000
@@ -150,6 +151,11 @@ class Client:
 def token_in(variable: str, agent: str) -> str:
     """The token in an environment variable. Raises UserError where it holds none."""
     token = os.environ.get(variable, "").strip()
+    if variable == LAUNCH_VARIABLE and not token:
+        raise UserError(
+            f"team.agents.{agent}.host: `satune launch --hosts N` keeps this agent while it "
+            "trains; give that command again"
+        )
     if not token or not token.isascii() or not token.isprintable():
         raise UserError(
             f"team.agents.{agent}.host_token_env: ${variable} holds no token; set it to the one "

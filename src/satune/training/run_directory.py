@@ -103,6 +103,11 @@ class RunDirectory:
             # A start that failed half-way has left no more than this.
             ours = {"episodes", "checkpoints", "optimizers", "hosts", *_TRACKERS, _PROBE, LOCK}
             items = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+            if any(self.hosts.glob("*/checkpoints/run.json")):
+                raise UserError(
+                    f"{self.hosts}: holds agents that hosts have kept of another run; remove it, or"
+                    " give another --out"
+                )
             full = any(any(place.glob("*")) for place in (self.episodes, self.checkpoints))
             if full or any(name not in ours and not is_partial(name) for name in items):
                 raise UserError(f"{self.path}: is not empty and holds no run; give another --out")

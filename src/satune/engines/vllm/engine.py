@@ -105,8 +105,8 @@ class VLLMEngine:
         for place in dict.fromkeys(self._places.values()):
             if not place.server.started:
                 place.launch()
-                if on_gpu:  # a server measures what is free, while nobody else may take of it
-                    place.wait()
+            if on_gpu and not place.server.answered:
+                place.wait()  # it measures what is free, while nobody else may take of it
 
     async def _launched(self) -> None:
         """``_launch_all`` in a thread, which waits for nothing when this is cancelled."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -85,12 +85,16 @@ def write_weights(
 
 
 def holds_weights(published: Published, weights: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
-    """Whether a whole model's file is what ``write_weights`` would write of these, bit for bit."""
-    with safe_open(published.path, framework="pt") as held:
-        return set(held.keys()) == set(weights) and all(
-            _equal(held.get_tensor(name), tensor.detach().to("cpu", dtype))
-            for name, tensor in weights.items()
-        )
+    """Whether a whole model's file is what ``write_weights`` would write of these, bit for bit; not
+    where it cannot be read."""
+    try:
+        with safe_open(published.path, framework="pt") as held:
+            return set(held.keys()) == set(weights) and all(
+                _equal(held.get_tensor(name), tensor.detach().to("cpu", dtype))
+                for name, tensor in weights.items()
+            )
+    except (OSError, SafetensorError):
+        return False
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

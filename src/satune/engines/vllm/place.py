@@ -248,8 +248,8 @@ class Place:
         devices = self.settings.devices
         if not devices:
             return self._places
-        own = devices[self._number % len(devices)]
-        return sum(devices[n % len(devices)] == own for n in range(self._places))
+        names = [str(devices[n % len(devices)]) for n in range(self._places)]
+        return names.count(names[self._number])
 
     def _probe(self, agent: str) -> Ids:
         """Tokens that the agent has read and written last, or, before it has written any, some of

@@ -59,7 +59,8 @@ def _left(lock: Path) -> bool:
     """Whether nobody holds a lock that was made since this machine started. Of other machines'
     locks, on a disk that they share, nothing is known here."""
     try:
-        handle = os.open(lock, os.O_RDONLY)
+        # Whoever may write there may have put something else in its place.
+        handle = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return False
     try:

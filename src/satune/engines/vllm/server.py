@@ -100,6 +100,11 @@ class Server:
     def started(self) -> bool:
         return self.starts > 0
 
+    @property
+    def answered(self) -> bool:
+        """Whether it has, since it was started last."""
+        return self._answered
+
     def launch(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         """Start the process, or nothing where an address was given; ``wait`` waits for it. Raises
         UserError where the system does not start it."""
@@ -161,8 +166,10 @@ class Server:
         if may_pass(code, self._log):
             errors = self._log.errors()
             return Gone(f"it {how} while it started" + (f": {errors[-1]}" if errors else ""))
+        said = self._log.last()
+        mend = "; engine.memory and engine.devices say what it has" if "memory" in said else ""
         return UserError(
-            f"{self.label}: vLLM did not start (exit code {code}): {self._log.last()}{self.log()}"
+            f"{self.label}: vLLM did not start (exit code {code}): {said}{mend}{self.log()}"
         )
 
     def _answers(self) -> bool:
