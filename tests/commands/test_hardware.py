@@ -174,6 +174,21 @@ def test_devices_of_ones_own_that_cannot_be_planned(
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_the_fullest_device_holds_and_computes_with_is_of_one(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two agents lie on the first device, and the one on the second has the larger activations."""
+    activations = {"a": 1e9, "b": 1e9, "c": 50e9}
+    monkeypatch.setattr(hardware, "_activations", lambda recipe, name, *_: activations[name])
+    devices = {"a": "cuda:0", "b": "cuda:0", "c": "cuda:1"}
+    team = {name: {"model": MODEL, "device": device} for name, device in devices.items()}
+    loaded = load_recipe(recipe, [f"team.agents={json.dumps(team)}"])
+    placed = describe_recipe(loaded)["places"]["devices"]
+    assert placed["cuda:0"]["together"] > placed["cuda:1"]["together"]
+    found = plan(loaded, "b200")["memory"]
+    assert found == {"held": placed["cuda:1"]["together"], "activations": 50e9}
+
+
 def test_auto_is_a_device_of_the_plan(recipe: Path) -> None:
     """Whatever lies in the machine on which it is asked."""
     team = {"a": {"model": MODEL, "device": "cuda:0"}, "b": {"model": MODEL}}
