@@ -102,7 +102,7 @@ class AheadWorld(LocalWorld):
     ) -> Future[list[Episode]]:
         if not self._given and all(each.done() for each in self._under_way):
             # Here, where ctrl-C ends it: an engine may have to be started for it.
-            self._give_team(team)
+            self._give(self._lacking(team))
         found = self._thread.submit(self._draw_by, key, offset, problems, team)
         # What is over is not kept: it holds its episodes.
         self._under_way = [*(each for each in self._under_way if not each.done()), found]
@@ -115,7 +115,7 @@ class AheadWorld(LocalWorld):
         self._thread.shutdown(cancel_futures=True)
 
     def _draw_by(self, key: Key, offset: int, count: int, team: TeamWeights) -> list[Episode]:
-        self._give_team(team)
+        self._give(self._lacking(team))
         problems = self.cast.train_problems(count, offset)
         samples = self.cast.recipe.rollout.samples
         # Whoever shows progress shows that of the updates.
@@ -127,31 +127,26 @@ class AheadWorld(LocalWorld):
         if self._stopped:
             end()
 
-    def _give_team(self, team: TeamWeights) -> None:
-        """Let the engine have these weights where it has others. All are in the copies before the
-        first is published: an engine may begin with what it finds there."""
-        due = {a: given for a, given in team.items() if self._given.get(a) != given[0]}
-        for agent, (_, weights) in due.items():
-            self._load(agent, weights)
-        for agent, (version, weights) in due.items():
-            self._give(agent, version, weights)
+    def _lacking(self, team: TeamWeights) -> TeamWeights:
+        """Those of these weights in whose place the engine has others."""
+        return {a: given for a, given in team.items() if self._given.get(a) != given[0]}
 
-    def _load(self, agent: str, weights: Mapping[str, Tensor]) -> None:
-        if agent in self.cast.copies:
-            self.cast.copies[agent].load_weights(weights)
-
-    def _give(self, agent: str, version: int, weights: Mapping[str, Tensor]) -> None:
-        self._given.pop(agent, None)
-        self._load(agent, weights)
-        super().publish(agent, version, weights)
-        self._given[agent] = version
+    def _give(self, team: TeamWeights) -> None:
+        """Let the engine have these weights. All are in the copies before the first is published:
+        an engine may begin with what it finds there."""
+        for agent, (_, weights) in team.items():
+            self._given.pop(agent, None)
+            if agent in self.cast.copies:
+                self.cast.copies[agent].load_weights(weights)
+        for agent, (version, weights) in team.items():
+            super().publish(agent, version, weights)
+            self._given[agent] = version
 
     def _settle(self) -> None:
         """Wait for what is under way, and let the engine have the team as it is."""
         wait(self._under_way)
         self._under_way.clear()
-        for agent, (version, weights) in self._due.items():
-            self._give(agent, version, weights)
+        self._give(self._due)
         self._due.clear()
         assert self._given == self._present, "the engine has another team"
 
@@ -161,7 +156,7 @@ class AheadWorld(LocalWorld):
         self._present[agent] = version
         if all(found.done() for found in self._under_way):
             self._due.pop(agent, None)
-            self._give(agent, version, weights)
+            self._give({agent: (version, weights)})
         else:
             self._due[agent] = version, {n: t.to("cpu", copy=True) for n, t in weights.items()}
 
