@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 # A state directory for the tests, and for the commands that they start: they neither know nor fill
 # that of whoever runs them. It is removed at the end.
@@ -21,6 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from command_line import Run  # noqa: E402 - keeps the environment as it is when it is imported
 from satune.cli.main import main  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a library draws by itself (an adapter's first weights) is the same at every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
