@@ -148,7 +148,7 @@ def of_models(arguments: argparse.Namespace, rows: Mapping[str, tuple[str, ...]]
 
 
 def models_and_teams(arguments: argparse.Namespace) -> Iterator[Run]:
-    """Three agents against one that writes as many messages."""
+    """Three agents against one that writes as many messages, and three trained as the one is."""
     alone = smollm2(arguments.models, seats=1)
     solo = (alone, "protocol=solo", "schedule=fresh", *AS_MANY_MESSAGES, *FREE)
     rows = {
@@ -159,6 +159,8 @@ def models_and_teams(arguments: argparse.Namespace) -> Iterator[Run]:
             "rollout.dynamic_sampling=true",
         ),
         "one agent in all seats": ("team.sharing=shared",),
+        "vote, no region": FREE,
+        "vote, GRPO, no region": ("objective=grpo", *FREE),
         "chain": ("protocol=chain",),
         "debate": ("protocol={name: debate, rounds: 2}",),
     }  # fmt: skip
