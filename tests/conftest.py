@@ -8,8 +8,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples at every run, however slow the machine is;
+# `pytest --hypothesis-profile=search` looks for new ones.
+for name, always_the_same in (("repeat", True), ("search", False)):
+    hypothesis.settings.register_profile(
+        name,
+        deadline=None,
+        derandomize=always_the_same,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("repeat")
 
 # A state directory for the tests, and for the commands that they start: they neither know nor fill
 # that of whoever runs them. It is removed at the end.

@@ -180,7 +180,7 @@ ROUNDS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(spec=st.sampled_from(FAMILIES), start=TEXTS, rounds=ROUNDS)
 def test_one_conversation_is_one_growing_sequence(spec, start, rounds):
     renderer = RENDERERS[spec]

@@ -81,7 +81,7 @@ def test_bad_groups():
     assert group_advantages(torch.zeros(0), torch.zeros(0).long()).shape == (0,)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     sizes=st.lists(st.integers(2, 12), min_size=1, max_size=6),

@@ -159,7 +159,7 @@ def conversation(seed: int, scale: float):
     return paths
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     scale=st.sampled_from([0.01, 0.3, 3.0]),

@@ -194,7 +194,7 @@ def test_to_dict_leaves_out_what_was_not_measured():
     assert all(type(value) in (float, int, dict) for value in found.values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000))
 def test_the_order_of_tokens_does_not_matter(seed):
     generator = torch.Generator().manual_seed(seed)

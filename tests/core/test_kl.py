@@ -183,7 +183,7 @@ def test_half_precision_is_lifted_and_shapes_are_checked():
             exact_kl(p, q)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10_000),
     spread=st.floats(1e-6, 30),

@@ -175,7 +175,7 @@ def test_cispo_hand_computed():
     assert metrics["clipped"] == 1 and metrics["clippable"] == 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), low=st.sampled_from([None, 0.2]), high=st.floats(0.1, 5))
 def test_cispos_gradient_is_that_of_its_definition(seed, low, high):
     """d/dθ of -1/T Σ w A sg(clip(r)) log π, written token by token from the definition."""
@@ -226,7 +226,7 @@ def test_m2po_hand_computed():
     assert gradient[3] == pytest.approx(3 * math.exp(0.4) / 4, rel=1e-14)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), limit=st.floats(0.001, 1))
 def test_m2po_leaves_out_as_few_tokens_as_it_takes(seed, limit):
     generator = torch.Generator().manual_seed(seed)
@@ -322,7 +322,7 @@ def earlier(name: str, batch: ObjectiveBatch) -> Tensor:
     return -(batch.weights_U * gain_E).sum() / batch.episode_total
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8))
 @pytest.mark.parametrize("name", ["sat", "gspo", "grpo", "dapo"])
 def test_an_advantage_an_episode_is_what_it_was_to_the_last_bit(name, seed, lengths):
@@ -521,7 +521,7 @@ def test_a_nan_that_counts_is_seen(name):
         assert objective_loss(batch, ObjectiveSettings(name=name))[0].isnan()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8),

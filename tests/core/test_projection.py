@@ -190,7 +190,7 @@ def test_differences_beyond_any_exponent(scale):
         assert not bool(found.infeasible_N.any())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.floats(1e-7, 2.0), st.sampled_from([0.1, 1.0, 10.0, 100.0]))
 def test_invariants(seed, delta, scale):
     generator = torch.Generator().manual_seed(seed)

@@ -87,7 +87,7 @@ rows_of_turns = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(rows_of_turns, max_size=3))
 def test_rows_come_back_exactly(tmp_path_factory: pytest.TempPathFactory, calls: Any) -> None:
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"

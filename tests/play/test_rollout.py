@@ -341,7 +341,7 @@ episodes = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(episodes)
 def test_rows_give_episodes_back_exactly(tmp_path_factory, episode):
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"

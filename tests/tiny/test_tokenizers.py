@@ -7,7 +7,7 @@ from satune.tiny.zoo import SPECS, tiny_tokenizer
 TOKENIZERS = {spec: tiny_tokenizer(spec) for spec in SPECS}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     spec=st.sampled_from(SPECS), text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 )

@@ -127,7 +127,7 @@ def test_a_turn_without_tokens_is_no_step() -> None:
     assert found.targets.tokens_N.tolist() == [0, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     shapes=st.lists(
