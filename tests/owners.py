@@ -107,6 +107,7 @@ class Owners:
             recipe.hosts.wait,
             tolerance=tolerance_of(recipe),
             checkpoint=checkpoint,
+            command="satune train RECIPE --resume",
             tell=self.told.append,
         )
         return run

@@ -24,6 +24,13 @@ class Host:
         self.within.append(within)
 
 
+class Away:
+    """A host that is not there."""
+
+    def meet(self, within: float) -> None:
+        raise HostLost("still away")
+
+
 def run(
     monkeypatch: pytest.MonkeyPatch, losses: list[tuple[Exception, str]], host: Any = None
 ) -> tuple[Any, list[str | None]]:
@@ -45,14 +52,22 @@ def run(
     training = cast(Any, SimpleNamespace(directory=SimpleNamespace(checkpoints=Path())))
     hosts: list[Any] = [host or Host()]
     found = hosted.train_with_hosts(
-        training, hosts, 30.0, tolerance=cast(Any, None), checkpoint=None, tell=lambda line: None
+        training,
+        hosts,
+        30.0,
+        tolerance=cast(Any, None),
+        checkpoint=None,
+        command="satune go on",
+        tell=lambda line: None,
     )
     return found, went
 
 
 def test_no_answer_twice_from_one_checkpoint_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     losses: list[tuple[Exception, str]] = [(HostSilent(SILENT), "stage-0001")] * 3
-    with pytest.raises(HostLost, match=r"second time from stage-0001; give more.*--resume"):
+    with pytest.raises(
+        HostLost, match=r"second time from stage-0001; give more.*, then go on with: satune go on$"
+    ):
         run(monkeypatch, losses)
 
 
@@ -71,3 +86,11 @@ def test_all_hosts_are_met_within_the_wait(monkeypatch: pytest.MonkeyPatch) -> N
     run(monkeypatch, [(HostLost("lost"), "stage-0001")], host)
     (within,) = host.within
     assert 29 < within <= 30
+
+
+def test_a_host_that_stays_away_leaves_the_command_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hosted, "_PAUSE", 40.0)  # longer than the wait
+    with pytest.raises(HostLost, match=r"^still away; then go on with: satune go on$"):
+        run(monkeypatch, [(HostLost("lost"), "stage-0001")], Away())

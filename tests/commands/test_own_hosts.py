@@ -257,8 +257,8 @@ def test_one_that_ends_under_the_run_is_named_with_its_log(
         raise HostLost("agent bob: its host is lost")
     others = scripted(tmp_path, STAYS)
     with pytest.raises(UserError) as said, others.running(print):
-        raise HostLost("agent cat: its host is lost; then go on with --resume")
+        raise HostLost("agent cat: its host is lost; then go on with: satune launch")
     assert str(said.value) == (
-        "launch: agent cat: its host is lost; then give the same command again; the hosts' logs "
-        f"lie in {tmp_path}"
+        "launch: agent cat: its host is lost; then go on with: satune launch; the hosts' logs lie "
+        f"in {tmp_path}"
     )

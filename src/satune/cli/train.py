@@ -133,7 +133,13 @@ def run_training(
             Display(open_console(stderr=True)) as display,
         ):
             return _train(
-                recipe, directory, display, resume=resume, checkpoint=checkpoint, parts=parts
+                recipe,
+                directory,
+                display,
+                resume=resume,
+                checkpoint=checkpoint,
+                command=command,
+                parts=parts,
             )
     except Lost:
         raise
@@ -148,6 +154,7 @@ def _train(
     *,
     resume: bool,
     checkpoint: str | None,
+    command: str,
     parts: Any,
 ) -> dict[str, Any]:
     quiet_libraries()
@@ -208,6 +215,7 @@ def _train(
             recipe.hosts.wait,
             tolerance=tolerance_of(recipe),
             checkpoint=name,
+            command=command,
             tell=display.note,
         )
     _draw(directory, display)

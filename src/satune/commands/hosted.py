@@ -24,12 +24,14 @@ def train_with_hosts(
     *,
     tolerance: Tolerance,
     checkpoint: str | None,
+    command: str,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """``training.trainer.train``; a host that is lost is waited for, up to ``wait`` seconds, and
     the run goes on from its newest checkpoint: the step that was lost is as if it had never been
     proposed. Raises HostLost where it stays away, where there is no checkpoint yet, and where no
-    answer came in time for a second time from one checkpoint: the same would be asked again."""
+    answer came in time for a second time from one checkpoint: the same would be asked again. It
+    names the ``command`` that goes on."""
     hosts = list(hosts)
     silent_from: str | None = None
     while True:
@@ -39,17 +41,20 @@ def train_with_hosts(
             store = Checkpoints(training.directory.checkpoints, keep=1)  # only to look
             found = store.latest() if wait else None
             if found is None:
-                raise HostLost(f"{lost}; then go on with --resume") from lost
+                raise HostLost(f"{lost}; then go on with: {command}") from lost
             checkpoint = found[0]
             if isinstance(lost, HostSilent):
                 if checkpoint == silent_from:
                     raise HostLost(
                         f"{lost}, for the second time from {checkpoint}; give more seconds in "
-                        "hosts.timeout, then go on with --resume"
+                        f"hosts.timeout, then go on with: {command}"
                     ) from lost
                 silent_from = checkpoint
             tell(f"{lost}; waiting up to {wait:g} s to go on from {checkpoint}")
-            _await(hosts, wait)
+            try:
+                _await(hosts, wait)
+            except HostLost as away:
+                raise HostLost(f"{away}; then go on with: {command}") from away
             tell(f"all hosts are there; going on from {checkpoint}")
 
 

@@ -262,14 +262,13 @@ def _beginning() -> Callable[[], None]:
 
 def _why(lost: HostLost, started: Sequence[_Started], logs: Path) -> str:
     """What is said of a host that was lost: how its process ended, if it did, else where its log
-    lies. A run's own words name an option that this command does not have."""
+    lies."""
     for _ in range(20):
         for host in started:
             if host.process.poll() is not None:
                 return f"launch: {host.end}; the same command goes on"
         time.sleep(0.05)  # a connection is gone a little before its process
-    said = str(lost).replace("go on with --resume", "give the same command again")
-    return f"launch: {said}; the hosts' logs lie in {logs}"
+    return f"launch: {lost}; the hosts' logs lie in {logs}"
 
 
 def _end(started: Sequence[_Started]) -> None:
