@@ -35,6 +35,10 @@ def packed() -> PackedTurns:
     return pack(TURNS)
 
 
+NOTHING = torch.zeros(packed().tokens, 0)
+"""What is read beside the states."""
+
+
 def made(kind: str, **changes) -> tuple[LocalLearner, LocalCritic, Anchor]:
     settings = CriticSettings(kind, **changes)  # type: ignore[arg-type]
     policy = tiny_policy(family="gpt_neox")
@@ -46,11 +50,20 @@ def made(kind: str, **changes) -> tuple[LocalLearner, LocalCritic, Anchor]:
     return learner, critic, anchor
 
 
-def lesson(critic: LocalCritic, anchor: Anchor, every: int = 1, seed: int = 0) -> ValueTargets:
+def lesson(
+    critic: LocalCritic,
+    anchor: Anchor,
+    beside_TF: Tensor = NOTHING,
+    *,
+    every: int = 1,
+    seed: int = 0,
+) -> ValueTargets:
     tokens_N = torch.arange(0, anchor.packed.tokens, every)
     rng = torch.Generator().manual_seed(seed)
     targets_N, weights_N = torch.rand(2, len(tokens_N), generator=rng, dtype=torch.float64)
-    return ValueTargets(tokens_N, targets_N, critic.values(anchor).double()[tokens_N], weights_N)
+    return ValueTargets(
+        tokens_N, targets_N, critic.values(anchor, beside_TF).double()[tokens_N], weights_N
+    )
 
 
 def by_whole_model(learner: LocalLearner | LocalCritic, policy, weight: Tensor) -> Tensor:
@@ -67,34 +80,60 @@ def by_whole_model(learner: LocalLearner | LocalCritic, policy, weight: Tensor) 
 @pytest.mark.parametrize("kind", ["head", "model"])
 def test_values_are_a_line_over_the_states_that_predict_the_tokens(kind: str) -> None:
     learner, critic, anchor = made(kind)
-    assert critic.values(anchor).tolist() == [0.0] * anchor.packed.tokens  # before the first fit
-    critic.fit(anchor, lesson(critic, anchor), KEY)
+    assert (
+        critic.values(anchor, NOTHING).tolist() == [0.0] * anchor.packed.tokens
+    )  # before the first fit
+    critic.fit(anchor, NOTHING, lesson(critic, anchor), KEY)
     weights = critic.weights()
     line = torch.cat([weights["head.weight"][0], weights["head.bias"]])
     policy = critic._scorer.policy
     expected_T = by_whole_model(learner, policy, line).detach()
-    found_T = critic.values(anchor)
+    found_T = critic.values(anchor, NOTHING)
     assert found_T.abs().max() > 1e-3 and found_T.dtype == torch.float64
     torch.testing.assert_close(found_T, expected_T, rtol=1e-10, atol=1e-12)
 
 
 def test_a_head_reads_the_anchor_whatever_the_agent_has_become() -> None:
     learner, critic, anchor = made("head")
-    critic.fit(anchor, lesson(critic, anchor), KEY)
-    before_T = critic.values(anchor)
+    critic.fit(anchor, NOTHING, lesson(critic, anchor), KEY)
+    before_T = critic.values(anchor, NOTHING)
     nowhere = learner.anchor(packed())
     nowhere.states.room = 0  # nothing is held: everything is computed again
     learner.complete(nowhere)
     learner.load_weights({name: 1.1 * w for name, w in learner.export().items()})
-    assert torch.equal(critic.values(anchor), before_T)
-    torch.testing.assert_close(critic.values(nowhere), before_T, rtol=1e-12, atol=1e-14)
+    assert torch.equal(critic.values(anchor, NOTHING), before_T)
+    torch.testing.assert_close(critic.values(nowhere, NOTHING), before_T, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_what_is_read_beside_the_states_counts_as_much_as_they_do(kind: str) -> None:
+    """AdamW's first step moves every weight by the rate, and what is read is √H = 4 times as large
+    inside; its first moment is a tenth of the gradient."""
+    settings = {"likelihoods": True, "epochs": 1, "mini_batches": 1, "clip": None, "lr": 1e-3}
+    _, critic, anchor = made(kind, **settings)
+    beside_TF = torch.rand(packed().tokens, 4, generator=torch.Generator().manual_seed(3))
+    told = lesson(critic, anchor, beside_TF, every=2)
+    line_F = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    values_N = (4 * beside_TF.double() @ line_F)[told.tokens_N]
+    none_N = torch.zeros_like(values_N)
+    loss = value_loss(values_N, none_N, told.targets_N, told.weights_N, None) / len(values_N)
+    (gradient_F,) = torch.autograd.grad(loss, line_F)
+    critic.fit(anchor, beside_TF, told, KEY)
+    assert critic.weights()["head.weight"].shape == (1, 16 + 4)
+    (moment,) = (t for name, t in critic.state().items() if name == "optimizer|head.weight|exp_avg")
+    found_F = moment[0, 16:].double()
+    expected_F = gradient_F / gradient_F.norm()
+    torch.testing.assert_close(found_F / found_F.norm(), expected_F, rtol=1e-5, atol=0)
+    found_T = critic.values(anchor, beside_TF) - critic.values(anchor, torch.zeros_like(beside_TF))
+    moved_T = -4e-3 * beside_TF.double() @ gradient_F.sign()
+    torch.testing.assert_close(found_T, moved_T, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])
 def test_a_fit_leaves_the_agent_as_it_is(kind: str) -> None:
     learner, critic, anchor = made(kind)
     weights = learner.export()
-    critic.fit(anchor, lesson(critic, anchor), KEY)
+    critic.fit(anchor, NOTHING, lesson(critic, anchor), KEY)
     assert all(torch.equal(weights[name], now) for name, now in learner.export().items())
     assert all(p.grad is None for p in learner.policy.trainable().values())
     assert not critic._moments.awake
@@ -123,7 +162,7 @@ def test_a_step_follows_the_gradient_of_the_loss(kind: str) -> None:
     if kind == "model":
         wanted += [dict(policy.backbone.named_parameters())["embed_in.weight"]]
     gradients = torch.autograd.grad(loss, wanted)
-    assert critic.fit(anchor, told, KEY) == pytest.approx(loss.item(), rel=1e-12)
+    assert critic.fit(anchor, NOTHING, told, KEY) == pytest.approx(loss.item(), rel=1e-12)
     after = critic.weights()
     moved = torch.cat([(after[n] - before[n]).flatten() for n in ("head.weight", "head.bias")])
     torch.testing.assert_close(moved, -1e-3 * gradients[0].sign(), rtol=1e-3, atol=0)
@@ -150,7 +189,7 @@ def test_gradients_of_a_model_in_float16_do_not_vanish(monkeypatch: pytest.Monke
         critic = LocalCritic(policy, CriticSettings("model", epochs=1, mini_batches=1), OPTIMIZER)
         torch.nn.init.constant_(critic._head.weight, 0.5)
         told = lesson(critic, anchor)
-        critic.fit(anchor, replace(told, weights_N=1e-6 * told.weights_N), KEY)
+        critic.fit(anchor, NOTHING, replace(told, weights_N=1e-6 * told.weights_N), KEY)
     exact, half = found
     assert float(exact.norm()) > 0
     assert float((half - exact).norm() / exact.norm()) < 0.1
@@ -159,8 +198,8 @@ def test_gradients_of_a_model_in_float16_do_not_vanish(monkeypatch: pytest.Monke
 def test_targets_of_other_tokens_have_no_part() -> None:
     _, critic, anchor = made("head", epochs=200, mini_batches=1, lr=3e-2, clip=None)
     told = lesson(critic, anchor, every=3)
-    critic.fit(anchor, told, KEY)
-    off_N = critic.values(anchor)[told.tokens_N] - told.targets_N
+    critic.fit(anchor, NOTHING, told, KEY)
+    off_N = critic.values(anchor, NOTHING)[told.tokens_N] - told.targets_N
     # Five states and sixteen numbers a state: a line goes through all of them.
     assert off_N.abs().max() < 0.02
 
@@ -169,18 +208,18 @@ def test_the_clip_holds_a_fit_near_what_was_said_before() -> None:
     _, critic, anchor = made("head", epochs=300, mini_batches=1, lr=1e-3, clip=0.1)
     told = lesson(critic, anchor)
     far = ValueTargets(told.tokens_N, told.targets_N + 5, told.before_N, told.weights_N + 0.1)
-    critic.fit(anchor, far, KEY)
+    critic.fit(anchor, NOTHING, far, KEY)
     # AdamW's momentum carries them on for some steps, but not to the targets above 5.
-    assert 0.05 < critic.values(anchor).max() < 0.4
+    assert 0.05 < critic.values(anchor, NOTHING).max() < 0.4
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])
 def test_a_snapshot_puts_the_critic_back_to_the_last_bit(kind: str, tmp_path: Path) -> None:
     learner, critic, anchor = made(kind)
-    critic.fit(anchor, lesson(critic, anchor), KEY)
+    critic.fit(anchor, NOTHING, lesson(critic, anchor), KEY)
     before, snapshot = critic.state(), learner.snapshot()
     assert any("exp_avg" in name for name in before)
-    critic.fit(anchor, lesson(critic, anchor, seed=1), KEY)
+    critic.fit(anchor, NOTHING, lesson(critic, anchor, seed=1), KEY)
     there = critic.state()
     assert not torch.equal(before["weights|head.weight"], there["weights|head.weight"])
     learner.restore(snapshot)
@@ -188,7 +227,7 @@ def test_a_snapshot_puts_the_critic_back_to_the_last_bit(kind: str, tmp_path: Pa
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in before.items())
     # And goes on from there as it did the first time.
-    critic.fit(anchor, lesson(critic, anchor, seed=1), KEY)
+    critic.fit(anchor, NOTHING, lesson(critic, anchor, seed=1), KEY)
     again = critic.state()
     assert all(torch.equal(again[name], tensor) for name, tensor in there.items())
 
@@ -204,6 +243,6 @@ def test_what_is_not_finite_leaves_the_values_alone() -> None:
     before = critic.weights()
     bad = ValueTargets(told.tokens_N, told.targets_N * math.nan, told.before_N, told.weights_N)
     with pytest.raises(NonFinite, match="the loss of the values is not finite"):
-        critic.fit(anchor, bad, KEY)
+        critic.fit(anchor, NOTHING, bad, KEY)
     assert all(torch.equal(before[name], now) for name, now in critic.weights().items())
     assert not critic._moments.awake

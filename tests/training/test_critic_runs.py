@@ -24,6 +24,7 @@ from satune.types import Experience, Failure, Grade, Key, UserError
 KEY = Key(0, "train", 1, 1)
 LOST = Failure("the server is gone", policy=False)
 PPO = ["objective=ppo", "credit=gae", "critic={kind: head, epochs: 2}"]
+READS = ["credit=gae", "critic={kind: head, boundary: token, likelihoods: true}", "schedule=reuse"]
 TRACES = [
     "credit={name: gae, traces: true}",
     "critic={kind: model, epochs: 1, lr: 1e-3}",
@@ -73,6 +74,24 @@ def test_a_step_fits_the_critic_and_says_what_it_knew(recipe: Path, tmp_path: Pa
     assert outcome.event["seconds"]["critic"] > 0 and outcome.log_ratio_H is None
     assert float(state(run)["weights|head.weight"].abs().max()) > 0
     assert tiny_world.same(state(run, "bob"), other)
+
+
+def test_what_was_written_before_is_read(recipe: Path, tmp_path: Path) -> None:
+    """By the agent that speaks second, of the one that speaks first; it has nothing to read."""
+    run, experience = fresh(recipe, tmp_path / "run", *READS, "protocol=chain")
+    second = experience.episodes[0].turns[-1].agent
+    for name in ("ann", "bob"):
+        settings = run.settings.update
+        improve(
+            run.learners[name], name, experience, settings, beta=settings.trust_region.beta,
+            cap=None, key=KEY,
+        )  # fmt: skip
+        weights = state(run, name)["weights|head.weight"]
+        assert weights.shape == (1, 16 + 4)
+        # The last two are of the moment before, which the first to speak does not have: 1 for all.
+        assert bool((weights[0, 16:] != 0).all())
+        same = bool(weights[0, 18] == weights[0, 19])
+        assert same == (name != second)
 
 
 @pytest.mark.parametrize("critic", ["head", "model"])
@@ -188,7 +207,7 @@ def left(out: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", [PPO, TRACES], ids=["ppo", "traces"])
+@pytest.mark.parametrize("overrides", [PPO, TRACES, READS], ids=["ppo", "traces", "likelihoods"])
 def test_a_run_goes_on_from_its_checkpoints_to_the_same_bits(
     recipe: Path, tmp_path: Path, overrides: list[str]
 ) -> None:

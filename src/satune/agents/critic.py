@@ -33,6 +33,10 @@ class LocalCritic:
     ``policy`` is whose states it reads: the agent's, or with kind "model" one that is the critic's
     alone. ``optimizer`` is the agent's, whose rate and decay are not the critic's; ``file`` where
     moments rest if they rest on the disk. Every value is 0 before the first fit.
+
+    ``written_TF`` [T, F], F as the settings' ``inputs``, is read beside the hidden states: numbers
+    from 0 to 1, √H times as large inside, so that one of them moves a value in a step as much as
+    all H numbers of a normed state do.
     """
 
     def __init__(
@@ -51,7 +55,9 @@ class LocalCritic:
             share_prompts=not optimizer.gradient_checkpointing,
         )
         self._own = settings.kind == "model"
-        self._head = nn.Linear(policy.config.hidden_size, 1, dtype=self._scorer.dtype)
+        hidden = policy.config.hidden_size
+        self._louder = math.sqrt(hidden)
+        self._head = nn.Linear(hidden + settings.inputs, 1, dtype=self._scorer.dtype)
         for parameter in self._head.to(policy.device).parameters():
             nn.init.zeros_(parameter)
         self._parameters: dict[str, nn.Parameter] = {
@@ -64,14 +70,15 @@ class LocalCritic:
         self._moments = Moments(self._parameters, self._optimizer, file)
 
     @torch.no_grad()
-    def values(self, anchor: Anchor) -> Tensor:
+    def values(self, anchor: Anchor, written_TF: Tensor) -> Tensor:
         """The value [T] (CPU) of the state before each own token of an anchor's experience."""
         values_T = torch.empty(anchor.packed.tokens, dtype=self._scorer.dtype)
         for batch in self._scorer.batches(anchor.packed):
-            values_T[batch.tokens_T] = self._values(self._states(anchor, batch)).cpu()
+            states_TH = self._states(anchor, batch)
+            values_T[batch.tokens_T] = self._values(states_TH, written_TF[batch.tokens_T]).cpu()
         return values_T
 
-    def fit(self, anchor: Anchor, lesson: ValueTargets, key: Key) -> float:
+    def fit(self, anchor: Anchor, written_TF: Tensor, lesson: ValueTargets, key: Key) -> float:
         """Learn the targets, in as many passes and mini-batches of episodes as the settings say,
         shuffled by ``key``; returns the mean loss a state. Raises NonFinite."""
         packed, settings = anchor.packed, self.settings
@@ -86,7 +93,9 @@ class LocalCritic:
                 key.rng("values", epoch).shuffle(order)
                 for mini in mini_batches(order, settings.mini_batches):
                     count = int(torch.isin(episode_N, torch.tensor(mini)).sum())
-                    total += count * self._step(anchor, lesson, place_T, sorted(mini), count)
+                    total += count * self._step(
+                        anchor, written_TF, lesson, place_T, sorted(mini), count
+                    )
         finally:
             self._moments.rest()
         return total / (settings.epochs * len(lesson.tokens_N))
@@ -94,6 +103,7 @@ class LocalCritic:
     def _step(
         self,
         anchor: Anchor,
+        written_TF: Tensor,
         lesson: ValueTargets,
         place_T: Tensor,
         episodes: list[int],
@@ -110,7 +120,9 @@ class LocalCritic:
                 if not len(place_N):
                     continue
                 states_TH = self._states(anchor, batch)
-                values_N = self._values(states_TH[asked_T.to(states_TH.device)])
+                values_N = self._values(
+                    states_TH[asked_T.to(states_TH.device)], written_TF[batch.tokens_T][asked_T]
+                )
                 told = (lesson.before_N, lesson.targets_N, lesson.weights_N)
                 before_N, targets_N, weights_N = (each_N[place_N].to(values_N) for each_N in told)
                 clip = self.settings.clip
@@ -138,14 +150,16 @@ class LocalCritic:
             return self._scorer.states(batch)
         return anchor.states.at(self._scorer, batch).hidden_TH
 
-    def _values(self, hidden_NH: Tensor) -> Tensor:
-        return self._head(hidden_NH.to(self._head.weight.dtype)).squeeze(-1)
+    def _values(self, hidden_NH: Tensor, written_NF: Tensor) -> Tensor:
+        read = (hidden_NH, self._louder * written_NF)
+        return self._head(torch.cat([each.to(self._head.weight) for each in read], -1)).squeeze(-1)
 
     # -- what it is made of ----------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
-        """Its parameters by name, copied: ``head.weight`` [1, H] and ``head.bias`` [1] over hidden
-        states, and under ``model.`` those of a model of its own."""
+        """Its parameters by name, copied: ``head.weight`` [1, H + F] and ``head.bias`` [1] over
+        hidden states and what is read beside them, and under ``model.`` those of a model of its
+        own."""
         return {name: p.detach().clone() for name, p in self._parameters.items()}
 
     def state(self) -> dict[str, Tensor]:

@@ -63,7 +63,9 @@ class CriticSettings:
     A value is that of the state in which a turn begins, or with ``boundary`` "token" of every
     token's. ``gamma`` discounts from one boundary to the next (None: .99 between turns, 1 between
     tokens), ``lam`` weighs longer looks ahead. ``lr`` None is 1e-3 for a head, 1e-5 for a model;
-    ``clip`` bounds how far a fit may move a value and gain by it (None: no bound).
+    ``clip`` bounds how far a fit may move a value and gain by it (None: no bound). With
+    ``likelihoods`` values also read how likely what was written so far was to those who wrote it
+    (``training.likelihoods``).
     """
 
     kind: Literal["none", "head", "model"] = "none"
@@ -75,6 +77,12 @@ class CriticSettings:
     epochs: Count = 4
     mini_batches: Count = 4
     clip: Positive | None = 0.5
+    likelihoods: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers a value is read from beside a hidden state."""
+        return 4 if self.likelihoods else 0
 
     @property
     def discount(self) -> float:

@@ -208,7 +208,7 @@ def _critic(critic: CriticSettings, agents: str, number: int) -> dict[str, Any]:
     model = laid_out(critic.model or agents)
     if model is None:
         return {}
-    line = model.config.get_text_config().hidden_size + 1
+    line = model.config.get_text_config().hidden_size + critic.inputs + 1
     held = trained = line
     if critic.kind == "model":
         held += sum(p.numel() for p in model.parameters())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from satune.config.place_checks import (
     Fault,
+    likelihoods_are_known_here,
     one_base_lies_on_one_device,
     shards_are_learners,
     vllm_is_given_models_that_it_knows,
@@ -354,6 +355,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Fault]], ...] = (
     _certificates_are_sound,
     _overlap_has_two_sides,
     shards_are_learners,
+    likelihoods_are_known_here,
     one_base_lies_on_one_device,
     _ahead_is_corrected,
     vllm_is_given_models_that_it_knows,

@@ -52,6 +52,21 @@ def one_base_lies_on_one_device(recipe: Recipe) -> Iterator[Fault]:
             )
 
 
+def likelihoods_are_known_here(recipe: Recipe) -> Iterator[Fault]:
+    """An owner tells nobody how likely a token was, and knows it of nobody else."""
+    if not recipe.critic.likelihoods:
+        return
+    if recipe.critic.kind == "none":
+        yield "critic.likelihoods", "is for a critic; set critic.kind or remove the key"
+    for name, agent in recipe.team.agents.items():
+        if agent.host is not None:
+            yield (
+                "critic.likelihoods",
+                f"'{name}' lives at a host, which does not tell how likely its tokens were; set it"
+                " to false",
+            )
+
+
 def vllm_is_given_models_that_it_knows(recipe: Recipe) -> Iterator[Fault]:
     if recipe.engine.name != "vllm":
         return

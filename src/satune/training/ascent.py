@@ -21,6 +21,7 @@ from satune.core.settings import ObjectiveSettings
 from satune.training.advantages import advantages
 from satune.training.credit import GaeCredit
 from satune.training.gae import Estimate, Lesson, estimate
+from satune.training.likelihoods import written
 from satune.training.settings import UpdateSettings
 from satune.types import Episode, Experience, Key
 
@@ -137,7 +138,8 @@ class Ascent:
         """The lesson by the critic's values, and have it learn what came. How much it explained is
         measured before, on an experience that it had not seen. Raises NonFinite."""
         heard, critic = self.heard, _critic(self.learner)
-        values_T = critic_values(self.learner, self.anchor, self.seconds)
+        written_TF = written(heard.packed, heard.episodes, heard.agent, critic.settings)
+        values_T = critic_values(self.learner, self.anchor, written_TF, self.seconds)
         found = estimate(
             rule,
             heard.agent,
@@ -149,12 +151,14 @@ class Ascent:
             heard.log_ratios,
             heard.cap,
         )
-        self.critic = self._fit(critic, found, key)
+        self.critic = self._fit(critic, written_TF, found, key)
         return found.lesson
 
-    def _fit(self, critic: Critic, found: Estimate, key: Key) -> dict[str, float | None]:
+    def _fit(
+        self, critic: Critic, written_TF: Tensor, found: Estimate, key: Key
+    ) -> dict[str, float | None]:
         started = time.perf_counter()
-        loss = critic.fit(self.anchor, found.targets, key)
+        loss = critic.fit(self.anchor, written_TF, found.targets, key)
         self.seconds["critic"] += time.perf_counter() - started
         mean = float(found.targets.before_N.mean())
         return {"explained_variance": found.explained_variance, "value": mean, "loss": loss}
@@ -214,19 +218,22 @@ def advantages_by_token(
     if not isinstance(rule, GaeCredit):
         advantages_E = advantages(rule, episodes, agent, settings.max_new_tokens)
         return advantages_E[packed.episode_T]
-    values_T = critic_values(learner, learner.anchor(packed), {"score": 0.0})
     critic, fresh_E = _critic(learner).settings, torch.zeros(len(episodes), dtype=torch.float64)
+    written_TF = written(packed, episodes, agent, critic)
+    values_T = critic_values(learner, learner.anchor(packed), written_TF, {"score": 0.0})
     lesson = estimate(rule, agent, episodes, packed, values_T, critic, fresh_E).lesson
     return lesson.advantages_U[packed.units(lesson.per)]
 
 
-def critic_values(learner: Learner, anchor: Anchor, seconds: dict[str, float]) -> Tensor:
+def critic_values(
+    learner: Learner, anchor: Anchor, written_TF: Tensor, seconds: dict[str, float]
+) -> Tensor:
     """The critic's values [T] of the anchor's own tokens; completes the anchor."""
     started = time.perf_counter()
     learner.complete(anchor)
     seconds["score"] += time.perf_counter() - started
     started = time.perf_counter()
-    values_T = _critic(learner).values(anchor)
+    values_T = _critic(learner).values(anchor, written_TF)
     seconds["critic"] = time.perf_counter() - started
     return values_T
 
