@@ -100,9 +100,11 @@ def gate(_: argparse.Namespace) -> Iterator[Run]:
 
 HEAD = ("credit=gae", "critic={kind: head, boundary: token, lr: 1e-3, epochs: 2}")
 """The critic that explained most of relay (docs/results.md) at the cost of a line."""
+TOLD = (*HEAD, "critic.likelihoods=true")
 CREDITS = {
     "group of 2": (2, ()),
     "critic, 2 samples": (2, HEAD),
+    "critic with likelihoods, 2 samples": (2, TOLD),
     "group of 4": (4, ()),
     "group of 8": (8, ()),
 }
