@@ -125,6 +125,7 @@ SHORT = ("stages=8", "evaluate.problems=128", "checkpoint.every=4")
 """What makes a run of the recipe take some ten minutes on two cores."""
 # As many messages a stage as three seats write in the recipe's 8 problems x 8 samples.
 AS_MANY_MESSAGES = ("rollout.problems=24",)
+AS_FEW_PROBLEMS = ("rollout.problems=8", "rollout.samples=24")
 FREE = ("trust_region.enabled=false", "trust_region.beta=0", "trust_region.adapt=false")
 VOTERS = 3
 """Seats of the recipe, of which each gives an answer."""
@@ -150,12 +151,15 @@ def of_models(arguments: argparse.Namespace, rows: Mapping[str, tuple[str, ...]]
 
 
 def models_and_teams(arguments: argparse.Namespace) -> Iterator[Run]:
-    """Three agents against one that writes as many messages, and three trained as the one is."""
+    """Three agents against one that writes as many messages, and three trained as the one is. A
+    team asks each problem of every seat, so that one agent sees three times as many for as many
+    messages, unless it is given as few."""
     alone = smollm2(arguments.models, seats=1)
     solo = (alone, "protocol=solo", "schedule=fresh", *AS_MANY_MESSAGES, *FREE)
     rows = {
         "vote": (),
         "alone GRPO": (*solo, "objective=grpo"),
+        "alone GRPO, as few problems": (*solo, "objective=grpo", *AS_FEW_PROBLEMS),
         "alone DAPO": (
             *solo, "objective={name: dapo, clip_low: 0.2, clip_high: 0.28}",
             "rollout.dynamic_sampling=true",
