@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import json
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -47,6 +45,7 @@ from satune.training.trainer import train
 from satune.types import Completion, EpisodeFailure, Key, Prompt, Sampling, UserError, ids_of
 from tiny_models import EOS, Letters, completion_logprobs, tiny_config, tiny_lm
 from vllm_standin import StandIn, serving
+from vllm_starts import environment_of, gone, notes
 
 KEY = Key(0, "train", stage=1, step=1)
 SAMPLING = Sampling(12, temperature=0.8)
@@ -440,34 +439,9 @@ def test_a_head_that_shares_the_embeddings_is_packed_anew(tmp_path, tied):
 @pytest.fixture
 def started(tmp_path, monkeypatch) -> Iterator[Path]:
     """An interpreter of an environment whose vLLM has no model; gives the file of its starts."""
-    stand_in = Path(__file__).parent / "vllm_process"
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nexport PYTHONPATH="$PYTHONPATH{os.pathsep}{stand_in}"\n'
-        f'exec "{sys.executable}" -S "$@"\n'
-    )
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv(servers.PYTHON, str(python))
-    monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
+    for name, value in environment_of(tmp_path).items():
+        monkeypatch.setenv(name, value)
     yield tmp_path / "starts"
-
-
-def notes(starts: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in starts.read_text().splitlines()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone(pid: int) -> bool:
-    end = time.monotonic() + 60
-    while alive(pid) and time.monotonic() < end:
-        time.sleep(0.02)
-    return not alive(pid)
 
 
 def test_a_server_that_dies_is_started_with_its_weights_and_asked_the_same(started):
@@ -976,6 +950,35 @@ def test_a_server_keeps_its_weights_until_the_batch_is_drawn(two, tmp_path):
     fresh = run.supply.batch(2, 1).episodes
     assert {t.version for e in fresh for t in e.turns} == {1}
     run.ahead.stop()
+
+
+def test_drawing_ahead_is_given_up_while_a_server_is_started_again(started, tmp_path, monkeypatch):
+    """By whoever draws while it gives weights, which no event loop can cancel; what waits behind it
+    is not begun."""
+    monkeypatch.setenv("SLOW", "1")
+    ready = Path(f"{started}.ready")
+    ready.touch()
+    engine = "engine={name: vllm, probe: 0, start_seconds: 120}"
+    words = ["schedule=reuse", "rollout.ahead=2", engine]
+    run = tiny_world.training(tiny_world.build(tmp_path / "world"), tmp_path / "run", words)
+    world: Any = run.world
+    try:
+        for name in run.learners:
+            run.publish(name)
+        ready.unlink()
+        Path(f"{started}.die").write_text("/collective_rpc")
+        learner: Any = run.learners["bob"]
+        team = {"bob": (1, {n: w + 0.01 for n, w in learner.export().items()})}
+        drawn = [world.draw_ahead(KEY.at(sample=n), 0, 3, team) for n in range(2)]
+        while sum("arguments" in note for note in notes(started)) < 3:
+            time.sleep(0.02)
+        run.ahead.stop()
+        with pytest.raises(servers.Cut):
+            drawn[0].result()
+        assert drawn[1].cancelled()
+    finally:
+        world.cast.engine.stop()
+    assert all(gone(note["pid"]) for note in notes(started))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from satune.agents.critic import LocalCritic
 from satune.commands.assemble import Cast
+from satune.engines.base import MayWait
 from satune.play.progress import progress_of
 from satune.play.rollout import End, rollout_sync
 from satune.play.rows import episode_from_row, episode_to_row
@@ -112,7 +113,14 @@ class AheadWorld(LocalWorld):
         self._stopped = True
         with suppress(RuntimeError):  # its event loop has just been closed
             self._end()
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        engine = self.cast.engine
+        # More than once: it may be about to wait, for one server after another.
+        while under_way := [each for each in self._under_way if not each.done()]:
+            if isinstance(engine, MayWait):
+                engine.cut()
+            wait(under_way, timeout=0.1)
+        self._thread.shutdown()
 
     def _draw_by(self, key: Key, offset: int, count: int, team: TeamWeights) -> list[Episode]:
         self._give(self._lacking(team))

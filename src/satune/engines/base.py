@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from satune.engines.vllm.settings import VLLMSettings
 from satune.loading import check_options, load_object
@@ -33,6 +33,16 @@ class EngineSettings(Protocol):
     def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> Engine:
         """The engine over policies by agent; ``seats`` maps each seat to its agent. Raises
         UserError for a model that it does not serve."""
+        ...
+
+
+@runtime_checkable
+class MayWait(Protocol):
+    """An engine that may wait long in ``publish``, as for a server that starts."""
+
+    def cut(self) -> None:
+        """Have a ``publish`` that waits in another thread end, with whatever error. Later ones wait
+        as ever."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from satune.engines.base import MayWait
 from satune.types import Completion, Engine, Key, Prompt, Sampling
 
 
@@ -40,6 +41,12 @@ class RoutedEngine:
     def end(self, key: Key) -> None:
         for engine in self.engines:
             engine.end(key)
+
+    def cut(self) -> None:
+        """As ``engines.base.MayWait``, for those of them that may wait."""
+        for engine in self.engines:
+            if isinstance(engine, MayWait):
+                engine.cut()
 
     async def close(self) -> None:
         for engine in self.engines:

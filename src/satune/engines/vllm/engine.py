@@ -95,6 +95,11 @@ class VLLMEngine:
             self._client = None
         self._confirmed.clear()
 
+    def cut(self) -> None:
+        """Have whoever waits for a server stop waiting, in whatever thread."""
+        for place in self._places.values():
+            place.server.cut()
+
     def stop(self) -> None:
         """End the servers that were started here."""
         for place in set(self._places.values()):

@@ -3,6 +3,8 @@
 Tokens are a function of the seed. Every start, with its arguments, and every digest that it was
 given or asked for is written to the file that the environment variable STARTS names. A file beside
 it, whose name ends in .ends, has one line for each start that does not come to answer: how it ends.
+With SLOW in the environment one that is started where no file .ready lies says that it is not ready
+until it does.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 STARTS = Path(os.environ["STARTS"])
+READY = Path(os.environ["STARTS"] + ".ready")
+SLOW = bool(os.environ.get("SLOW")) and not READY.exists()
 
 
 def arguments() -> dict[str, str]:
@@ -35,7 +39,7 @@ class Handler(BaseHTTPRequestHandler):
     digest = ""
 
     def do_GET(self) -> None:
-        slow = os.environ.get("SLOW") and not Path(os.environ["STARTS"] + ".ready").exists()
+        slow = SLOW and not READY.exists()
         models = {"data": [{"id": "base", "root": given["--model"]}]}
         self._send(models if self.path == "/v1/models" else None, 503 if slow else 200)
 
