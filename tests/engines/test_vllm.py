@@ -618,7 +618,7 @@ def test_no_proxy_is_asked_for_servers_of_this_machine(started, monkeypatch):
     finally:
         engine.stop()
     with serving(StandIn(policy.model)) as address:
-        engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address, start_seconds=5))
+        engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address))
         engine.publish("a", 0, policy.export())
         assert draw(engine)
 
