@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
 import hypothesis
+import numpy
 import pytest
 import torch
 
@@ -36,10 +38,22 @@ from command_line import Run  # noqa: E402 - keeps the environment as it is when
 from satune.cli.main import main  # noqa: E402
 
 
+def _seed() -> None:
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    random.seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a library draws by itself (an adapter's first weights) is the same at every run."""
-    torch.manual_seed(0)
+    _seed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_for_a_module() -> None:
+    """``_seeded`` for what a module's tests share, which is made before it."""
+    _seed()
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +54,12 @@ def test_after_a_run_that_fails_no_other_is_begun(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, ended, both = [], [], threading.Barrier(2)
+    told: list[threading.Event] = []
+
+    def event() -> threading.Event:
+        """What a call notes a failure by."""
+        told.append(threading.Event())
+        return told[-1]
 
     def perform(run: Any, out: Path, threads: int) -> dict[str, Any]:
         begun.append(run.seed)
@@ -62,12 +67,14 @@ def test_after_a_run_that_fails_no_other_is_begun(
             both.wait()
         if run.seed == 1:
             raise SystemExit("satune train: no such recipe")
-        time.sleep(0.2 if run.seed == 0 else 0)
+        if run.seed == 0:
+            assert told[0].wait(60), "nobody was told of the failure"
         ended.append(run.seed)
         return {"seed": run.seed}
 
     study_runs = importlib.import_module("study_runs")
     monkeypatch.setattr(study_runs, "perform", perform)
+    monkeypatch.setattr(study_runs, "threading", SimpleNamespace(Event=event))
     runs = [study_runs.Run("a", seed, "", ()) for seed in range(9)]
     with pytest.raises(SystemExit, match="no such recipe"):
         study_runs.perform_all(runs, tmp_path, jobs=2)

@@ -187,13 +187,13 @@ def test_graders_that_misbehave_cost_their_own_responses(tmp_path, odd):
     )
     seen = []
     result = grade_file(
-        odd, responses, workers=2, seconds=1.0, progress=lambda *now: seen.append(now)
+        odd, responses, workers=2, seconds=5.0, progress=lambda *now: seen.append(now)
     )
     scores = [[r["score"] for r in row["responses"]] for row in result["per_row"]]
     assert scores == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     assert result["failed"] == 5
     details = [r["detail"] for row in result["per_row"] for r in row["responses"]]
-    assert details[1] == "not graded (timeout): no result within 1 s"
+    assert details[1] == "not graded (timeout): no result within 5 s"
     assert details[3] == "not graded (died): the worker process ended (exit code 7)"
     assert details[6] == "not graded (exception): RuntimeError: odd"
     assert "return a Grade with score 0 to 1" in details[7]

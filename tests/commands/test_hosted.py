@@ -85,7 +85,7 @@ def test_all_hosts_are_met_within_the_wait(monkeypatch: pytest.MonkeyPatch) -> N
     host = Host()
     run(monkeypatch, [(HostLost("lost"), "stage-0001")], host)
     (within,) = host.within
-    assert 29 < within <= 30
+    assert 10 < within <= 30
 
 
 def test_a_host_that_stays_away_leaves_the_command_that_goes_on(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,15 @@ import pytest
 
 import tiny_world
 from command_line import Run
+from satune.agents import memory as free
 from satune.cli.describe import place_lines
 from satune.commands.assemble import assemble
 from satune.commands.describe import bytes_text, describe_recipe
 from satune.config.load import load_recipe
+from satune.engines.vllm import server as servers
+from satune.engines.vllm.server import Server
 
+PLAIN = ("engine=vllm", "engine={name: vllm, memory: 1073741824}")
 APART = ["team.agents.ann.device=cuda:0", "team.agents.bob.device=cuda:1"]
 
 
@@ -95,17 +102,58 @@ def test_a_base_is_copied_whoever_brings_it(recipe: Path) -> None:
     assert weights(*still, "rollout.ahead=1") == weights(*still) + eve
 
 
+@pytest.mark.parametrize("devices", ([], [2], [2, 3], [2, 2, 3]))
+@pytest.mark.parametrize("memory", (0.6, 5e8))
+@pytest.mark.parametrize("sharing", ("separate", "lora"))
+def test_servers_are_told_what_they_are_started_with(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: list[int],
+    memory: float,
+    sharing: str,
+) -> None:
+    """Of the memory of each server; with adapters two of the agents have one."""
+    monkeypatch.setenv(servers.PYTHON, sys.executable)
+    began: list[dict[str, str]] = []
+
+    def launch(server: Server, words: Sequence[str], log: Path, own: Mapping[str, str]) -> None:
+        server.starts += 1
+        began.append({**dict(itertools.pairwise(words)), **own})
+
+    monkeypatch.setattr(Server, "launch", launch)
+    monkeypatch.setattr(Server, "wait", lambda server: None)
+    monkeypatch.setattr(free, "free_bytes", lambda device: 6 * 10**9)
+    engine = f"engine={{name: vllm, devices: {devices}, memory: {memory}}}"
+    base = f"team.agents.eve.model={recipe.parent / 'model-0'}"
+    loaded = load_recipe(recipe, [engine, f"team.sharing={sharing}", base])
+    made: Any = assemble(loaded).engine
+    made._launch_all()
+    told = describe_recipe(loaded)["places"]["agents"]
+    assert len(began) == (2 if sharing == "lora" else 3)
+    for agent in ("ann", "bob", "eve"):
+        server = told[agent]["server"]
+        words = began[server["number"]]
+        if devices and memory <= 1:
+            assert words["--gpu-memory-utilization"] == str(server["memory"])
+        else:
+            taken = server["memory"] if memory > 1 else server["memory"] * 6 * 10**9
+            assert int(words["--kv-cache-memory-bytes"]) == pytest.approx(taken, abs=1)
+        assert words.get("CUDA_VISIBLE_DEVICES") == server.get("device")
+
+
 def test_servers_and_owners(recipe: Path) -> None:
     vllm = "engine={name: vllm, devices: [2, 3]}"
     places = described(recipe, vllm)["places"]
     assert [a["server"] for a in places["agents"].values()] == [
-        {"number": 0, "device": "2"}, {"number": 1, "device": "3"}, {"number": 2, "device": "2"},
-    ]  # fmt: skip
+        {"number": 0, "device": "2", "memory": 0.125},
+        {"number": 1, "device": "3", "memory": 0.25},
+        {"number": 2, "device": "2", "memory": 0.125},
+    ]
     base = [f"team.agents.{n}.model={recipe.parent / 'model-0'}" for n in ("bob", "eve")]
     places = described(recipe, vllm, "team.sharing=lora", *base)["places"]
     assert place_lines(places) == [
         "on cpu: ann, bob, eve",
-        "vLLM server 0 on CUDA device 2: ann, bob, eve",
+        "vLLM server 0 on CUDA device 2, 25% of its memory: ann, bob, eve",
     ]
     given = "engine={name: vllm, servers: ['http://a:1', 'http://b:1', 'http://c:1']}"
     assert place_lines(described(recipe, given)["places"])[1:] == [
@@ -113,7 +161,10 @@ def test_servers_and_owners(recipe: Path) -> None:
         "vLLM server 1 at http://b:1: bob",
         "vLLM server 2 at http://c:1: eve",
     ]
-    assert place_lines(described(recipe, "engine=vllm")["places"])[1] == "vLLM server 0: ann"
+    assert [place_lines(described(recipe, each)["places"])[1] for each in PLAIN] == [
+        "vLLM server 0, 8.33% of the memory: ann",
+        "vLLM server 0, 1.0 GiB of keys and values: ann",
+    ]
     away = [
         "team.agents.bob.host=https://there", "team.agents.bob.device=cuda:5",
         "team.agents.eve={model: 'http://served/v1#M', frozen: true}",

@@ -33,8 +33,7 @@ from satune.types import Completion, Entry, Episode, Key, Prompt, Sampling, Seat
 
 KEY = Key(0, "evaluate", problem="p")
 SAMPLING = Sampling(16, temperature=0.8)
-QUICK = ServerSettings(retries=8, timeout=0.5)
-PATIENT = ServerSettings()
+PATIENT = ServerSettings(timeout=60.0)
 MODELS = {"ann": "good", "bob": "poor", "eve": "good"}
 LIMITS = ("max_tokens", "max_completion_tokens")
 PROMPT = Prompt(({"role": "user", "content": "3+4-2"},))
@@ -98,7 +97,7 @@ def refused(engine: OpenAIEngine) -> str:
 def test_a_request_and_its_completion(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-secret")
     server.fresh(key="sk-secret")
-    engine = OpenAIEngine(server.url + "/", MODELS, replace(QUICK, api_key_env="MY_KEY"))
+    engine = OpenAIEngine(server.url + "/", MODELS, replace(PATIENT, api_key_env="MY_KEY"))
     (got,) = ask(engine, KEY, sampling=Sampling(16, 0.3, top_p=0.9, top_k=5))
     (body,) = server.seen()["bodies"]
     assert body.pop("seed") == KEY.rng("server").getrandbits(31)
@@ -116,16 +115,16 @@ def test_a_request_and_its_completion(server: Server, monkeypatch: pytest.Monkey
 
 
 def test_each_request_has_its_own_seed_and_the_same_one_again(server: Server) -> None:
-    ask(OpenAIEngine(server.url, MODELS, QUICK), *keys(8))
+    ask(OpenAIEngine(server.url, MODELS, PATIENT), *keys(8))
     seeds = [body["seed"] for body in server.seen()["bodies"]]
     assert len(set(seeds)) == 8
     server.fresh()
-    ask(OpenAIEngine(server.url, MODELS, QUICK), *keys(8))
+    ask(OpenAIEngine(server.url, MODELS, PATIENT), *keys(8))
     assert sorted(body["seed"] for body in server.seen()["bodies"]) == sorted(seeds)
 
 
 def test_turns_cannot_be_trained_on_and_weights_not_given(server: Server) -> None:
-    engine = OpenAIEngine(server.url, MODELS, QUICK)
+    engine = OpenAIEngine(server.url, MODELS, PATIENT)
     episodes = play(engine, samples=1)
     assert all(t.prompt_ids is None and t.completion_ids is None for t in episodes[0].turns)
     with pytest.raises(ValueError, match="no token ids: it cannot be trained on"):
@@ -154,7 +153,7 @@ def test_messages_are_those_of_the_transcript() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", KINDS)
 def test_each_fault_is_survived(server: Server, fault: str, stream: bool) -> None:
-    plain = ask(OpenAIEngine(server.url, MODELS, QUICK), *keys(3))
+    plain = ask(OpenAIEngine(server.url, MODELS, PATIENT), *keys(3))
     settings = ServerSettings(retries=8, timeout=0.5, stream=stream)
     # Whatever the order, the second, fourth and sixth request fail.
     server.fresh(["", fault])
@@ -165,7 +164,7 @@ def test_each_fault_is_survived(server: Server, fault: str, stream: bool) -> Non
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_all_faults_together_change_nothing(server: Server, stream: bool) -> None:
-    plain = play(OpenAIEngine(server.url, MODELS, QUICK), debate, 1)
+    plain = play(OpenAIEngine(server.url, MODELS, PATIENT), debate, 1)
     server.fresh(FAULTS)
     settings = ServerSettings(concurrency=8, retries=20, timeout=0.5, stream=stream)
     engine = OpenAIEngine(server.url, MODELS, settings)
@@ -178,20 +177,21 @@ def test_a_server_that_comes_later_is_waited_for(server: Server) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    engine = OpenAIEngine(f"http://127.0.0.1:{port}/v1", MODELS, QUICK)
+    engine = OpenAIEngine(f"http://127.0.0.1:{port}/v1", MODELS, replace(PATIENT, retries=1000))
     got: list[Completion] = []
     asking = threading.Thread(target=lambda: got.extend(ask(engine, KEY)))
     asking.start()
-    time.sleep(0.3)
+    while engine.repeated < 2:
+        time.sleep(0.01)
     with faulty_server.running(port):
-        asking.join(20)
-    assert got == ask(OpenAIEngine(server.url, MODELS, QUICK), KEY)
+        asking.join(120)
+    assert got == ask(OpenAIEngine(server.url, MODELS, PATIENT), KEY)
     assert engine.repeated >= 2
 
 
 def test_the_limit_is_renamed_where_the_server_wants_it(server: Server) -> None:
     server.fresh(["renamed"])
-    engine = OpenAIEngine(server.url, MODELS, QUICK)
+    engine = OpenAIEngine(server.url, MODELS, PATIENT)
     ask(engine, *keys(2))
     # Two at once: either may be refused before or after the other was asked again.
     named = [[f for f in LIMITS if f in body] for body in server.seen()["bodies"]]
@@ -210,18 +210,18 @@ def test_what_will_not_pass_is_one_line_at_once(
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     url = server.url
-    said = refused(OpenAIEngine(url, {"ann": "excellent"}, QUICK))
+    said = refused(OpenAIEngine(url, {"ann": "excellent"}, PATIENT))
     assert "404 for the model 'excellent' (The model `excellent` does not exist.)" in said
-    assert "404" in refused(OpenAIEngine(url + "/v2", MODELS, QUICK))
+    assert "404" in refused(OpenAIEngine(url + "/v2", MODELS, PATIENT))
     server.fresh(["400"])
-    said = refused(OpenAIEngine(url, MODELS, QUICK))
+    said = refused(OpenAIEngine(url, MODELS, PATIENT))
     assert "status 400: maximum context length is 10 tokens" in said
     server.fresh(["quota"])
-    assert "the quota is used up (pay)" in refused(OpenAIEngine(url, MODELS, QUICK))
+    assert "the quota is used up (pay)" in refused(OpenAIEngine(url, MODELS, PATIENT))
     server.fresh(key="sk-right")
-    assert "wants a key; set $OPENAI_API_KEY" in refused(OpenAIEngine(url, MODELS, QUICK))
+    assert "wants a key; set $OPENAI_API_KEY" in refused(OpenAIEngine(url, MODELS, PATIENT))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
-    said = refused(OpenAIEngine(url, MODELS, QUICK))
+    said = refused(OpenAIEngine(url, MODELS, PATIENT))
     assert "refuses the key in $OPENAI_API_KEY" in said
     assert "sk-wrong" not in said and "Incorrect key: Bearer ***" in said
     assert server.seen()["requests"] == 2  # nothing of this was asked twice

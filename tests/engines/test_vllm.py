@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 import tiny_world
 from satune.agents import memory
 from satune.agents.policy import Policy
-from satune.engines.vllm import files
+from satune.engines.vllm import files, scratch
 from satune.engines.vllm import place as places
 from satune.engines.vllm import server as servers
 from satune.engines.vllm.arguments import arguments_of
@@ -618,7 +618,7 @@ def test_no_proxy_is_asked_for_servers_of_this_machine(started, monkeypatch):
     finally:
         engine.stop()
     with serving(StandIn(policy.model)) as address:
-        engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address, start_seconds=5))
+        engine = VLLMEngine({"a": policy}, {"a": "a"}, settings(address))
         engine.publish("a", 0, policy.export())
         assert draw(engine)
 
@@ -852,6 +852,38 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, monkeypatch
     second.remove()
     beside.remove()
     assert list(tmp_path.iterdir()) == [elsewhere]
+
+
+@pytest.mark.parametrize("lacking", ["", "machine", "boot"])
+def test_what_lay_there_when_the_machine_was_started_is_removed(tmp_path, monkeypatch, lacking):
+    """Not what another machine has on the disk, which may be alive there, nor anything where nobody
+    says which machine this is."""
+    names = {name: tmp_path / f"{name}_id" for name in ("machine", "boot")}
+    monkeypatch.setattr(scratch, "_MACHINE", names["machine"])
+    monkeypatch.setattr(scratch, "_BOOT", names["boot"])
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    def left(machine: str, boot: str) -> Path:
+        """What a process leaves that is ended with its machine."""
+        for name, said in (("machine", machine), ("boot", boot)):
+            names[name].unlink(missing_ok=True)
+            if name != lacking:
+                names[name].write_text(f"{said}\n")
+        found = Scratch()
+        os.close(found._handle)
+        return found.path
+
+    other = left("one", "first")
+    mine = left("another", "second")
+    assert other.is_dir()
+    last = left("another", "third")
+    assert other.is_dir() and mine.exists() == bool(lacking)
+    # A name that two machines have by mistake: whoever holds the lock is alive.
+    held = Scratch()
+    left("another", "fourth")
+    assert held.path.is_dir() and last.exists() == (lacking == "boot")
+    held.remove()
 
 
 def test_a_directory_for_weights_that_cannot_be_made(tmp_path, monkeypatch):

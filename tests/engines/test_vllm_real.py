@@ -375,16 +375,19 @@ def test_a_batch_is_drawn_ahead_by_the_weights_that_it_says(ahead):
 
 def test_a_server_that_is_killed_while_a_resume_starts_it(ahead, tmp_path):
     """It is started again, draws what is drawn ahead, and nothing of it is left in the end."""
-    words = [*team_of_two(ahead, "lora"), "rollout.ahead=1", "stages=3", "--resume"]
-    with killing_a_start(tmp_path) as killed:
-        ended = train(*words, scratch=tmp_path)
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    shutil.copytree(ahead, run, symlinks=True)
+    scratch.mkdir()
+    words = [*team_of_two(run, "lora"), "rollout.ahead=1", "stages=3", "--resume"]
+    with killing_a_start(scratch) as killed:
+        ended = train(*words, scratch=scratch)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert len(killed) == 1
-    events = events_of(ahead)
+    events = events_of(run)
     updates = [e for e in events if e["event"] == "update"]
     assert [e["stage"] for e in updates] == [1, 1, 2, 2, 3, 3]
     drawn = [e["ahead"] for e in events if e["event"] == "rollout" and "ahead" in e]
     # The team that stage 2 began with; nothing is scored where it is still the present one.
     assert drawn[1]["versions"] == {e["agent"]: e["version"] for e in updates[:2]}
     assert drawn[1].get("mismatch", {}).get("max", 0.0) < 1e-2
-    assert not serving_from(tmp_path) and not list(tmp_path.glob("satune-vllm-*"))
+    assert not serving_from(scratch) and not list(scratch.glob("satune-vllm-*"))

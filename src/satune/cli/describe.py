@@ -170,7 +170,9 @@ def place_lines(places: dict[str, Any]) -> list[str]:
 
 
 def _server(server: dict[str, Any]) -> str:
-    """What a line calls a server by."""
+    """What a line calls a server by, and what it takes."""
+    from satune.commands.describe import bytes_text
+
     if "number" not in server:
         return f"served at {server['address']}"
     where = ""
@@ -178,6 +180,10 @@ def _server(server: dict[str, Any]) -> str:
         where = f" at {server['address']}"
     elif "device" in server:
         where = f" on CUDA device {server['device']}"
+    if "memory" in server:
+        memory, whose = server["memory"], "its" if "device" in server else "the"
+        share = f"{100 * memory:.3g}% of {whose} memory"
+        where += f", {share if memory <= 1 else f'{bytes_text(memory)} of keys and values'}"
     return f"vLLM server {server['number']}{where}"
 
 

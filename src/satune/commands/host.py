@@ -13,6 +13,7 @@ from satune.commands.train import learner_of, make_critics, training_settings
 from satune.commands.trust import remember
 from satune.config.checks import no_such
 from satune.config.schema import Recipe
+from satune.engines.base import LocalSettings
 from satune.engines.local import LocalEngine
 from satune.files.writing import written_beside
 from satune.hosts.agent import Facts
@@ -85,11 +86,16 @@ def _owner(
     lock: threading.Lock,
     progress: Progress,
 ) -> Owner:
-    """One agent of the team that lives here."""
+    """One agent of the team that lives here. It has an engine of its own; those of the agents on
+    one device have the engine's memory together."""
     policies, renderer = {agent: team.policies[agent]}, team.renderers[agent]
+    devices = [policy.device for policy in team.policies.values()]
+    settings = engine_of(recipe)
+    if isinstance(settings, LocalSettings):
+        settings = settings.divided(devices.count(team.policies[agent].device))
 
     def make_engine(seats: Mapping[str, str]) -> LocalEngine:
-        engine = engine_of(recipe).make(policies, seats)
+        engine = settings.make(policies, seats)
         if not isinstance(engine, LocalEngine):
             raise UserError(f"engine: '{recipe.engine.name}' cannot be a host's; take local")
         return engine

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from satune.agents.sources import saved_adapter
+from satune.commands.assemble import engine_of
 from satune.config.schema import AgentSection, Recipe
+from satune.engines.vllm.settings import VLLMSettings
 from satune.types import ServedModel
 
 
@@ -92,18 +94,23 @@ def places_of(
 
 def _servers(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """vLLM's server of each agent that is here: its ``number``, and its ``address`` or, where it is
-    started on one of some devices, its ``device``."""
-    if recipe.engine.name != "vllm":
+    started here, what it takes of the ``memory`` (as ``engine.memory``) and, on one of some
+    devices, its ``device``."""
+    settings = engine_of(recipe)
+    if not isinstance(settings, VLLMSettings):
         return {}
-    options, found = recipe.engine.options, bases(recipe)
+    found = bases(recipe)
     order = list(dict.fromkeys(found.values()))
     servers: dict[str, dict[str, Any]] = {}
     for name, base in found.items():
         number = order.index(base)
         servers[name] = {"number": number}
-        given, devices = options["servers"], options["devices"]
+        given, devices, memory = settings.servers, settings.devices, settings.memory
         if number < len(given):  # another number of them is refused when the engine is made
             servers[name]["address"] = given[number]
-        elif devices and not given:
-            servers[name]["device"] = str(devices[number % len(devices)])
+        elif not given:
+            shared = settings.sharing(number, len(order)) if memory <= 1 else 1
+            servers[name]["memory"] = memory / shared
+            if devices:
+                servers[name]["device"] = str(devices[number % len(devices)])
     return servers

@@ -6,7 +6,7 @@ Settings load no model and no library for one: the recipe's schema is derived fr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from satune.engines.vllm.settings import VLLMSettings
@@ -62,6 +62,12 @@ class LocalSettings:
     @property
     def conversations(self) -> int:
         return 2 * self.max_rows
+
+    def divided(self, among: int) -> LocalSettings:
+        """These, of which so many engines on one device take the ``memory`` together."""
+        share = self.memory / among
+        # Less than two bytes would be read as a share.
+        return replace(self, memory=share if self.memory <= 1 else max(share, 2.0))
 
     def make(self, policies: Mapping[str, Policy], seats: Mapping[str, str]) -> Engine:
         from satune.engines.local import LocalEngine

@@ -239,17 +239,10 @@ class Place:
         devices = settings.devices
         own = {"CUDA_VISIBLE_DEVICES": str(devices[self._number % len(devices)])} if devices else {}
         model = self._directory / "model"
-        arguments = arguments_of(self.policies, settings, model, self._sharing())
+        sharing = settings.sharing(self._number, self._places)
+        arguments = arguments_of(self.policies, settings, model, sharing)
         self._has = "" if self._begins is None else self._begins.digest
         self.server.launch(arguments, self._directory / "server.log", own)
-
-    def _sharing(self) -> int:
-        """How many servers are on the device of this one."""
-        devices = self.settings.devices
-        if not devices:
-            return self._places
-        names = [str(devices[n % len(devices)]) for n in range(self._places)]
-        return names.count(names[self._number])
 
     def _probe(self, agent: str) -> Ids:
         """Tokens that the agent has read and written last, or, before it has written any, some of

@@ -1,7 +1,7 @@
 """The directory, where TMPDIR says, in which weights lie on their way to servers.
 
-Its process holds a lock in it for as long as it lives. What a killed one left is removed by the
-next: it is as large as all agents.
+Its process holds a lock in it for as long as it lives. What a killed one left, also before the
+machine was started anew, is removed by the next: it is as large as all agents.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from satune.types import UserError
 _PREFIX = "satune-vllm-"
 _LOCK = ".lock"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+_MACHINE = Path("/etc/machine-id")
 
 
 class Scratch:
@@ -30,7 +31,7 @@ class Scratch:
         with scratch_errors(parent):
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
             beside = self.path / f"{_LOCK}.new"
-            beside.write_text(_boot())
+            beside.write_text(f"{_boot()}\n{_machine()}\n")
             self._handle = os.open(beside, os.O_RDONLY)
             # On a disk without locks it is removed by its own process alone.
             with suppress(OSError):
@@ -56,15 +57,18 @@ def scratch_errors(place: Path) -> Iterator[None]:
 
 
 def _left(lock: Path) -> bool:
-    """Whether nobody holds a lock that was made since this machine started. Of other machines'
-    locks, on a disk that they share, nothing is known here."""
+    """Whether nobody holds a lock that was made on this machine, whenever that was. Of other
+    machines' locks, on a disk that they share, nothing is known here."""
     try:
         # Whoever may write there may have put something else in its place.
         handle = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        if not _boot() or os.pread(handle, 64, 0).decode(errors="replace") != _boot():
+        said = os.pread(handle, 1024, 0).decode(errors="replace").splitlines()
+        boot, machine = (*said, "", "")[:2]
+        # The lock tells apart what machines hold that have one name by mistake.
+        if not _boot() or (boot != _boot() and machine != (_machine() or None)):
             return False
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -77,3 +81,10 @@ def _left(lock: Path) -> bool:
 def _boot() -> str:
     """What names this run of the machine; empty where nothing does."""
     return _BOOT.read_text().strip() if _BOOT.is_file() else ""
+
+
+def _machine() -> str:
+    """What names this machine, however often it starts: its number and, because copies of one image
+    may share that, its name; empty where it has no number."""
+    number = _MACHINE.read_text().strip() if _MACHINE.is_file() else ""
+    return f"{number} {os.uname().nodename}" if number else ""

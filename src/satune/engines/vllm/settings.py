@@ -40,3 +40,11 @@ class VLLMSettings:
     @property
     def conversations(self) -> int:
         return 2 * self.max_rows
+
+    def sharing(self, number: int, servers: int) -> int:
+        """How many of so many ``servers`` are on the device of one of them, it included; without
+        ``devices`` all are on one."""
+        if not self.devices:
+            return servers
+        names = [str(self.devices[n % len(self.devices)]) for n in range(servers)]
+        return names.count(names[number])
